@@ -1,0 +1,53 @@
+"""
+EchoAtt for Hugging Face: layers of a decoder language model share their attention.
+
+Importing the package registers the architecture with the Auto classes of transformers. All other names are imported
+when they are first used.
+"""
+
+import importlib
+
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from .configuration_echoatt import ECHOATT_VERSION as __version__
+from .configuration_echoatt import EchoAttConfig
+from .modeling_echoatt import EchoAttForCausalLM, EchoAttForSequenceClassification, EchoAttModel
+
+
+AutoConfig.register("echoatt", EchoAttConfig, exist_ok=True)
+AutoModel.register(EchoAttConfig, EchoAttModel, exist_ok=True)
+AutoModelForCausalLM.register(EchoAttConfig, EchoAttForCausalLM, exist_ok=True)
+AutoModelForSequenceClassification.register(EchoAttConfig, EchoAttForSequenceClassification, exist_ok=True)
+
+_MODULES = {
+    "conversion": ["ConversionReport", "convert", "count_kv_bytes_per_token"],
+    "data": ["collate_rows", "load_documents", "pack_rows", "split_documents"],
+    "distillation": ["EchoAttTrainer", "EchoAttTrainingArguments"],
+    "evaluation": ["compute_agreement", "compute_perplexity", "evaluate_model", "metric_path"],
+    "pipeline": ["compress"],
+    "planning": ["plan_from_similarity"],
+    "settings": ["CompressionSettings", "DataSettings", "DistillationSettings", "PlanSettings"],
+    "sharing": ["SharingPlan"],
+    "similarity": ["AttentionSimilarity", "measure_attention_similarity"],
+    "teachers": ["builtin_teacher_path", "load_model", "load_tokenizer"],
+}
+_MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
+
+__all__ = [
+    "EchoAttConfig",
+    "EchoAttForCausalLM",
+    "EchoAttForSequenceClassification",
+    "EchoAttModel",
+    "__version__",
+    *sorted(_MODULE_OF),
+]
+
+
+def __getattr__(name: str):
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_MODULE_OF[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

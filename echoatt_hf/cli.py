@@ -1,0 +1,287 @@
+"""The command line: `echoatt compress`, and the steps of the pipeline one by one."""
+
+import functools
+import inspect
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import fields
+from pathlib import Path
+from typing import Annotated, get_type_hints
+
+import typer
+
+from .settings import CompressionSettings, DataSettings, DistillationSettings, PlanSettings, default_of
+
+
+app = typer.Typer(
+    help="EchoAtt for Hugging Face: smaller, faster students of decoder language models, by sharing attention.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Teacher = Annotated[str, typer.Argument(help="'builtin', a folder, or a repository of the Hub.")]
+Output = Annotated[Path, typer.Option(help="What to write.", show_default=False)]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an output that is there.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on with an unfinished run.")]
+
+
+def with_settings(**groups: type) -> Callable:
+    """
+    Turn parameters that hold settings into one command-line option per field.
+
+    Args:
+        groups: name of a parameter of the command, and the dataclass whose fields become options.
+    """
+
+    def decorate(command: Callable) -> Callable:
+        signature = inspect.signature(command)
+        parameters = [parameter for name, parameter in signature.parameters.items() if name not in groups]
+        for group in groups.values():
+            hints = get_type_hints(group)
+            parameters += [
+                inspect.Parameter(
+                    field.name,
+                    inspect.Parameter.KEYWORD_ONLY,
+                    default=default_of(field),
+                    annotation=Annotated[hints[field.name], _option(field, hints[field.name])],
+                )
+                for field in fields(group)
+            ]
+
+        @functools.wraps(command)
+        def run(**values):
+            with one_line_errors():
+                for parameter, group in groups.items():
+                    values[parameter] = group(**{field.name: values.pop(field.name) for field in fields(group)})
+                command(**values)
+
+        run.__signature__ = signature.replace(
+            parameters=[parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in parameters]
+        )
+        run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+        return run
+
+    return decorate
+
+
+def _option(field, kind: type):
+    names = ["--" + field.name.replace("_", "-")] if kind is bool else []
+    return typer.Option(*names, help=field.metadata["help"])
+
+
+@app.command()
+@with_settings(plan=PlanSettings, data=DataSettings, distillation=DistillationSettings)
+def compress(
+    plan: PlanSettings,
+    data: DataSettings,
+    distillation: DistillationSettings,
+    output: Output,
+    teacher: Teacher = "builtin",
+    overwrite: Overwrite = False,
+    resume: Resume = False,
+) -> None:
+    """Make a student from a teacher: analyze, plan, convert, distill, evaluate."""
+    from .pipeline import compress, format_table
+    from .sharing import SharingPlan
+
+    settings = CompressionSettings(teacher=teacher, plan=plan, data=data, distillation=distillation)
+    report = compress(settings, output, overwrite=overwrite, resume=resume)
+    print(
+        f"\n{SharingPlan(report['plan']['echo_sources'])}\n\n{format_table(report['results'])}\n\nwritten to {output}"
+    )
+
+
+@app.command()
+@with_settings(data=DataSettings)
+def analyze(
+    data: DataSettings,
+    output: Output,
+    teacher: Teacher = "builtin",
+    calibration_rows: Annotated[int, typer.Option(help="Rows on which similarity is measured.")] = 32,
+    overwrite: Overwrite = False,
+) -> None:
+    """Measure how similarly the layers of a model attend: similarity.json and a heat map, similarity.png."""
+    from .outputs import check_output_folder, whole_folder, write_whole
+    from .pipeline import analyze, load_rows
+    from .teachers import load_model, load_tokenizer
+
+    check_output_folder(output, overwrite)
+    PlanSettings(calibration_rows=calibration_rows)
+    model = load_model(teacher)
+    rows, _ = load_rows(data, load_tokenizer(teacher, model), model)
+    similarity = analyze(model, rows, calibration_rows)
+    with whole_folder(output, overwrite) as folder:
+        write_whole(folder / "similarity.json", similarity.to_json())
+        similarity.plot(folder / "similarity.png")
+    layers = similarity.layers
+    print("layer  most similar earlier layer")
+    for layer in range(1, len(layers)):
+        best = int(layers[layer, :layer].argmax())
+        print(f"{layer:5}  {best} ({layers[layer, best]:.3f})")
+    print(f"\nwritten to {output}")
+
+
+@app.command()
+@with_settings(plan=PlanSettings)
+def plan(
+    plan: PlanSettings,
+    teacher: Teacher = "builtin",
+    similarity: Annotated[
+        Path | None, typer.Option(help="similarity.json of `echoatt analyze`, for the plan 'similarity'.")
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="JSON file to write the plan to.")] = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Choose which layers echo which. Prints the plan as a line of layers and as JSON."""
+    from .outputs import write_whole
+    from .pipeline import make_plan
+    from .similarity import AttentionSimilarity
+    from .teachers import load_config
+
+    if output is not None and output.exists() and not overwrite:
+        raise FileExistsError(f"{str(output)!r} exists: choose another file, or replace it with --overwrite.")
+    measured = AttentionSimilarity.from_json(similarity) if similarity is not None else None
+    made = make_plan(plan, load_config(teacher), measured)
+    print(made)
+    if output is None:
+        print(made.to_json(), end="")
+    else:
+        write_whole(output, made.to_json())
+        print(f"written to {output}")
+
+
+@app.command()
+@with_settings(plan=PlanSettings)
+def convert(
+    plan: PlanSettings,
+    output: Output,
+    teacher: Teacher = "builtin",
+    similarity: Annotated[
+        Path | None, typer.Option(help="similarity.json of `echoatt analyze`, for the plan 'similarity'.")
+    ] = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Make a student that inherits the teacher's weights, without training it."""
+    from .conversion import convert
+    from .outputs import check_output_folder, whole_folder, write_whole
+    from .pipeline import make_plan
+    from .similarity import AttentionSimilarity
+    from .teachers import load_model, load_tokenizer
+
+    check_output_folder(output, overwrite)
+    measured = AttentionSimilarity.from_json(similarity) if similarity is not None else None
+    model = load_model(teacher, dtype="auto")
+    tokenizer = load_tokenizer(teacher, model)
+    made = make_plan(plan, model.config, measured)
+    student, report = convert(model, made)
+    with whole_folder(output, overwrite) as folder:
+        student.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        write_whole(folder / "sharing_plan.json", made.to_json())
+        write_whole(folder / "conversion.json", json.dumps(report.to_dict(), indent=2) + "\n")
+    print(f"{report}\n\nwritten to {output}")
+
+
+@app.command()
+@with_settings(data=DataSettings, distillation=DistillationSettings)
+def distill(
+    data: DataSettings,
+    distillation: DistillationSettings,
+    student: Annotated[str, typer.Argument(help="Folder or repository of a converted student.")],
+    output: Output,
+    teacher: Annotated[str, typer.Option(help="The model the student was made from.")] = "builtin",
+    overwrite: Overwrite = False,
+    resume: Resume = False,
+) -> None:
+    """Distil a student from its teacher in two stages."""
+    from .pipeline import distill_student, format_table
+
+    report = distill_student(student, teacher, data, distillation, output, overwrite=overwrite, resume=resume)
+    print(f"\n{format_table(report['results'])}\n\nwritten to {output}")
+
+
+@app.command()
+@with_settings(data=DataSettings)
+def evaluate(
+    data: DataSettings,
+    model: Annotated[str, typer.Argument(help="Folder or repository of a student or any causal language model.")],
+    teacher: Annotated[str | None, typer.Option(help="Model to compare with: agreement and KL.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Rows in a forward pass.")] = 8,
+    output: Annotated[Path | None, typer.Option(help="JSON file to write the results to.")] = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Evaluate a model on held-out text: perplexity, bits per byte, and agreement with its teacher."""
+    from .evaluation import evaluate_model
+    from .outputs import write_whole
+    from .pipeline import load_rows
+    from .teachers import load_model, load_tokenizer
+
+    if output is not None and output.exists() and not overwrite:
+        raise FileExistsError(f"{str(output)!r} exists: choose another file, or replace it with --overwrite.")
+    loaded = load_model(model)
+    tokenizer = load_tokenizer(model, loaded)
+    _, rows = load_rows(data, tokenizer, loaded)
+    compared = load_model(teacher) if teacher is not None else None
+    results = evaluate_model(
+        loaded, rows, teacher=compared, tokenizer=tokenizer, batch_size=batch_size, description="evaluate"
+    )
+    for name, value in results.items():
+        print(f"{name:14} {value:,}" if isinstance(value, int) else f"{name:14} {value:.5f}")
+    if output is not None:
+        write_whole(output, json.dumps({"model": model, "teacher": teacher, **results}, indent=2) + "\n")
+        print(f"written to {output}")
+
+
+@app.command()
+def env() -> None:
+    """Print versions and hardware, to paste into an issue."""
+    from importlib.metadata import version
+
+    from .pipeline import describe_environment
+
+    described = describe_environment()
+    described |= {name: version(name) for name in ("accelerate", "datasets", "evaluate", "huggingface-hub", "peft")}
+    for name, value in described.items():
+        print(f"- {name}: {value or 'unknown'}")
+
+
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """End with one line and exit code 2 for what the user can put right, 1 for a bug; with `--debug` a traceback."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        print("\nechoatt: stopped; the same command with --resume goes on", file=sys.stderr)
+        raise typer.Exit(130) from None
+    except Exception as error:
+        if "--debug" in sys.argv:
+            raise
+        message, is_misuse = " ".join(str(error).split()), isinstance(error, (ValueError, OSError))
+        if not is_misuse:
+            message = f"{type(error).__name__}: {message} (this is a bug: run again with --debug, and report it)"
+        print(f"echoatt: error: {message}", file=sys.stderr)
+        raise typer.Exit(2 if is_misuse else 1) from None
+
+
+def main() -> None:
+    """Run the command line."""
+    _quiet_libraries()
+    app(args=[argument for argument in sys.argv[1:] if argument != "--debug"], prog_name="echoatt")
+
+
+def _quiet_libraries() -> None:
+    """Progress bars of loading and saving single files, and informational logs, say nothing a user of this acts on."""
+    from datasets.utils.logging import disable_progress_bar
+    from transformers.utils import logging
+
+    disable_progress_bar()
+    logging.disable_progress_bar()
+    logging.set_verbosity_warning()
+
+
+if __name__ == "__main__":
+    main()

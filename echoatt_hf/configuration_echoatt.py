@@ -1,0 +1,191 @@
+"""Configuration of an EchoAtt model: the base family's own configuration and the sharing plan."""
+
+import difflib
+from typing import Any
+
+from huggingface_hub.dataclasses import strict
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PreTrainedConfig
+
+
+ECHOATT_VERSION = "0.1.0.dev0"
+
+
+def check_echo_sources(echo_sources: list[int], num_layers: int, layer_types: list[str] | None = None) -> None:
+    """
+    Check that `echo_sources` is a sharing plan for a model of `num_layers` layers.
+
+    Args:
+        echo_sources (`list[int]`):
+            For each layer the 0-based index of the layer whose attention weights it uses, its own index for source
+            and plain layers.
+        num_layers (`int`):
+            Layers of the model.
+        layer_types (`list[str]`, *optional*):
+            Attention type of each layer, for families that mix them.
+
+    Raises:
+        `ValueError`: wrong length, a source that follows its echo or is itself an echo, or mixed layer types.
+    """
+    if len(echo_sources) != num_layers:
+        raise ValueError(
+            f"echo_sources has {len(echo_sources)} entries for {num_layers} layers: give one source index per layer, "
+            "a layer's own index where it computes its own attention."
+        )
+    for layer, source in enumerate(echo_sources):
+        if isinstance(source, bool) or not isinstance(source, int):
+            raise ValueError(f"echo_sources[{layer}] is {source!r}; it must be a layer index (an integer).")
+        if not 0 <= source <= layer:
+            raise ValueError(
+                f"echo_sources[{layer}] is {source}; a layer can echo itself or an earlier layer, 0 to {layer}."
+            )
+        if echo_sources[source] != source:
+            raise ValueError(
+                f"echo_sources[{layer}] is {source}, but layer {source} is itself an echo of layer "
+                f"{echo_sources[source]}: a source must compute its own attention. Use {echo_sources[source]} instead."
+            )
+        if layer_types is not None and layer_types[layer] != layer_types[source]:
+            raise ValueError(
+                f"echo_sources[{layer}] is {source}, but layer {layer} is of type {layer_types[layer]!r} and layer "
+                f"{source} of type {layer_types[source]!r}: an echo must have the type of its source."
+            )
+
+
+@strict
+class EchoAttConfig(PreTrainedConfig):
+    r"""
+    Configuration of a model whose echo layers reuse the attention weights of an earlier layer.
+
+    Attributes that this class does not have are read from and written to `text_config`, so `config.hidden_size` and
+    `config.pad_token_id = 0` do what they do for the base family.
+
+    Args:
+        text_config (`PreTrainedConfig` or `dict`):
+            Configuration of the base family, for instance a `LlamaConfig`. A `dict` needs its `model_type`.
+        echo_sources (`list[int]`, *optional*):
+            The sharing plan: for each layer the 0-based index of the layer whose attention weights it uses, its own
+            index for source and plain layers. `[0, 1, 1, 1, 4]`: layers 2 and 3 echo layer 1. Without it no layer
+            echoes.
+        echoatt_version (`str`, *optional*):
+            Version of `echoatt_hf` that wrote the configuration.
+
+    Raises:
+        `ValueError`: the plan does not fit the layers, the base family is not a decoder language model, or a field is
+            unknown.
+
+    Example:
+
+    ```python
+    >>> from transformers import LlamaConfig
+    >>> from echoatt_hf import EchoAttConfig, EchoAttForCausalLM
+
+    >>> config = EchoAttConfig(text_config=LlamaConfig(num_hidden_layers=5), echo_sources=[0, 1, 1, 1, 4])
+    >>> model = EchoAttForCausalLM(config)
+    ```
+    """
+
+    model_type = "echoatt"
+    sub_configs = {"text_config": AutoConfig}
+    keys_to_ignore_at_inference = ["past_key_values"]
+    has_no_defaults_at_init = True
+
+    text_config: Any = None
+    echo_sources: list[int] | None = None
+    echoatt_version: str | None = None
+
+    def __post_init__(self, **kwargs):
+        text_config = _resolve_text_config(self.text_config)
+        own_version = self.echoatt_version or ECHOATT_VERSION
+        self._check_unknown_fields(kwargs, text_config, own_version)
+        # The base class looks for fields of other families on `self`; it must not find those of `text_config`.
+        self.text_config = None
+        super().__post_init__(**kwargs)
+        self.text_config = text_config
+        self.echoatt_version = own_version
+        if self._attn_implementation is not None:
+            text_config._attn_implementation = self._attn_implementation
+        if self.echo_sources is None:
+            self.echo_sources = list(range(text_config.num_hidden_layers))
+        self.validate_echo_sources()
+
+    def validate_echo_sources(self) -> None:
+        """Check the sharing plan against the layers of `text_config`. Runs at construction and before saving."""
+        check_echo_sources(
+            self.echo_sources, self.text_config.num_hidden_layers, getattr(self.text_config, "layer_types", None)
+        )
+
+    @property
+    def echo_layers(self) -> list[int]:
+        """`list[int]`: indices of the layers that reuse the attention weights of another layer."""
+        return [layer for layer, source in enumerate(self.echo_sources) if layer != source]
+
+    @property
+    def source_layers(self) -> list[int]:
+        """`list[int]`: indices of the layers whose attention weights other layers reuse."""
+        return sorted({source for layer, source in enumerate(self.echo_sources) if layer != source})
+
+    @classmethod
+    def _check_unknown_fields(cls, kwargs: dict, text_config: PreTrainedConfig, version: str) -> None:
+        own_fields = ("text_config", "echo_sources", "echoatt_version")
+        for name in kwargs:
+            near = difflib.get_close_matches(name, own_fields, n=1, cutoff=0.75)
+            if near or name.startswith("echo"):
+                hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(own_fields)}."
+                newer = (
+                    f" The configuration was written by echoatt_hf {version}, this is {ECHOATT_VERSION}: upgrade it."
+                    if version != ECHOATT_VERSION
+                    else ""
+                )
+                raise ValueError(f"EchoAttConfig has no field {name!r}: {hint}{newer}")
+            if name in text_config.to_dict() and not hasattr(PreTrainedConfig, name) and name not in _COMMON_FIELDS:
+                raise ValueError(
+                    f"EchoAttConfig has no field {name!r}: it belongs to the base family, set it in text_config."
+                )
+
+    def __getattr__(self, name: str):
+        # Only reached for what this class and its base do not have. `__dict__` holds no text_config while unpickling.
+        text_config = self.__dict__.get("text_config")
+        if name.startswith("__") or not isinstance(text_config, PreTrainedConfig):
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        return getattr(text_config, name)
+
+    def __setattr__(self, name: str, value) -> None:
+        text_config = self.__dict__.get("text_config")
+        is_own = name.startswith("_") or name in self.__dict__ or hasattr(type(self), name)
+        if not is_own and isinstance(text_config, PreTrainedConfig) and hasattr(text_config, name):
+            setattr(text_config, name, value)
+        else:
+            super().__setattr__(name, value)
+
+
+# Written by `save_pretrained` at the top level of every configuration, and also found in that of a family.
+_COMMON_FIELDS = {"model_type", "transformers_version", "_name_or_path", "name_or_path", "num_labels", "torch_dtype"}
+
+
+def _resolve_text_config(text_config: Any) -> PreTrainedConfig:
+    if isinstance(text_config, dict):
+        if "model_type" not in text_config:
+            raise ValueError("text_config has no 'model_type': name the base family, for instance 'llama'.")
+        text_config = AutoConfig.for_model(**text_config)
+    if not isinstance(text_config, PreTrainedConfig):
+        raise ValueError(
+            f"text_config is {text_config!r}; give the configuration of the base model, a PreTrainedConfig such as "
+            "LlamaConfig or a dict with its 'model_type'."
+        )
+    if isinstance(text_config, EchoAttConfig) or text_config.model_type == EchoAttConfig.model_type:
+        raise ValueError("text_config is an EchoAttConfig; give the configuration of the base model it was made from.")
+    if text_config.is_encoder_decoder:
+        raise ValueError(
+            f"text_config is of type {text_config.model_type!r}, an encoder-decoder; EchoAtt needs a decoder language "
+            "model, such as llama, qwen3 or mistral."
+        )
+    if type(text_config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ValueError(
+            f"text_config is of type {text_config.model_type!r}, for which transformers has no causal language model; "
+            "EchoAtt needs a decoder language model, such as llama, qwen3 or mistral."
+        )
+    return text_config
+
+
+EchoAttConfig.register_for_auto_class()
+
+__all__ = ["EchoAttConfig", "check_echo_sources"]

@@ -1,0 +1,109 @@
+"""Teacher and plan to student: what is inherited, what is dropped, and what that saves."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+from transformers import PreTrainedModel
+
+from .modeling_echoatt import QUERY_KEY_MODULES, VALUE_MODULE, EchoAttForCausalLM, find_attention_modules
+from .sharing import SharingPlan
+
+
+__all__ = ["ConversionReport", "convert", "count_kv_bytes_per_token"]
+
+
+@dataclass(frozen=True)
+class ConversionReport:
+    """
+    What a conversion did.
+
+    Args:
+        echo_sources (`list[int]`): the sharing plan.
+        copied (`list[str]`): parameters the student inherits, by the teacher's names.
+        dropped (`list[str]`): parameters of the teacher that the student does without.
+        teacher_parameters, student_parameters (`int`): number of parameters, tied ones counted once.
+        teacher_kv_bytes_per_token, student_kv_bytes_per_token (`int`): bytes of KV cache for each token.
+    """
+
+    echo_sources: list[int]
+    copied: list[str]
+    dropped: list[str]
+    teacher_parameters: int
+    student_parameters: int
+    teacher_kv_bytes_per_token: int
+    student_kv_bytes_per_token: int
+
+    def to_dict(self) -> dict:
+        """The report as JSON can hold it."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        dropped = sorted({name.rsplit(".", 1)[0] for name in self.dropped})
+        return "\n".join(
+            [
+                f"plan         {SharingPlan(self.echo_sources)}",
+                f"copied       {len(self.copied)} tensors",
+                f"dropped      {len(self.dropped)} tensors: {', '.join(dropped) or 'none'}",
+                f"parameters   {_change(self.teacher_parameters, self.student_parameters)}",
+                f"KV bytes     {_change(self.teacher_kv_bytes_per_token, self.student_kv_bytes_per_token)} per token",
+            ]
+        )
+
+
+def convert(teacher: PreTrainedModel | str, plan: Sequence[int]) -> tuple[EchoAttForCausalLM, ConversionReport]:
+    """
+    Convert a teacher into a student, and report what was done.
+
+    Args:
+        teacher (`PreTrainedModel` or `str`):
+            A causal language model of a supported family, or the name or path of one. It is left untouched.
+        plan (`SharingPlan` or sequence of `int`):
+            For each layer the index of the layer whose attention weights it uses.
+
+    Returns:
+        `tuple`: [`EchoAttForCausalLM`] and [`ConversionReport`].
+
+    Raises:
+        `ValueError`: the teacher is not a plain decoder language model, or the plan does not fit it.
+    """
+    if not isinstance(teacher, PreTrainedModel):
+        from .teachers import load_model
+
+        teacher = load_model(teacher)
+    student = EchoAttForCausalLM.from_teacher(teacher, plan)
+    inherited = dict(student.language_model.named_parameters())
+    names = [name for name, _ in teacher.named_parameters()]
+    report = ConversionReport(
+        echo_sources=list(plan),
+        copied=[name for name in names if name in inherited],
+        dropped=[name for name in names if name not in inherited],
+        teacher_parameters=teacher.num_parameters(),
+        student_parameters=student.num_parameters(),
+        teacher_kv_bytes_per_token=count_kv_bytes_per_token(teacher),
+        student_kv_bytes_per_token=count_kv_bytes_per_token(student),
+    )
+    return student, report
+
+
+def count_kv_bytes_per_token(model: PreTrainedModel) -> int:
+    """
+    Bytes of KV cache a model needs for each token: keys and values of every layer, values alone of echo layers.
+
+    Args:
+        model (`PreTrainedModel`):
+            Teacher or student; its dtype is taken for the cache's.
+
+    Returns:
+        `int`: bytes per token and sequence. For layers with a sliding window it holds up to the window.
+    """
+    num_layers = model.config.get_text_config().num_hidden_layers
+    features = 0
+    for attention in find_attention_modules(model, num_layers):
+        values = getattr(attention, VALUE_MODULE).weight.shape[0]
+        has_keys = hasattr(attention, QUERY_KEY_MODULES[1])
+        features += values * (2 if has_keys else 1)
+    return features * model.dtype.itemsize
+
+
+def _change(before: int, after: int) -> str:
+    return f"{before:,} → {after:,} ({(after - before) / before:+.1%})"

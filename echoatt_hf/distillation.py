@@ -1,0 +1,266 @@
+"""Two-stage distillation of a student from its teacher, as a `Trainer`."""
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import PreTrainedModel, Trainer, TrainingArguments, get_scheduler
+
+from .losses import cross_entropy, hidden_state_distance, kl_divergence, target_mask
+
+
+__all__ = ["EchoAttTrainer", "EchoAttTrainingArguments"]
+
+
+@dataclass
+class EchoAttTrainingArguments(TrainingArguments):
+    """
+    Arguments of a two-stage distillation. All of [`~transformers.TrainingArguments`] apply; these are added or have
+    another default.
+
+    > Parameters that control the stages
+
+    Args:
+        stage1_steps (`int`, *optional*, defaults to 1000):
+            Optimizer steps of stage 1, in which the student learns from the teacher.
+        stage2_steps (`int`, *optional*, defaults to 0):
+            Optimizer steps of stage 2, in which the student learns from the text alone. `max_steps` is the sum.
+        learning_rate (`float`, *optional*, defaults to 5e-5):
+            Peak learning rate of stage 1.
+        stage2_learning_rate (`float`, *optional*):
+            Peak learning rate of stage 2; a tenth of `learning_rate` if not given. `lr_scheduler_type` and
+            `warmup_steps` apply to each stage for itself.
+
+    > Parameters that control the loss of stage 1
+
+    Args:
+        kl_weight (`float`, *optional*, defaults to 1.0):
+            Weight of KL(teacher || student).
+        kl_temperature (`float`, *optional*, defaults to 1.0):
+            Temperature of both distributions in the KL, and of nothing else.
+        ce_weight (`float`, *optional*, defaults to 0.0):
+            Weight of the cross-entropy of the text. Raise it where the text is better than the teacher.
+        hidden_weight (`float`, *optional*, defaults to 0.0):
+            Weight of the relative squared distance between the hidden states of matching layers.
+
+    Raises:
+        `ValueError`: a number is out of range, or `max_steps` or `num_train_epochs` contradict the stages.
+
+    Source: arXiv 2409.14595, section 3 (distillation, then fine-tuning).
+    """
+
+    stage1_steps: int = field(default=1000, metadata={"help": "Optimizer steps of stage 1 (from the teacher)."})
+    stage2_steps: int = field(default=0, metadata={"help": "Optimizer steps of stage 2 (from the text alone)."})
+    stage2_learning_rate: float | None = field(
+        default=None, metadata={"help": "Peak learning rate of stage 2; a tenth of learning_rate if not given."}
+    )
+    kl_weight: float = field(default=1.0, metadata={"help": "Weight of KL(teacher || student) in stage 1."})
+    kl_temperature: float = field(default=1.0, metadata={"help": "Temperature of the KL in stage 1."})
+    ce_weight: float = field(default=0.0, metadata={"help": "Weight of the cross-entropy in stage 1."})
+    hidden_weight: float = field(default=0.0, metadata={"help": "Weight of the hidden-state distance in stage 1."})
+
+    def __post_init__(self):
+        for name in ("stage1_steps", "stage2_steps", "kl_weight", "ce_weight", "hidden_weight"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value >= 0):
+                raise ValueError(f"{name} is {value}; it must be 0 or more.")
+        if not (math.isfinite(self.kl_temperature) and self.kl_temperature > 0):
+            raise ValueError(f"kl_temperature is {self.kl_temperature}; it must be above 0.")
+        if self.stage1_steps > 0 and self.kl_weight == self.ce_weight == self.hidden_weight == 0:
+            raise ValueError("kl_weight, ce_weight and hidden_weight are all 0: stage 1 would learn nothing.")
+        steps = self.stage1_steps + self.stage2_steps
+        if steps == 0:
+            raise ValueError("stage1_steps and stage2_steps are both 0: give at least one stage some steps.")
+        if self.max_steps not in (-1, steps):
+            raise ValueError(
+                f"max_steps is {self.max_steps}, but the stages have {self.stage1_steps} + {self.stage2_steps} steps: "
+                "leave max_steps out, the stages define it."
+            )
+        self.max_steps = steps
+        if self.stage2_learning_rate is None:
+            self.stage2_learning_rate = self.learning_rate / 10
+        super().__post_init__()
+
+
+class EchoAttTrainer(Trainer):
+    """
+    A [`~transformers.Trainer`] that distils a student from its teacher in two stages, in one `train()`.
+
+    Stage 1 minimises `kl_weight` · KL(teacher || student) + `ce_weight` · cross-entropy + `hidden_weight` · distance
+    of hidden states; stage 2 minimises the cross-entropy of the text alone. Each part is logged. Losses are divided by
+    the number of target tokens of the whole batch, over all accumulation steps and processes. `eval_loss` is the
+    cross-entropy in both stages. The teacher is kept frozen, in evaluation mode, and out of every checkpoint.
+
+    Args:
+        model (`PreTrainedModel`):
+            The student, such as an [`EchoAttForCausalLM`].
+        args ([`EchoAttTrainingArguments`], *optional*):
+            Arguments of the run; the defaults if not given.
+        teacher (`PreTrainedModel`, *optional*):
+            The model the student was made from. Only needed for stage 1.
+        kwargs:
+            Everything else [`~transformers.Trainer`] takes.
+
+    Raises:
+        `TypeError`: `args` are not `EchoAttTrainingArguments`.
+        `ValueError`: stage 1 has steps but there is no teacher, or teacher and student do not fit together.
+
+    Example:
+
+    ```python
+    >>> trainer = EchoAttTrainer(model=student, teacher=teacher, args=args, train_dataset=rows)
+    >>> trainer.train()
+    ```
+    """
+
+    # The loss is divided by the tokens of the whole batch, see `compute_loss`.
+    loss_is_scaled_for_ga = True
+
+    def __init__(
+        self,
+        model: PreTrainedModel | nn.Module | None = None,
+        args: EchoAttTrainingArguments | None = None,
+        *,
+        teacher: PreTrainedModel | None = None,
+        **kwargs,
+    ):
+        if args is None:
+            args = EchoAttTrainingArguments()
+        if not isinstance(args, EchoAttTrainingArguments):
+            raise TypeError(f"args is {type(args).__name__}; give EchoAttTrainingArguments.")
+        if args.stage1_steps > 0:
+            _check_teacher(model, teacher, args)
+        super().__init__(model=model, args=args, **kwargs)
+        # `train` counts the target tokens of a batch only for models whose loss they divide.
+        self.model_accepts_loss_kwargs = True
+        self.teacher = None
+        if args.stage1_steps > 0:
+            self.teacher = self.accelerator.prepare_model(teacher.requires_grad_(False).eval(), evaluation_mode=True)
+        # Sum of each loss part since the last log, and the steps it was part of.
+        self._parts: dict[str, tuple[torch.Tensor, set[int]]] = {}
+
+    @property
+    def stage(self) -> int:
+        """`int`: the stage of the step that comes next, 1 or 2."""
+        return 1 if self.state.global_step < self.args.stage1_steps else 2
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """
+        Loss of the current stage, in nats per target token of the whole batch; the cross-entropy while evaluating.
+        """
+        inputs = dict(inputs)
+        labels = inputs.pop("labels", None)
+        if labels is None:
+            raise ValueError(
+                "The batch has no labels: use `collate_rows`, or a collator that adds labels (-100 = not predicted)."
+            )
+        num_tokens = target_mask(labels).sum() if num_items_in_batch is None else num_items_in_batch
+        # A batch in which every label is masked has nothing to learn: a loss of 0, not 0 / 0.
+        num_tokens = torch.as_tensor(num_tokens, device=labels.device).clamp_min(1)
+        if model.training and self.stage == 1:
+            parts, outputs = self._stage1_parts(model, inputs, labels, num_tokens)
+        else:
+            outputs = model(**inputs)
+            parts = {"ce": cross_entropy(outputs.logits, labels.to(outputs.logits.device), num_tokens)}
+        weights = {"kl": self.args.kl_weight, "ce": self.args.ce_weight, "hidden": self.args.hidden_weight}
+        if self.stage == 2 or not model.training:
+            weights["ce"] = 1.0
+        loss = sum(weights[name] * part for name, part in parts.items())
+        if model.training:
+            self._add_parts(parts)
+        if num_items_in_batch is not None and self.args.average_tokens_across_devices:
+            # The tokens are those of all processes, over which gradients are averaged.
+            loss = loss * self.accelerator.num_processes
+        return (loss, outputs) if return_outputs else loss
+
+    def _stage1_parts(self, model, inputs: dict, labels: torch.Tensor, num_tokens: torch.Tensor):
+        args = self.args
+        with_hidden = args.hidden_weight > 0
+        outputs = model(**inputs, output_hidden_states=with_hidden)
+        labels = labels.to(outputs.logits.device)
+        parts = {}
+        if args.kl_weight > 0 or with_hidden:
+            with torch.no_grad():
+                teacher_outputs = self.teacher(**inputs, output_hidden_states=with_hidden)
+        if args.kl_weight > 0:
+            parts["kl"] = kl_divergence(
+                outputs.logits, teacher_outputs.logits, labels, num_tokens, temperature=args.kl_temperature
+            )
+        if args.ce_weight > 0:
+            parts["ce"] = cross_entropy(outputs.logits, labels, num_tokens)
+        if with_hidden:  # the first entry is the embeddings, which no layer has touched
+            states = outputs.hidden_states[1:], teacher_outputs.hidden_states[1:]
+            parts["hidden"] = hidden_state_distance(*states, labels, num_tokens)
+        return parts, outputs
+
+    def _add_parts(self, parts: dict[str, torch.Tensor]) -> None:
+        for name, part in parts.items():
+            total, steps = self._parts.get(name, (0.0, set()))
+            self._parts[name] = total + part.detach(), steps | {self.state.global_step}
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log, with the loss parts beside the loss: `kl_loss`, `ce_loss`, `hidden_loss`, and the stage."""
+        if "loss" in logs and self._parts:
+            for name, (total, steps) in self._parts.items():
+                logs[f"{name}_loss"] = self.accelerator.gather(total).sum().item() / len(steps)
+            logs["stage"] = 1 if self.state.global_step <= self.args.stage1_steps else 2
+            self._parts = {}
+        super().log(logs, start_time)
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None):
+        """One schedule for each stage, the second scaled to `stage2_learning_rate`."""
+        if self.lr_scheduler is None:
+            args, optimizer = self.args, self.optimizer if optimizer is None else optimizer
+            first, second = (self._stage_factor(optimizer, steps) for steps in (args.stage1_steps, args.stage2_steps))
+            scale = args.stage2_learning_rate / args.learning_rate if args.learning_rate else 0.0
+
+            def factor(step: int) -> float:
+                if step < args.stage1_steps:
+                    return first(step)
+                return scale * second(step - args.stage1_steps)
+
+            self.lr_scheduler = LambdaLR(optimizer, factor)
+            self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+    def _stage_factor(self, optimizer: torch.optim.Optimizer, steps: int):
+        """Factor of the learning rate by step, of the schedule the arguments name."""
+        scheduler = get_scheduler(
+            self.args.lr_scheduler_type,
+            optimizer=optimizer,
+            num_warmup_steps=self.args.get_warmup_steps(steps),
+            num_training_steps=max(steps, 1),
+            scheduler_specific_kwargs=dict(self.args.lr_scheduler_kwargs or {}),
+        )
+        if not isinstance(scheduler, LambdaLR):
+            raise ValueError(
+                f"lr_scheduler_type is {str(self.args.lr_scheduler_type)!r}, which is not a function of the step and "
+                "cannot be used for two stages: use linear, cosine, constant or another of that kind."
+            )
+        return scheduler.lr_lambdas[0]
+
+
+def _check_teacher(student: nn.Module | None, teacher: PreTrainedModel | None, args: EchoAttTrainingArguments) -> None:
+    if teacher is None:
+        raise ValueError("Stage 1 needs a teacher: give teacher=..., or set stage1_steps=0.")
+    if student is None:
+        return  # Trainer says what is missing
+    if teacher is student:
+        raise ValueError("teacher and model are the same object: the teacher must stay as it is.")
+    ours, theirs = student.config.get_text_config(), teacher.config.get_text_config()
+    if ours.vocab_size != theirs.vocab_size:
+        raise ValueError(
+            f"The student has {ours.vocab_size} tokens and the teacher {theirs.vocab_size}: distillation needs the "
+            "same vocabulary. Give the teacher the student was made from."
+        )
+    if args.hidden_weight > 0 and (ours.num_hidden_layers, ours.hidden_size) != (
+        theirs.num_hidden_layers,
+        theirs.hidden_size,
+    ):
+        raise ValueError(
+            f"The student has {ours.num_hidden_layers} layers of size {ours.hidden_size} and the teacher "
+            f"{theirs.num_hidden_layers} of size {theirs.hidden_size}: set hidden_weight=0, or give the teacher the "
+            "student was made from."
+        )

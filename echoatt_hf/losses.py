@@ -1,0 +1,104 @@
+"""
+Losses of distillation. Tensors in, scalar out: each is a sum over target tokens divided by a number of tokens given by
+the caller, so that the losses of micro-batches and processes add up to that of the whole batch.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+
+
+__all__ = ["cross_entropy", "hidden_state_distance", "kl_divergence", "target_mask"]
+
+IGNORED_LABEL = -100
+
+
+def target_mask(labels: torch.Tensor) -> torch.Tensor:
+    """
+    Positions that predict a target token.
+
+    Args:
+        labels (`torch.Tensor` of shape `(B, T)`): token ids, not shifted; -100 is not predicted.
+
+    Returns:
+        `torch.Tensor` of shape `(B, T)`, bool: True where the next label is a token. The last position never is.
+    """
+    return F.pad(labels[:, 1:] != IGNORED_LABEL, (0, 1), value=False)
+
+
+def cross_entropy(logits: torch.Tensor, labels: torch.Tensor, num_tokens: torch.Tensor | int) -> torch.Tensor:
+    """
+    Cross-entropy of the next token.
+
+    Args:
+        logits (`torch.Tensor` of shape `(B, T, V)`): of any float dtype, computed in float32.
+        labels (`torch.Tensor` of shape `(B, T)`): token ids, not shifted; -100 is not predicted.
+        num_tokens (`torch.Tensor` or `int`): target tokens to divide the sum by.
+
+    Returns:
+        `torch.Tensor`: scalar, in nats per token.
+    """
+    # Positions are masked, not selected: the backward pass of a selection is many times slower on a CPU.
+    targets = F.pad(labels[:, 1:], (0, 1), value=IGNORED_LABEL)
+    loss = F.cross_entropy(
+        logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORED_LABEL, reduction="sum"
+    )
+    return loss / num_tokens
+
+
+def kl_divergence(
+    student_logits: torch.Tensor,
+    teacher_logits: torch.Tensor,
+    labels: torch.Tensor,
+    num_tokens: torch.Tensor | int,
+    temperature: float = 1.0,
+) -> torch.Tensor:
+    """
+    KL(teacher || student) of the next-token distributions at a temperature, times the temperature squared.
+
+    Args:
+        student_logits (`torch.Tensor` of shape `(B, T, V)`): of any float dtype, computed in float32.
+        teacher_logits (`torch.Tensor` of shape `(B, T, V)`): likewise.
+        labels (`torch.Tensor` of shape `(B, T)`): token ids, not shifted; only positions with a target count.
+        num_tokens (`torch.Tensor` or `int`): target tokens to divide the sum by.
+        temperature (`float`, *optional*, defaults to 1.0): divides both logits.
+
+    Returns:
+        `torch.Tensor`: scalar, in nats per token.
+
+    Source: Hinton et al., arXiv 1503.02531, section 2 (temperature, and its square to keep the gradients' size).
+    """
+    student = F.log_softmax(student_logits.float() / temperature, dim=-1)
+    teacher = F.log_softmax(teacher_logits.float() / temperature, dim=-1)
+    divergence = F.kl_div(student, teacher, log_target=True, reduction="none").sum(-1)
+    return (divergence * target_mask(labels)).sum() * temperature**2 / num_tokens
+
+
+def hidden_state_distance(
+    student_states: Sequence[torch.Tensor],
+    teacher_states: Sequence[torch.Tensor],
+    labels: torch.Tensor,
+    num_tokens: torch.Tensor | int,
+) -> torch.Tensor:
+    """
+    Squared distance of hidden states relative to the teacher's squared length, the mean over layers.
+
+    Relative, so that layers whose states are long do not outweigh the others.
+
+    Args:
+        student_states (sequence of `torch.Tensor` of shape `(B, T, D)`): one per layer.
+        teacher_states (sequence of `torch.Tensor` of shape `(B, T, D)`): of the same layers.
+        labels (`torch.Tensor` of shape `(B, T)`): token ids, not shifted; only positions with a target count.
+        num_tokens (`torch.Tensor` or `int`): target tokens to divide the sum by.
+
+    Returns:
+        `torch.Tensor`: scalar, without unit, per token.
+    """
+    mask = target_mask(labels)
+    total = student_states[0].new_zeros((), dtype=torch.float32)
+    for student, teacher in zip(student_states, teacher_states, strict=True):
+        expected = teacher.float()
+        squared_length = expected.square().sum(-1).clamp_min(torch.finfo(torch.float32).tiny)
+        total = total + ((student.float() - expected).square().sum(-1) / squared_length * mask).sum()
+    return total / len(student_states) / num_tokens

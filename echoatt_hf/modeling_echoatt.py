@@ -1,0 +1,584 @@
+"""
+EchoAtt models: layers of a decoder language model share their attention weights, by record and replay.
+
+Every modern family of transformers calls its attention through the attention interface, as `(module, query, key,
+value, mask, **kwargs)`. A source layer runs the family's own attention; the call it makes is recorded after rotary
+embedding, norms and cache update. An echo layer has no query and key projection: it projects its own values and
+replays the recorded call with them, in whatever implementation the user chose. That is the same as reusing the source's
+attention weights A = softmax(Q Kᵀ / sqrt(d) + mask), O = A · V_own · W_o, but never keeps a T x T matrix.
+
+Source: EchoAtt, arXiv 2409.14595, section 3 (shared attention layers inherit all but the query and key projections).
+"""
+
+import copy
+import functools
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers import (
+    AttentionInterface,
+    AutoModel,
+    AutoModelForCausalLM,
+    Cache,
+    GenerationMixin,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.modeling_layers import GenericForSequenceClassification
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from .configuration_echoatt import EchoAttConfig
+
+
+RECORD_ATTENTION = "echoatt_record"
+
+# What an echo layer does without, under the names the families use.
+QUERY_KEY_MODULES = ("q_proj", "k_proj", "q_norm", "k_norm", "q_layernorm", "k_layernorm")
+VALUE_MODULE = "v_proj"
+OUTPUT_MODULES = ("o_proj", "dense")
+
+
+@dataclass
+class AttentionRecord:
+    """
+    The attention call of a source layer, without its values.
+
+    Args:
+        query (`torch.Tensor` of shape `(B, H, T, D)`):
+            Queries, after rotary embedding.
+        key (`torch.Tensor` of shape `(B, H_kv, S, D)`):
+            Keys, after rotary embedding and cache update.
+        attention_mask (`torch.Tensor` or `None`):
+            Mask as the attention implementation takes it.
+        kwargs (`dict`):
+            Further keyword arguments of the call: scaling, dropout, window, soft cap.
+    """
+
+    query: torch.Tensor
+    key: torch.Tensor
+    attention_mask: Any
+    kwargs: dict[str, Any]
+
+    def to(self, device: torch.device) -> "AttentionRecord":
+        if self.query.device == device:
+            return self
+        mask = self.attention_mask
+        return AttentionRecord(
+            self.query.to(device),
+            self.key.to(device),
+            mask.to(device) if hasattr(mask, "to") else mask,
+            self.kwargs,
+        )
+
+
+class EchoRecords:
+    """
+    The recorded attention calls of one forward pass, by the index of their source layer.
+
+    Made new for each forward pass and handed down to the layers as a keyword argument, so that no state stays on
+    modules. Deliberately not a `dict`: FSDP2 rebuilds dicts it finds among the arguments, and the layers must all see
+    the same object. For the same reason `to` returns the object itself; a record moves when an echo on another device
+    reads it.
+    """
+
+    def __init__(self):
+        self._records: dict[int, AttentionRecord] = {}
+        self._grad_enabled = torch.is_grad_enabled()
+
+    def record(self, layer: int, record: AttentionRecord) -> None:
+        if self._grad_enabled and not torch.is_grad_enabled():
+            raise ValueError(_REENTRANT_ERROR)
+        self._records[layer] = record
+
+    def get(self, layer: int, device: torch.device) -> AttentionRecord:
+        return self._records[layer].to(device)
+
+    def to(self, *args, **kwargs) -> "EchoRecords":
+        return self
+
+
+_REENTRANT_ERROR = (
+    "EchoAtt models do not support reentrant gradient checkpointing (use_reentrant=True): it gives source layers wrong "
+    'gradients. Use gradient_checkpointing_kwargs={"use_reentrant": False}.'
+)
+
+
+class SourceConfig:
+    """
+    View of the family's configuration that a source layer sees: all of it, but attention goes through the recorder.
+    """
+
+    def __init__(self, config: PreTrainedConfig):
+        self.config = config
+        self._attn_implementation = RECORD_ATTENTION
+
+    def __getattr__(self, name: str):
+        if name == "config" or name.startswith("__"):
+            raise AttributeError(name)
+        return getattr(self.config, name)
+
+
+def _attend(
+    module: nn.Module,
+    implementation: str,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: Any,
+    **kwargs,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    attention = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, module.eager_attention)
+    return attention(module, query, key, value, attention_mask, **kwargs)
+
+
+def record_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: Any,
+    echo_records: EchoRecords,
+    **kwargs,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """
+    Attention function of source layers: record the call, then run the implementation the user chose.
+
+    Args:
+        module (`nn.Module`):
+            Attention module of the family.
+        query (`torch.Tensor` of shape `(B, H, T, D)`), key and value (`torch.Tensor` of shape `(B, H_kv, S, D)`):
+            As the family hands them to the attention interface.
+        attention_mask (`torch.Tensor` or `None`):
+            As the implementation takes it.
+        echo_records (`EchoRecords`):
+            Where the call is recorded.
+
+    Returns:
+        `tuple`: output `(B, T, H, D)` and, in eager mode, the attention weights `(B, H, T, S)`.
+    """
+    echo_records.record(module.layer_idx, AttentionRecord(query, key, attention_mask, kwargs))
+    implementation = module.config.config._attn_implementation
+    return _attend(module, implementation, query, key, value, attention_mask, **kwargs)
+
+
+AttentionInterface.register(RECORD_ATTENTION, record_attention)
+
+
+class EchoAttention:
+    """
+    Forward pass of an echo layer's attention, mixed into the family's own attention class.
+
+    The module keeps the family's value and output projections and everything else but what makes queries and keys.
+    """
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        *args,
+        echo_records: EchoRecords,
+        past_key_values: Cache | None = None,
+        **kwargs,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        record = echo_records.get(self.echo_source, hidden_states.device)
+        input_shape = hidden_states.shape[:-1]
+        value = getattr(self, VALUE_MODULE)(hidden_states).view(*input_shape, -1, self.head_dim).transpose(1, 2)
+        if past_key_values is not None:
+            # Values go where caches expect keys, of which an echo has none: lengths, cropping and beam reordering are
+            # all taken from that slot.
+            value, _ = past_key_values.update(value, value[..., :0], self.layer_idx)
+        output, weights = _attend(
+            self,
+            self.config._attn_implementation,
+            record.query,
+            record.key,
+            value,
+            record.attention_mask,
+            **record.kwargs,
+        )
+        output = output.reshape(*input_shape, -1).contiguous()
+        return getattr(self, self.echo_output)(output), weights
+
+
+@functools.cache
+def _echo_attention_class(attention_class: type[nn.Module]) -> type[nn.Module]:
+    """Subclass of the family's attention class, so that what transformers declares for it (outputs to record) holds."""
+    return type(f"Echo{attention_class.__name__}", (EchoAttention, attention_class), {"__module__": __name__})
+
+
+def find_attention_modules(model: nn.Module, num_layers: int) -> list[nn.Module]:
+    """
+    The attention modules of a decoder, by layer.
+
+    Args:
+        model (`nn.Module`):
+            Model of a family of transformers.
+        num_layers (`int`):
+            Layers the model has.
+
+    Returns:
+        `list[nn.Module]`: attention module of each layer.
+
+    Raises:
+        `ValueError`: the family does not have one attention module with separate projections per layer.
+    """
+    found = {}
+    for module in model.modules():
+        if hasattr(module, VALUE_MODULE) and hasattr(module, "layer_idx"):
+            found.setdefault(module.layer_idx, module)
+    family = getattr(model.config, "model_type", type(model).__name__)
+    if sorted(found) != list(range(num_layers)):
+        raise ValueError(
+            f"EchoAtt does not support the family {family!r} yet: {len(found)} of its {num_layers} layers have an "
+            "attention module with separate query, key and value projections."
+        )
+    for module in found.values():
+        unknown = [
+            name
+            for name, _ in module.named_children()
+            if name not in (*QUERY_KEY_MODULES, VALUE_MODULE, *OUTPUT_MODULES)
+        ]
+        if unknown or not any(hasattr(module, name) for name in OUTPUT_MODULES) or _eager_attention(module) is None:
+            raise ValueError(
+                f"EchoAtt does not support the family {family!r} yet: its attention {type(module).__name__} has "
+                f"the modules {', '.join(name for name, _ in module.named_children())}."
+            )
+    return [found[layer] for layer in range(num_layers)]
+
+
+def _eager_attention(module: nn.Module) -> Callable | None:
+    """The family's eager attention, which its attention module passes to the attention interface as the default."""
+    for cls in type(module).__mro__:
+        function = getattr(sys.modules.get(cls.__module__), "eager_attention_forward", None)
+        if function is not None and issubclass(cls, nn.Module):
+            return function
+    return None
+
+
+def _share_attention(model: PreTrainedModel, config: EchoAttConfig) -> None:
+    """Turn the attention modules of `model` into source and echo layers as `config.echo_sources` says, in place."""
+    if not config.echo_layers:
+        return
+    attentions = find_attention_modules(model, config.text_config.num_hidden_layers)
+    for layer in config.source_layers:
+        attentions[layer].eager_attention = _eager_attention(attentions[layer])
+        attentions[layer].config = SourceConfig(config.text_config)
+    for layer in config.echo_layers:
+        attention, source = attentions[layer], attentions[config.echo_sources[layer]]
+        _check_same_heads(attention, source)
+        attention.eager_attention = _eager_attention(attention)
+        attention.echo_source = source.layer_idx
+        attention.echo_output = next(name for name in OUTPUT_MODULES if hasattr(attention, name))
+        for name in QUERY_KEY_MODULES:
+            if hasattr(attention, name):
+                delattr(attention, name)
+        attention.__class__ = _echo_attention_class(type(attention))
+
+
+@contextmanager
+def recording_all_layers(attentions: list[nn.Module]) -> Iterator[None]:
+    """
+    Record the attention calls of all layers of a model, whether or not they share, while the context lasts.
+
+    The forward pass must be given `echo_records=EchoRecords()`.
+
+    Args:
+        attentions (`list[nn.Module]`):
+            Attention modules, as returned by [`find_attention_modules`].
+    """
+    configs = [attention.config for attention in attentions]
+    for attention in attentions:
+        if isinstance(attention, EchoAttention) or isinstance(attention.config, SourceConfig):
+            raise ValueError("The model already shares attention: analyze the model it was made from.")
+    for attention in attentions:
+        attention.eager_attention = _eager_attention(attention)
+        attention.config = SourceConfig(attention.config)
+    try:
+        yield
+    finally:
+        for attention, config in zip(attentions, configs, strict=True):
+            attention.config = config
+            del attention.eager_attention
+
+
+def compute_attention_weights(attention: nn.Module, records: EchoRecords) -> torch.Tensor:
+    """
+    Attention weights of a layer, from its recorded eager call.
+
+    Args:
+        attention (`nn.Module`):
+            Attention module of the layer.
+        records (`EchoRecords`):
+            Records of a forward pass in eager mode under [`recording_all_layers`].
+
+    Returns:
+        `torch.Tensor` of shape `(B, H, T, S)`.
+    """
+    record = records.get(attention.layer_idx, attention.v_proj.weight.device)
+    no_values = record.key[..., :1]
+    call = (record.query, record.key, no_values, record.attention_mask)
+    return _attend(attention, "eager", *call, **record.kwargs)[1]
+
+
+def _check_same_heads(echo: nn.Module, source: nn.Module) -> None:
+    shapes = [(module.head_dim, getattr(module, VALUE_MODULE).weight.shape[0]) for module in (echo, source)]
+    if shapes[0] != shapes[1]:
+        raise ValueError(
+            f"Layer {echo.layer_idx} cannot echo layer {source.layer_idx}: their heads differ (head size and value "
+            f"features {shapes[0]} and {shapes[1]}). Choose a source with the same heads."
+        )
+
+
+class EchoAttPreTrainedModel(PreTrainedModel):
+    """What the EchoAtt models have in common."""
+
+    config: EchoAttConfig
+    config_class = EchoAttConfig
+    base_model_prefix = "language_model"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+
+    def _new_records(self) -> dict[str, EchoRecords]:
+        return {"echo_records": EchoRecords()} if self.config.echo_layers else {}
+
+    def _share(self, model: PreTrainedModel) -> PreTrainedModel:
+        _share_attention(model, self.config)
+        # The family decides which implementation is its default.
+        self.config._attn_implementation = model.config._attn_implementation
+        return model
+
+    # transformers' one place through which every way to enable gradient checkpointing goes.
+    def _set_gradient_checkpointing(self, enable: bool = True, gradient_checkpointing_func=checkpoint, **kwargs):
+        options = getattr(gradient_checkpointing_func, "keywords", {})
+        if enable and options.get("use_reentrant", False):
+            raise ValueError(_REENTRANT_ERROR)
+        super()._set_gradient_checkpointing(
+            enable=enable, gradient_checkpointing_func=gradient_checkpointing_func, **kwargs
+        )
+
+    def save_pretrained(self, save_directory, **kwargs):
+        """
+        Save the model with the code that loads it where `echoatt_hf` is not installed. See
+        [`~PreTrainedModel.save_pretrained`].
+        """
+        if type(self)._auto_class is not None:
+            # Saving writes the auto class of the model at hand only; the checkpoint serves all of them.
+            self.config.auto_map = copy.deepcopy(_AUTO_MAP)
+        super().save_pretrained(save_directory, **kwargs)
+
+
+class EchoAttModel(EchoAttPreTrainedModel):
+    """
+    The base family's headless model with shared attention.
+
+    Args:
+        config (`EchoAttConfig`):
+            Configuration; the base family is that of its `text_config`.
+    """
+
+    def __init__(self, config: EchoAttConfig):
+        super().__init__(config)
+        self.model = self._share(AutoModel.from_config(config.text_config))
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs,
+    ) -> BaseModelOutputWithPast:
+        """As the forward pass of the base family: `input_ids` `(B, T)`, `attention_mask` `(B, S)` with 1 = keep."""
+        return self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **self._new_records(),
+            **kwargs,
+        )
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.model.set_input_embeddings(value)
+
+
+class EchoAttForCausalLM(EchoAttPreTrainedModel, GenerationMixin):
+    """
+    The base family's causal language model with shared attention.
+
+    Args:
+        config (`EchoAttConfig`):
+            Configuration; the base family is that of its `text_config`.
+
+    Example:
+
+    ```python
+    >>> import echoatt_hf
+    >>> from transformers import AutoModelForCausalLM
+
+    >>> student = AutoModelForCausalLM.from_pretrained("path/to/student")
+    ```
+    """
+
+    def __init__(self, config: EchoAttConfig):
+        super().__init__(config)
+        self.language_model = self._share(AutoModelForCausalLM.from_config(config.text_config))
+        self.post_init()
+
+    @classmethod
+    def from_teacher(cls, teacher: "PreTrainedModel | str", plan: Sequence[int]) -> "EchoAttForCausalLM":
+        """
+        Make a student that inherits every weight it has from a teacher. The teacher is left untouched.
+
+        [`convert`] does the same and reports what was copied and dropped.
+
+        Args:
+            teacher (`PreTrainedModel` or `str`):
+                A causal language model of a supported family, or the name or path of one.
+            plan (`SharingPlan` or `list[int]`):
+                For each layer the index of the layer whose attention weights it uses.
+
+        Returns:
+            `EchoAttForCausalLM`: the student, in evaluation mode, on the teacher's device and in its dtypes.
+
+        Raises:
+            `ValueError`: the teacher is not a plain decoder language model, or the plan does not fit it.
+        """
+        if not isinstance(teacher, PreTrainedModel):
+            teacher = AutoModelForCausalLM.from_pretrained(teacher)
+        _check_teacher(teacher)
+        text_config = copy.deepcopy(teacher.config)
+        text_config.architectures = None
+        config = EchoAttConfig(
+            text_config=text_config,
+            echo_sources=list(plan),
+            attn_implementation=teacher.config._attn_implementation,
+            dtype=teacher.dtype,
+        )
+        with torch.device("meta"):
+            student = cls._from_config(config)
+        inherited = student.language_model.state_dict()
+        state = {name: tensor.detach().clone() for name, tensor in teacher.state_dict().items() if name in inherited}
+        student.language_model.load_state_dict(state, strict=True, assign=True)
+        buffers = dict(teacher.named_buffers())
+        for name, buffer in student.language_model.named_buffers():
+            if buffer.is_meta:  # not part of the state, such as rotary frequencies
+                parent, _, leaf = name.rpartition(".")
+                setattr(student.language_model.get_submodule(parent), leaf, buffers[name].detach().clone())
+        student.tie_weights()
+        if teacher.generation_config is not None:
+            student.generation_config = copy.deepcopy(teacher.generation_config)
+        return student.requires_grad_(True).eval()
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs,
+    ) -> CausalLMOutputWithPast:
+        """
+        As the forward pass of the base family: `input_ids` and `labels` `(B, T)`, labels of -100 are not predicted,
+        `attention_mask` `(B, S)` with 1 = keep; logits `(B, T, V)`.
+        """
+        return self.language_model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            labels=labels,
+            use_cache=use_cache,
+            logits_to_keep=logits_to_keep,
+            **self._new_records(),
+            **kwargs,
+        )
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.language_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.language_model.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.language_model.get_output_embeddings()
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        self.language_model.set_output_embeddings(new_embeddings)
+
+
+class EchoAttForSequenceClassification(GenericForSequenceClassification, EchoAttPreTrainedModel):
+    """
+    An [`EchoAttModel`] with a classification head on the last token that is not padding.
+
+    Args:
+        config (`EchoAttConfig`):
+            Configuration; `num_labels` and `problem_type` are its own, the base family is that of its `text_config`.
+    """
+
+    base_model_prefix = "language_model"
+
+    def __init__(self, config: EchoAttConfig):
+        EchoAttPreTrainedModel.__init__(self, config)
+        self.num_labels = config.num_labels
+        self.language_model = EchoAttModel(config)
+        self.score = nn.Linear(config.text_config.hidden_size, config.num_labels, bias=False)
+        self.post_init()
+
+
+def _check_teacher(teacher: PreTrainedModel) -> None:
+    if isinstance(teacher, EchoAttPreTrainedModel):
+        raise ValueError("The teacher is already an EchoAtt student: convert the model it was made from.")
+    if not teacher.can_generate() or not hasattr(teacher, "lm_head") and teacher.get_output_embeddings() is None:
+        raise ValueError(
+            f"The teacher is a {type(teacher).__name__}, not a causal language model: load it with "
+            "AutoModelForCausalLM.from_pretrained."
+        )
+    if getattr(teacher, "is_quantized", False):
+        raise ValueError(
+            "The teacher is quantized: convert the unquantized model, and quantize the student afterwards."
+        )
+
+
+_AUTO_MAP = {"AutoConfig": "configuration_echoatt.EchoAttConfig"}
+for _auto_class, _model_class in (
+    ("AutoModel", EchoAttModel),
+    ("AutoModelForCausalLM", EchoAttForCausalLM),
+    ("AutoModelForSequenceClassification", EchoAttForSequenceClassification),
+):
+    _model_class.register_for_auto_class(_auto_class)
+    _AUTO_MAP[_auto_class] = f"modeling_echoatt.{_model_class.__name__}"
+
+__all__ = [
+    "EchoAttForCausalLM",
+    "EchoAttForSequenceClassification",
+    "EchoAttModel",
+    "EchoAttPreTrainedModel",
+    "EchoRecords",
+    "compute_attention_weights",
+    "find_attention_modules",
+    "recording_all_layers",
+]

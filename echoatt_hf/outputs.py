@@ -1,0 +1,87 @@
+"""Outputs that are written whole or not at all."""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+__all__ = ["check_output_folder", "replace_folder", "whole_folder", "write_whole"]
+
+
+def check_output_folder(output: Path, overwrite: bool) -> None:
+    """
+    Check that a folder can be written to.
+
+    Raises:
+        `FileExistsError`: it is not empty and `overwrite` is not given, or it is a file.
+    """
+    if output.exists() and not output.is_dir():
+        raise FileExistsError(f"The output {str(output)!r} is a file: choose a folder.")
+    if output.is_dir() and any(output.iterdir()) and not overwrite:
+        raise FileExistsError(
+            f"The output folder {str(output)!r} is not empty: choose another, or replace it with --overwrite."
+        )
+
+
+@contextmanager
+def whole_folder(output: Path, overwrite: bool = False) -> Iterator[Path]:
+    """
+    Write a folder whole or not at all.
+
+    Yields an empty folder beside `output` to write into. When the block ends well it takes the place of `output`; when
+    it fails it is removed, and what was in `output` before stays as it was.
+
+    Args:
+        output (`Path`): the folder to make.
+        overwrite (`bool`, *optional*, defaults to `False`): replace a folder that is not empty.
+
+    Raises:
+        `FileExistsError`: `output` is not empty and `overwrite` is not given.
+    """
+    check_output_folder(output, overwrite)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
+    try:
+        folder.chmod(0o777 & ~_umask())
+        yield folder
+        replace_folder(folder, output)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def replace_folder(folder: Path, output: Path) -> None:
+    """Put `folder` in the place of `output`. If that fails, what was in `output` is put back."""
+    if not output.exists():
+        os.replace(folder, output)
+        return
+    aside = Path(tempfile.mkdtemp(prefix=f".{output.name}.old.", dir=output.parent))
+    os.replace(output, aside / output.name)
+    try:
+        os.replace(folder, output)
+    except OSError:
+        os.replace(aside / output.name, output)
+        aside.rmdir()
+        raise
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file whole or not at all."""
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        os.chmod(name, 0o666 & ~_umask())
+        os.replace(name, path)
+    except BaseException:
+        os.unlink(name)
+        raise
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

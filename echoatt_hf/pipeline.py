@@ -1,0 +1,538 @@
+"""The pipeline: analyze, plan, convert, distill, evaluate, and write a student that is ready to publish."""
+
+import json
+import platform
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import transformers
+from datasets import Dataset, IterableDataset
+from transformers import (
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+)
+
+from .configuration_echoatt import ECHOATT_VERSION
+from .conversion import convert, count_kv_bytes_per_token
+from .data import collate_rows, load_documents, pack_rows, split_documents
+from .distillation import EchoAttTrainer, EchoAttTrainingArguments
+from .evaluation import evaluate_model
+from .hub import write_model_card
+from .modeling_echoatt import EchoAttForCausalLM
+from .outputs import check_output_folder, replace_folder, write_whole
+from .planning import plan_from_similarity
+from .settings import CompressionSettings, DataSettings, DistillationSettings, PlanSettings, StudentSettings
+from .sharing import SharingPlan
+from .similarity import AttentionSimilarity, measure_attention_similarity
+from .teachers import load_model, load_tokenizer
+
+
+__all__ = [
+    "DistillationInterrupted",
+    "analyze",
+    "compress",
+    "distill",
+    "distill_student",
+    "format_table",
+    "load_rows",
+    "make_plan",
+]
+
+
+class DistillationInterrupted(KeyboardInterrupt):
+    """The run was stopped by Ctrl-C; what it had done is saved, and it can be resumed."""
+
+
+def compress(
+    settings: CompressionSettings, output: str | Path, *, overwrite: bool = False, resume: bool = False
+) -> dict:
+    """
+    Make a student from a teacher: the whole pipeline.
+
+    Until it is done, everything is kept in the folder `<output>.partial`; then the student takes the place of
+    `output` at once. A run that was stopped goes on from there with `resume`.
+
+    Args:
+        settings ([`CompressionSettings`]):
+            What to make.
+        output (`str` or `Path`):
+            Folder for the student: model, tokenizer, model card, `report.json`, `sharing_plan.json`,
+            `similarity.json` and the heat map `similarity.png`.
+        overwrite (`bool`, *optional*, defaults to `False`):
+            Replace an output folder that is not empty, and an unfinished run.
+        resume (`bool`, *optional*, defaults to `False`):
+            Go on with an unfinished run.
+
+    Returns:
+        `dict`: the content of `report.json`.
+
+    Raises:
+        `FileExistsError`: the output folder is not empty, or holds an unfinished run, and neither `overwrite` nor
+            `resume` is given.
+        `ValueError`: a setting is out of range or does not fit the teacher.
+        `DistillationInterrupted`: Ctrl-C; the run can be resumed.
+    """
+    with _unfinished_run(Path(output), settings.to_json(), overwrite, resume) as work:
+        teacher = load_model(settings.teacher)
+        tokenizer = load_tokenizer(settings.teacher, teacher)
+        train_rows, held_out_rows = load_rows(settings.data, tokenizer, teacher)
+        similarity_file = work / "similarity.json"
+        if not similarity_file.exists():
+            write_whole(similarity_file, analyze(teacher, train_rows, settings.plan.calibration_rows).to_json())
+        similarity = AttentionSimilarity.from_json(similarity_file)
+        plan = make_plan(settings.plan, teacher.config, similarity)
+        student, conversion = convert(teacher, plan)
+        models = _Models(teacher, student, tokenizer)
+        report = _distill_and_write(
+            work, models, train_rows, held_out_rows, settings, {"conversion": conversion.to_dict()}
+        )
+        write_whole(work / "student" / "similarity.json", similarity.to_json())
+        similarity.plot(work / "student" / "similarity.png", plan)
+    return report
+
+
+def distill_student(
+    student: str,
+    teacher: str,
+    data: DataSettings,
+    distillation: DistillationSettings,
+    output: str | Path,
+    *,
+    overwrite: bool = False,
+    resume: bool = False,
+) -> dict:
+    """
+    Distil a student that is there, and write the result as [`compress`] does.
+
+    Args:
+        student (`str`):
+            Folder or repository of a converted student.
+        teacher (`str`):
+            The model it was made from.
+        data ([`DataSettings`]), distillation ([`DistillationSettings`]):
+            The text and the training.
+        output, overwrite, resume:
+            See [`compress`].
+
+    Returns:
+        `dict`: the content of `report.json`.
+
+    Raises:
+        `ValueError`: the student is not an EchoAtt model, or does not fit the teacher.
+    """
+    settings = StudentSettings(student=student, teacher=teacher, data=data, distillation=distillation)
+    with _unfinished_run(Path(output), settings.to_json(), overwrite, resume) as work:
+        model = load_model(student)
+        if not isinstance(model, EchoAttForCausalLM):
+            raise ValueError(
+                f"{student!r} is a {type(model).__name__}, not an EchoAtt student: run `echoatt convert`."
+            )
+        models = _Models(load_model(teacher), model, load_tokenizer(student, model))
+        train_rows, held_out_rows = load_rows(data, models.tokenizer, model)
+        return _distill_and_write(work, models, train_rows, held_out_rows, settings, {})
+
+
+def _distill_and_write(
+    work: Path,
+    models: "_Models",
+    train_rows: Dataset | IterableDataset,
+    held_out_rows: list[dict],
+    settings: "CompressionSettings | StudentSettings",
+    facts: dict,
+) -> dict:
+    """Distil and evaluate, and write the student to `work / "student"`."""
+    start, distillation = time.time(), settings.distillation
+    evaluations = _Evaluations(work / "evaluations.json", models, held_out_rows)
+    evaluations.run("teacher", models.teacher)
+    evaluations.run("converted", models.student)
+    trainer = distill(models.student, models.teacher, train_rows, distillation, work / "checkpoints", evaluations.run)
+    report = {
+        "settings": asdict(settings),
+        "plan": SharingPlan(models.student.config.echo_sources).to_dict(),
+        **facts,
+        "results": evaluations.results(),
+        "tokens_per_step": distillation.batch_size * settings.data.row_length,
+        "training_log": [entry for entry in trainer.state.log_history if "loss" in entry],
+        "environment": describe_environment(),
+        "last_session_s": round(time.time() - start, 1),
+    }
+    shutil.rmtree(work / "student", ignore_errors=True)
+    write_student(work / "student", models.student, models.tokenizer, report)
+    return report
+
+
+def distill(
+    student: PreTrainedModel,
+    teacher: PreTrainedModel,
+    train_rows: Dataset | IterableDataset,
+    settings: DistillationSettings,
+    checkpoints: Path,
+    evaluate: Callable[[str, PreTrainedModel], object] | None = None,
+) -> EchoAttTrainer:
+    """
+    Distil a student in two stages, going on from the last checkpoint if there is one.
+
+    Args:
+        student, teacher (`PreTrainedModel`):
+            The models; the student is trained in place.
+        train_rows (`Dataset` or `IterableDataset`):
+            Packed rows, as returned by [`pack_rows`].
+        settings ([`DistillationSettings`]):
+            Steps, rates and weights.
+        checkpoints (`Path`):
+            Folder for checkpoints.
+        evaluate (`Callable`, *optional*):
+            Called with `"stage 1"` and `"stage 2"` and the student at the end of each stage.
+
+    Returns:
+        [`EchoAttTrainer`]: after training.
+
+    Raises:
+        `DistillationInterrupted`: Ctrl-C was pressed; the step was finished and a checkpoint saved.
+    """
+    transformers.set_seed(settings.seed)
+    use_cache = student.config.use_cache
+    callback = _StageCallback(settings, evaluate)
+    trainer = EchoAttTrainer(
+        model=student,
+        teacher=teacher if settings.stage1_steps else None,
+        args=_training_arguments(settings, checkpoints),
+        train_dataset=train_rows,
+        data_collator=collate_rows,
+        callbacks=[callback],
+    )
+    with _finish_step_on_interrupt(callback):
+        trainer.train(resume_from_checkpoint=_last_complete_checkpoint(checkpoints))
+    student.config.use_cache = use_cache  # which `Trainer` turns off
+    if callback.interrupted:
+        raise DistillationInterrupted
+    return trainer
+
+
+def load_rows(
+    settings: DataSettings, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel
+) -> tuple[Dataset | IterableDataset, list[dict]]:
+    """
+    Rows to train on and rows to evaluate on.
+
+    Args:
+        settings ([`DataSettings`]): which text, and how long a row is.
+        tokenizer (`PreTrainedTokenizerBase`): the model's tokenizer.
+        model (`PreTrainedModel`): the model the rows are for, whose context they must fit.
+
+    Returns:
+        `tuple`: training rows, and held-out rows in a list.
+
+    Raises:
+        `ValueError`: the row is longer than the model's context, or the text does not fill a row.
+    """
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if context is not None and settings.row_length > context:
+        raise ValueError(
+            f"row_length is {settings.row_length}, but the model's context is {context} tokens: choose at most that."
+        )
+    options = {
+        "text_column": settings.text_column,
+        "name": settings.data_name,
+        "split": settings.data_split,
+        "streaming": settings.streaming,
+    }
+    documents = load_documents(settings.data, **options)
+    if settings.held_out_data:
+        held_out = load_documents(settings.held_out_data, text_column=settings.text_column)
+    else:
+        documents, held_out = split_documents(documents, settings.held_out_fraction)
+    held_out_rows = pack_rows(held_out, tokenizer, settings.row_length).take(settings.evaluation_rows)
+    return pack_rows(documents, tokenizer, settings.row_length), list(held_out_rows)
+
+
+def analyze(model: PreTrainedModel, rows: Dataset | IterableDataset, calibration_rows: int) -> AttentionSimilarity:
+    """
+    Measure the attention similarity of a model's layers on its first rows, with a progress bar.
+
+    Args:
+        model (`PreTrainedModel`): the teacher.
+        rows (`Dataset` or `IterableDataset`): packed rows.
+        calibration_rows (`int`): number of rows to measure on.
+    """
+    first = list(rows.take(calibration_rows))
+    batches = [collate_rows(first[start : start + 4]) for start in range(0, len(first), 4)]
+    return measure_attention_similarity(model, batches, progress=True)
+
+
+def make_plan(
+    settings: PlanSettings, config: PreTrainedConfig, similarity: AttentionSimilarity | None = None
+) -> SharingPlan:
+    """
+    The sharing plan for a model, from what a user gives.
+
+    Args:
+        settings ([`PlanSettings`]):
+            The rule, indices or file.
+        config (`PreTrainedConfig`):
+            Configuration of the teacher.
+        similarity ([`AttentionSimilarity`], *optional*):
+            Needed for the plan `"similarity"`.
+
+    Raises:
+        `ValueError`: the plan cannot be read, or does not fit the model.
+    """
+    config = config.get_text_config()
+    num_layers, layer_types = config.num_hidden_layers, getattr(config, "layer_types", None)
+    if settings.threshold is not None and settings.plan != "similarity":
+        raise ValueError("A threshold needs the plan 'similarity'.")
+    if settings.plan == "similarity":
+        if similarity is None:
+            raise ValueError("The plan 'similarity' needs a measured similarity: run `echoatt analyze` first.")
+        return plan_from_similarity(
+            similarity.layers.tolist(),
+            ratio=settings.ratio if settings.threshold is None else None,
+            threshold=settings.threshold,
+            layer_types=layer_types,
+        )
+    if settings.plan == "blocks":
+        return SharingPlan.from_ratio(num_layers, settings.ratio, layer_types=layer_types)
+    is_file = settings.plan.endswith(".json")
+    sources = list(SharingPlan.from_json(settings.plan)) if is_file else parse_sources(settings.plan)
+    if len(sources) != num_layers:
+        raise ValueError(f"The plan has {len(sources)} layers and the model {num_layers}: give one source per layer.")
+    return SharingPlan(sources, layer_types)
+
+
+def parse_sources(text: str) -> list[int]:
+    """Source indices from a text such as `"0,1,1,1,4"`. Raises `ValueError` for anything else."""
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise ValueError(
+            f"The plan {text!r} is not understood: give 'similarity', 'blocks', source indices such as 0,1,1,1,4, or "
+            "a .json file."
+        ) from None
+
+
+def format_table(results: list[dict]) -> str:
+    """
+    The results of a run as a Markdown table, which also reads well in a terminal.
+
+    Args:
+        results (`list[dict]`): entries of `report["results"]`.
+
+    Returns:
+        `str`: lines of the table.
+    """
+    header = ["", "perplexity", "bits/byte", "agreement", "KL (nats)", "parameters", "KV bytes/token"]
+    lines = [header]
+    for entry in results:
+        lines.append(
+            [
+                entry["name"],
+                f"{entry['perplexity']:.3f}",
+                f"{entry['bits_per_byte']:.4f}",
+                f"{entry['agreement']:.1%}",
+                f"{entry['kl']:.4f}",
+                f"{entry['parameters']:,}",
+                f"{entry['kv_bytes_per_token']:,}",
+            ]
+        )
+    widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
+    rows = ["| " + " | ".join(_pad(cells, widths)) + " |" for cells in lines]
+    rule = (
+        "|"
+        + "|".join(f"{'-' * (width + 1)}{'-' if column == 0 else ':'}" for column, width in enumerate(widths))
+        + "|"
+    )
+    return "\n".join([rows[0], rule, *rows[1:]])
+
+
+def describe_environment() -> dict[str, str]:
+    """Versions and hardware, without anything that identifies the machine or its user."""
+    device = f"{torch.get_num_threads()} CPU threads"
+    if torch.cuda.is_available():
+        device = torch.cuda.get_device_name()
+    return {
+        "echoatt_hf": ECHOATT_VERSION,
+        "commit": _commit(),
+        "transformers": transformers.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "hardware": device,
+    }
+
+
+def write_student(folder: Path, student: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, report: dict) -> None:
+    """Write a student with its tokenizer, report, plan and model card."""
+    student.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    write_whole(folder / "sharing_plan.json", json.dumps(report["plan"], indent=2) + "\n")
+    write_whole(folder / "report.json", json.dumps(report, indent=2) + "\n")
+    write_model_card(folder, report, format_table(report["results"]))
+
+
+def _training_arguments(settings: DistillationSettings, output_dir: Path) -> EchoAttTrainingArguments:
+    values = asdict(settings)
+    batch_size, accumulation_steps = values.pop("batch_size"), values.pop("accumulation_steps")
+    del values["steps"]
+    return EchoAttTrainingArguments(
+        output_dir=str(output_dir),
+        stage1_steps=settings.stage1_steps,
+        per_device_train_batch_size=batch_size // accumulation_steps,
+        gradient_accumulation_steps=accumulation_steps,
+        lr_scheduler_type="cosine",
+        logging_steps=10,
+        save_total_limit=2,
+        report_to="none",
+        use_cpu=not torch.cuda.is_available(),
+        **values,
+    )
+
+
+@dataclass(frozen=True)
+class _Models:
+    teacher: PreTrainedModel
+    student: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+
+
+class _Evaluations:
+    """Evaluations of the models of a run, kept in a file so that a resumed run does not repeat them."""
+
+    def __init__(self, file: Path, models: _Models, rows: list[dict]):
+        self._file, self._models, self._rows = file, models, rows
+        self._done: dict[str, dict] = json.loads(file.read_text()) if file.exists() else {}
+
+    def run(self, name: str, model: PreTrainedModel) -> None:
+        if name in self._done:
+            return
+        result = evaluate_model(
+            model,
+            self._rows,
+            teacher=self._models.teacher,
+            tokenizer=self._models.tokenizer,
+            description=f"evaluate {name}",
+        )
+        sizes = {"parameters": model.num_parameters(), "kv_bytes_per_token": count_kv_bytes_per_token(model)}
+        self._done[name] = result | sizes
+        write_whole(self._file, json.dumps(self._done))
+
+    def results(self) -> list[dict]:
+        return [{"name": name, **result} for name, result in self._done.items()]
+
+
+class _StageCallback(TrainerCallback):
+    """Evaluates at the end of each stage, and on Ctrl-C ends the run after the step with a checkpoint."""
+
+    def __init__(self, settings: DistillationSettings, evaluate: Callable[[str, PreTrainedModel], object] | None):
+        self._ends = {}
+        if settings.stage1_steps:
+            self._ends[settings.stage1_steps] = "stage 1"
+        if settings.stage2_steps:
+            self._ends[settings.steps] = "stage 2"
+        self._evaluate = evaluate
+        self.interrupted = False
+
+    def on_step_end(self, args, state: TrainerState, control: TrainerControl, model=None, **kwargs):
+        name = self._ends.get(state.global_step)
+        if name is not None:
+            if self._evaluate is not None:
+                self._evaluate(name, model)
+            control.should_save = True
+        if self.interrupted and state.global_step < state.max_steps:
+            control.should_save = control.should_training_stop = True
+        else:
+            self.interrupted = False
+
+
+@contextmanager
+def _finish_step_on_interrupt(callback: _StageCallback) -> Iterator[None]:
+    """The first Ctrl-C lets the step finish; the second one stops at once."""
+
+    def on_interrupt(signum, frame):
+        callback.interrupted = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    try:
+        previous = signal.signal(signal.SIGINT, on_interrupt)
+    except ValueError:  # not in the main thread, where no Ctrl-C arrives
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
+@contextmanager
+def _unfinished_run(output: Path, settings: str, overwrite: bool, resume: bool) -> Iterator[Path]:
+    """
+    The folder of a run that is not finished. When the block ends well, its folder `student` takes the place of
+    `output`; when it fails, what a resumed run can use is kept.
+    """
+    work = _open_work_folder(output, settings, overwrite, resume)
+    try:
+        yield work
+    except Exception:
+        if not (work / "checkpoints").exists():
+            shutil.rmtree(work, ignore_errors=True)
+        raise
+    replace_folder(work / "student", output)
+    shutil.rmtree(work)
+
+
+def _open_work_folder(output: Path, settings: str, overwrite: bool, resume: bool) -> Path:
+    """The folder of an unfinished run: a new one, or the one to resume, which must have been made by equal settings."""
+    check_output_folder(output, overwrite or resume)
+    work = output.with_name(output.name + ".partial")
+    file = work / "settings.json"
+    if file.exists() and resume:
+        if file.read_text() != settings:
+            raise ValueError(
+                f"The unfinished run in {str(work)!r} has other settings: resume it with the same ones, or start anew "
+                "with --overwrite."
+            )
+        return work
+    if work.exists() and not overwrite and not resume:
+        raise FileExistsError(
+            f"{str(work)!r} holds an unfinished run: continue it with --resume, or start anew with --overwrite."
+        )
+    if resume:
+        check_output_folder(output, overwrite)
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True)
+    write_whole(file, settings)
+    return work
+
+
+def _last_complete_checkpoint(folder: Path) -> str | None:
+    """The last checkpoint whose save was not cut short: the trainer's state is what `Trainer` writes last."""
+    complete = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json")]
+    return str(max(complete, key=lambda path: int(path.name.split("-")[1]))) if complete else None
+
+
+def _pad(cells: list[str], widths: list[int]) -> list[str]:
+    return [cells[0].ljust(widths[0])] + [cell.rjust(width) for cell, width in zip(cells[1:], widths[1:], strict=True)]
+
+
+def _commit() -> str:
+    """Commit of a source checkout of this package, with a mark if files were changed; empty elsewhere."""
+    root = Path(__file__).parent.parent
+    if not (root / ".git").exists():
+        return ""
+    try:
+        result = subprocess.run(
+            ["git", "-C", str(root), "describe", "--always", "--dirty"], capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+    return result.stdout.strip()

@@ -1,0 +1,135 @@
+"""What a run is made of. One description of every setting, for Python, the command line and `report.json`."""
+
+import json
+from dataclasses import MISSING, asdict, dataclass, field
+from typing import Any
+
+from .data import STDLIB
+from .teachers import BUILTIN_TEACHER
+
+
+__all__ = ["CompressionSettings", "DataSettings", "DistillationSettings", "PlanSettings", "StudentSettings"]
+
+
+def setting(default: Any, text: str) -> Any:
+    """A field with a default and a help text, which the command line shows."""
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata={"help": text})
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    """Which text, and how it becomes rows of tokens. Each field's `metadata["help"]` says what it is for."""
+
+    data: list[str] = setting(
+        [STDLIB],
+        "Text: a file, a folder, a data set of the Hub, or 'stdlib', the sources of Python's standard library. May be "
+        "repeated.",
+    )
+    held_out_data: list[str] | None = setting(None, "Text to evaluate on; if not given, some documents of the data.")
+    held_out_fraction: float = setting(0.05, "Share of the documents to hold out where no held-out data is given.")
+    text_column: str = setting("text", "Column that holds the text, in tables and data sets.")
+    data_name: str | None = setting(None, "Configuration of a data set of the Hub.")
+    data_split: str = setting("train", "Split of a data set of the Hub.")
+    streaming: bool = setting(False, "Read the data as it goes instead of loading it first.")
+    row_length: int = setting(256, "Tokens in a row.")
+    evaluation_rows: int = setting(128, "Most rows to evaluate on.")
+
+    def __post_init__(self):
+        _check_at_least_one(self, "evaluation_rows")
+
+
+@dataclass(frozen=True)
+class PlanSettings:
+    """Which layers share. Each field's `metadata["help"]` says what it is for."""
+
+    plan: str = setting(
+        "similarity",
+        "'similarity' (the blocks whose attention is most similar), 'blocks' (the paper's rule), source indices such "
+        "as 0,1,1,1,4, or a .json file that `echoatt plan` wrote.",
+    )
+    ratio: float = setting(0.41, "Sharing ratio, echo layers / layers, for 'similarity' and 'blocks'.")
+    threshold: float | None = setting(
+        None, "With 'similarity': least similarity of an echo to its source, in place of the ratio."
+    )
+    calibration_rows: int = setting(32, "Rows on which similarity is measured.")
+
+    def __post_init__(self):
+        _check_at_least_one(self, "calibration_rows")
+
+
+@dataclass(frozen=True)
+class DistillationSettings:
+    """How to distil, see [`EchoAttTrainingArguments`]. Each field's `metadata["help"]` says what it is for."""
+
+    steps: int = setting(360, "Steps of both stages: from the teacher, then on the text alone.")
+    stage2_steps: int | None = setting(None, "How many of the steps are stage 2; a sixth if not given.")
+    learning_rate: float = setting(2e-3, "Peak learning rate of stage 1.")
+    stage2_learning_rate: float | None = setting(
+        None, "Peak learning rate of stage 2; a tenth of the learning rate if not given."
+    )
+    kl_weight: float = setting(1.0, "Weight of KL(teacher || student) in stage 1.")
+    kl_temperature: float = setting(1.0, "Temperature of the KL.")
+    ce_weight: float = setting(0.0, "Weight of the cross-entropy in stage 1.")
+    hidden_weight: float = setting(0.0, "Weight of the distance of hidden states in stage 1.")
+    batch_size: int = setting(8, "Rows in a step, over all accumulation steps.")
+    accumulation_steps: int = setting(1, "Micro-batches in a step.")
+    warmup_steps: int = setting(20, "Steps in which the learning rate rises, in each stage.")
+    weight_decay: float = setting(0.0, "Weight decay of AdamW.")
+    save_steps: int = setting(200, "Steps between checkpoints.")
+    seed: int = setting(0, "Seed of the order of rows and of dropout.")
+
+    def __post_init__(self):
+        _check_at_least_one(self, "steps", "batch_size", "accumulation_steps", "save_steps")
+        if self.stage2_steps is None:
+            object.__setattr__(self, "stage2_steps", self.steps // 6)
+        if not 0 <= self.stage2_steps <= self.steps:
+            raise ValueError(f"stage2_steps is {self.stage2_steps}; it must be from 0 to steps, {self.steps}.")
+        if self.batch_size % self.accumulation_steps:
+            raise ValueError(
+                f"batch_size is {self.batch_size}, which accumulation_steps {self.accumulation_steps} does not divide."
+            )
+
+    @property
+    def stage1_steps(self) -> int:
+        """`int`: steps of stage 1."""
+        return self.steps - self.stage2_steps
+
+
+@dataclass(frozen=True)
+class _RunSettings:
+    def to_json(self) -> str:
+        """The settings as a JSON text."""
+        return json.dumps(asdict(self), indent=2) + "\n"
+
+
+@dataclass(frozen=True)
+class CompressionSettings(_RunSettings):
+    """All that decides what [`compress`] makes: two runs with equal settings make equal students on one machine."""
+
+    teacher: str = BUILTIN_TEACHER
+    data: DataSettings = field(default_factory=DataSettings)
+    plan: PlanSettings = field(default_factory=PlanSettings)
+    distillation: DistillationSettings = field(default_factory=DistillationSettings)
+
+
+@dataclass(frozen=True)
+class StudentSettings(_RunSettings):
+    """All that decides what [`distill_student`] makes."""
+
+    student: str
+    teacher: str = BUILTIN_TEACHER
+    data: DataSettings = field(default_factory=DataSettings)
+    distillation: DistillationSettings = field(default_factory=DistillationSettings)
+
+
+def default_of(settings_field) -> Any:
+    """Default of a dataclass field."""
+    return settings_field.default if settings_field.default is not MISSING else settings_field.default_factory()
+
+
+def _check_at_least_one(settings, *names: str) -> None:
+    for name in names:
+        if getattr(settings, name) < 1:
+            raise ValueError(f"{name} is {getattr(settings, name)}; it must be at least 1.")

@@ -1,0 +1,116 @@
+"""Tiny random teachers and where the real one lies. Everything runs on CPU, offline, on fixed seeds."""
+
+import os
+
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import copy  # noqa: E402
+from pathlib import Path  # noqa: E402
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from transformers import AutoConfig, AutoModelForCausalLM  # noqa: E402
+
+
+torch.set_num_threads(1)
+
+# The one table of tolerances, for outputs of order one.
+FP32_TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}
+
+VOCAB_SIZE = 97
+SIZES = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "initializer_range": 0.12,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+# Two blocks each. `gemma3_text` mixes two types of layers, so that its blocks interleave.
+FAMILIES = {
+    "llama": ({"tie_word_embeddings": True}, [0, 1, 1, 1, 4, 4]),
+    "mistral": ({"sliding_window": 8, "head_dim": 8}, [0, 0, 2, 2, 2, 5]),
+    "qwen2": ({}, [0, 1, 1, 3, 3, 5]),
+    "qwen3": ({"head_dim": 16, "tie_word_embeddings": True}, [0, 1, 2, 1, 2, 2]),
+    "gemma3_text": (
+        {
+            "head_dim": 8,
+            "query_pre_attn_scalar": 8,
+            "sliding_window": 8,
+            "layer_types": ["sliding_attention", "full_attention"] * 3,
+        },
+        [0, 1, 0, 1, 4, 1],
+    ),
+    "phi": ({"tie_word_embeddings": False, "partial_rotary_factor": 0.5}, [0, 1, 1, 3, 3, 5]),
+}
+
+
+def pytest_collection_modifyitems(config, items):
+    """Leave slow tests out unless `-m` says which tests to run."""
+    if not config.option.markexpr:
+        for item in items:
+            if item.get_closest_marker("slow"):
+                item.add_marker(pytest.mark.skip(reason="slow: ask for it with -m slow"))
+
+
+def make_config(family: str = "llama", **overrides):
+    """Configuration of a tiny model of `family`, six layers unless `num_hidden_layers` is given."""
+    return AutoConfig.for_model(family, **{**SIZES, "num_hidden_layers": 6, **FAMILIES[family][0], **overrides})
+
+
+def make_teacher(family: str = "llama", attention: str = "sdpa", **overrides):
+    """A tiny random teacher in float32, all of its parameters random, biases and norms too."""
+    torch.manual_seed(sum(map(ord, family)))
+    model = AutoModelForCausalLM.from_config(make_config(family, **overrides), attn_implementation=attention)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter.add_(0.3 * torch.randn_like(parameter))
+    return model.eval()
+
+
+def plan_of(family: str) -> list[int]:
+    """The sharing plan with two blocks that the tests use for `family`."""
+    return list(FAMILIES[family][1])
+
+
+def make_batch(rows: int = 2, length: int = 12, padding: tuple[int, ...] = (), seed: int = 0, side: str = "left"):
+    """Token rows as `input_ids` and `attention_mask`; `padding` counts the padded positions of the first rows."""
+    generator = torch.Generator().manual_seed(seed)
+    input_ids = torch.randint(3, VOCAB_SIZE, (rows, length), generator=generator)
+    mask = torch.ones_like(input_ids)
+    for row, count in enumerate(padding):
+        if count:
+            mask[row, slice(0, count) if side == "left" else slice(length - count, length)] = 0
+    return {"input_ids": input_ids.masked_fill(mask == 0, 0), "attention_mask": mask}
+
+
+@pytest.fixture(scope="session")
+def _tiny_teacher():
+    return make_teacher("llama", num_hidden_layers=5)
+
+
+@pytest.fixture
+def tiny_teacher(_tiny_teacher):
+    """A five-layer Llama with tied embeddings, new for each test."""
+    return copy.deepcopy(_tiny_teacher)
+
+
+@pytest.fixture
+def teacher_of():
+    """The factory of tiny teachers: `teacher_of(family, attention="sdpa", **config_overrides)`."""
+    return make_teacher
+
+
+@pytest.fixture(scope="session")
+def stories260k() -> Path:
+    """Folder of the small real teacher; tests that use it are marked `real_weights`."""
+    folder = Path(__file__).parents[2] / "shared/data/stories260k/hf"
+    if not (folder / "model.safetensors").exists():
+        pytest.skip("the weights of stories260k are not here")
+    return folder

@@ -1,0 +1,429 @@
+"""Losses and the two-stage trainer."""
+
+import copy
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from datasets import Dataset
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from echoatt_hf import EchoAttForCausalLM
+from echoatt_hf.data import collate_rows
+from echoatt_hf.distillation import EchoAttTrainer, EchoAttTrainingArguments
+from echoatt_hf.losses import cross_entropy, hidden_state_distance, kl_divergence, target_mask
+
+
+VOCAB = 48
+PLAN = [0, 1, 1, 3]
+
+
+@pytest.fixture
+def teacher():
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        num_hidden_layers=4,
+        hidden_size=32,
+        intermediate_size=48,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=VOCAB,
+        pad_token_id=0,
+        attention_dropout=0.1,  # makes a teacher left in training mode visible
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+@pytest.fixture
+def student(teacher):
+    return EchoAttForCausalLM.from_teacher(teacher, PLAN)
+
+
+def make_rows(number=16, length=12, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(1, VOCAB, (number, length), generator=generator)
+    return Dataset.from_list([{"input_ids": row} for row in ids.tolist()])
+
+
+def make_arguments(folder, **changes):
+    values = {
+        "output_dir": str(folder),
+        "stage1_steps": 4,
+        "stage2_steps": 0,
+        "learning_rate": 1e-2,
+        "per_device_train_batch_size": 4,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "max_grad_norm": 0.0,
+    }
+    return EchoAttTrainingArguments(**{**values, **changes})
+
+
+def make_trainer(student, teacher, folder, rows=None, **changes):
+    return EchoAttTrainer(
+        model=student,
+        teacher=teacher,
+        args=make_arguments(folder, **changes),
+        train_dataset=rows if rows is not None else make_rows(),
+        data_collator=changes.pop("collator", collate_rows),
+    )
+
+
+def log_of(trainer):
+    return [entry for entry in trainer.state.log_history if "loss" in entry]
+
+
+def random_batch(seed=0, batch=3, length=7):
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randint(0, VOCAB, (batch, length), generator=generator)
+    labels[0, 4:] = -100
+    labels[1, :3] = -100
+    student = torch.randn(batch, length, VOCAB, generator=generator, dtype=torch.float64)
+    teacher = torch.randn(batch, length, VOCAB, generator=generator, dtype=torch.float64)
+    return student.float(), teacher.float(), labels
+
+
+def positions_with_target(labels):
+    return [
+        (row, position)
+        for row in range(labels.shape[0])
+        for position in range(labels.shape[1] - 1)
+        if labels[row, position + 1] != -100
+    ]
+
+
+# Losses against slow twins that loop over tokens.
+
+
+def test_target_mask_is_that_of_the_next_label():
+    _, _, labels = random_batch()
+    assert target_mask(labels).nonzero().tolist() == [list(place) for place in positions_with_target(labels)]
+
+
+def test_cross_entropy_equals_loop():
+    logits, _, labels = random_batch()
+    places = positions_with_target(labels)
+    expected = -sum(F.log_softmax(logits[b, t], -1)[labels[b, t + 1]] for b, t in places) / len(places)
+    assert cross_entropy(logits, labels, len(places)).item() == pytest.approx(expected.item(), abs=1e-6)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+def test_kl_divergence_equals_loop(temperature):
+    student, teacher, labels = random_batch()
+    expected = 0.0
+    for b, t in positions_with_target(labels):
+        p, q = F.softmax(teacher[b, t] / temperature, -1), F.softmax(student[b, t] / temperature, -1)
+        expected += (p * (p / q).log()).sum().item() * temperature**2
+    actual = kl_divergence(student, teacher, labels, 5, temperature=temperature)
+    assert actual.item() == pytest.approx(expected / 5, abs=1e-5)
+
+
+def test_kl_divergence_of_equal_logits_is_zero():
+    student, _, labels = random_batch()
+    assert abs(kl_divergence(student, student.clone(), labels, 1).item()) < 1e-5
+
+
+def test_hidden_state_distance_equals_loop():
+    generator = torch.Generator().manual_seed(1)
+    _, _, labels = random_batch()
+    students = [torch.randn(3, 7, 5, generator=generator) for _ in range(2)]
+    teachers = [torch.randn(3, 7, 5, generator=generator) * 10**layer for layer in range(2)]
+    expected = 0.0
+    for student, teacher in zip(students, teachers, strict=True):
+        for b, t in positions_with_target(labels):
+            expected += ((student[b, t] - teacher[b, t]).norm() ** 2 / teacher[b, t].norm() ** 2).item()
+    actual = hidden_state_distance(students, teachers, labels, 4)
+    assert actual.item() == pytest.approx(expected / 2 / 4, rel=1e-5)
+
+
+@pytest.mark.parametrize("loss", ["ce", "kl", "hidden"])
+def test_all_masked_batch_is_zero_with_finite_gradients(loss):
+    logits, teacher, labels = random_batch()
+    labels[:] = -100
+    logits.requires_grad_(True)
+    value = {
+        "ce": lambda: cross_entropy(logits, labels, 1),
+        "kl": lambda: kl_divergence(logits, teacher, labels, 1),
+        "hidden": lambda: hidden_state_distance([logits], [teacher], labels, 1),
+    }[loss]()
+    value.backward()
+    assert value.item() == 0
+    assert torch.isfinite(logits.grad).all() and (logits.grad == 0).all()
+
+
+# The trainer.
+
+
+def test_trains_the_student_and_leaves_the_teacher(teacher, student, tmp_path):
+    before = {name: value.clone() for name, value in student.named_parameters()}
+    teacher_before = {name: value.clone() for name, value in teacher.state_dict().items()}
+    trainer = make_trainer(student, teacher, tmp_path, stage2_steps=2, hidden_weight=0.5, ce_weight=0.5)
+    trainer.train()
+    for name, value in student.named_parameters():
+        assert not torch.equal(value, before[name]), f"{name} did not change"
+    for name, value in teacher.state_dict().items():
+        assert torch.equal(value, teacher_before[name]), f"teacher's {name} changed"
+    assert not teacher.training and not any(value.requires_grad for value in teacher.parameters())
+
+
+def test_first_loss_is_the_weighted_sum_of_the_parts(teacher, student, tmp_path):
+    rows = make_rows(4)
+    batch = collate_rows(list(rows))
+    with torch.no_grad():
+        student_outputs = student(batch["input_ids"], output_hidden_states=True)
+        teacher_outputs = teacher(batch["input_ids"], output_hidden_states=True)
+    tokens = 4 * 11
+    kl = kl_divergence(student_outputs.logits, teacher_outputs.logits, batch["labels"], tokens, temperature=2.0)
+    ce = cross_entropy(student_outputs.logits, batch["labels"], tokens)
+    states = student_outputs.hidden_states[1:], teacher_outputs.hidden_states[1:]
+    hidden = hidden_state_distance(*states, batch["labels"], tokens)
+    student.config.attention_dropout = 0.0
+    for module in student.modules():
+        if hasattr(module, "attention_dropout"):
+            module.attention_dropout = 0.0
+    trainer = make_trainer(
+        student,
+        teacher,
+        tmp_path,
+        rows,
+        stage1_steps=1,
+        kl_temperature=2.0,
+        kl_weight=0.7,
+        ce_weight=0.2,
+        hidden_weight=3.0,
+    )
+    trainer.train()
+    entry = log_of(trainer)[0]
+    assert entry["kl_loss"] == pytest.approx(kl.item(), rel=1e-4)
+    assert entry["ce_loss"] == pytest.approx(ce.item(), rel=1e-4)
+    assert entry["hidden_loss"] == pytest.approx(hidden.item(), rel=1e-4)
+    assert float(entry["loss"]) == pytest.approx(0.7 * kl.item() + 0.2 * ce.item() + 3 * hidden.item(), rel=1e-3)
+
+
+def test_stages_have_their_own_steps_rates_and_losses(teacher, student, tmp_path):
+    trainer = make_trainer(
+        student,
+        teacher,
+        tmp_path,
+        stage1_steps=3,
+        stage2_steps=2,
+        learning_rate=1e-2,
+        stage2_learning_rate=3e-3,
+        lr_scheduler_type="constant",
+    )
+    trainer.train()
+    log = log_of(trainer)
+    assert [entry["stage"] for entry in log] == [1, 1, 1, 2, 2]
+    assert ["kl_loss" in entry for entry in log] == [True, True, True, False, False]
+    assert ["ce_loss" in entry for entry in log] == [False, False, False, True, True]
+    # A log shows the rate of the step that comes next.
+    assert [float(entry["learning_rate"]) for entry in log[:4]] == pytest.approx([1e-2, 1e-2, 3e-3, 3e-3])
+
+
+def test_each_stage_warms_up_and_decays(teacher, student, tmp_path):
+    trainer = make_trainer(
+        student, teacher, tmp_path, stage1_steps=10, stage2_steps=10, warmup_steps=2, lr_scheduler_type="linear"
+    )
+    trainer.create_optimizer_and_scheduler(20)
+    rates = []
+    for _ in range(20):
+        rates.append(trainer.lr_scheduler.get_last_lr()[0])
+        trainer.optimizer.step()
+        trainer.lr_scheduler.step()
+    assert rates[:4] == pytest.approx([0, 5e-3, 1e-2, 1e-2 * 7 / 8])
+    assert rates[10:14] == pytest.approx([0, 5e-4, 1e-3, 1e-3 * 7 / 8])
+
+
+def masked_collator(rows):
+    """Rows of very different numbers of targets: a mean over micro-batches would weigh them wrongly."""
+    batch = collate_rows(rows)
+    batch["attention_mask"] = torch.ones_like(batch["input_ids"])
+    for row, ids in enumerate(batch["input_ids"]):
+        kept = 2 + int(ids[0]) % (len(ids) - 2)
+        batch["labels"][row, kept:] = -100
+        batch["attention_mask"][row, kept:] = 0
+    return batch
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_accumulation_does_not_change_the_gradients(teacher, tmp_path, stage):
+    weights = []
+    for micro_batch, accumulation in ((8, 1), (2, 4), (1, 8)):
+        student = EchoAttForCausalLM.from_teacher(teacher, PLAN)
+        trainer = EchoAttTrainer(
+            model=student,
+            teacher=teacher,
+            args=make_arguments(
+                tmp_path,
+                stage1_steps=3 if stage == 1 else 0,
+                stage2_steps=3 if stage == 2 else 0,
+                stage2_learning_rate=1e-2,
+                optim="sgd",
+                ce_weight=0.3,
+                hidden_weight=0.3,
+                per_device_train_batch_size=micro_batch,
+                gradient_accumulation_steps=accumulation,
+            ),
+            train_dataset=make_rows(24),
+            data_collator=masked_collator,
+        )
+        for module in student.modules():
+            if hasattr(module, "attention_dropout"):
+                module.attention_dropout = 0.0
+        trainer.train()
+        weights.append(torch.cat([value.flatten() for value in student.parameters()]).detach())
+    start = torch.cat([value.flatten() for value in EchoAttForCausalLM.from_teacher(teacher, PLAN).parameters()])
+    assert (weights[0] - start).abs().max() > 1e-4
+    for other in weights[1:]:
+        assert (weights[0] - other).abs().max() < 1e-5
+
+
+def test_batch_without_targets_trains_on(teacher, student, tmp_path):
+    def all_masked(rows):
+        batch = collate_rows(rows)
+        batch["labels"][:] = -100
+        return batch
+
+    trainer = EchoAttTrainer(
+        model=student,
+        teacher=teacher,
+        args=make_arguments(tmp_path, stage1_steps=2, stage2_steps=1, ce_weight=1.0, hidden_weight=1.0),
+        train_dataset=make_rows(),
+        data_collator=all_masked,
+    )
+    trainer.train()
+    assert all(float(entry["loss"]) == 0 for entry in log_of(trainer))
+    assert all(torch.isfinite(value).all() for value in student.parameters())
+
+
+def test_eval_loss_is_the_cross_entropy_in_stage_one(teacher, student, tmp_path):
+    rows = make_rows(8, seed=5)
+    trainer = EchoAttTrainer(
+        model=student,
+        teacher=teacher,
+        args=make_arguments(tmp_path, kl_temperature=3.0),
+        train_dataset=make_rows(),
+        eval_dataset=rows,
+        data_collator=collate_rows,
+    )
+    metrics = trainer.evaluate()
+    batch = collate_rows(list(rows))
+    with torch.no_grad():
+        expected = cross_entropy(student(batch["input_ids"]).logits, batch["labels"], 8 * 11)
+    assert metrics["eval_loss"] == pytest.approx(expected.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("stop", [2, 4, 5], ids=["in stage 1", "between the stages", "in stage 2"])
+def test_resumed_run_ends_with_the_same_weights(teacher, tmp_path, stop):
+    def run(folder, resume=None):
+        torch.manual_seed(7)
+        student = EchoAttForCausalLM.from_teacher(teacher, PLAN)
+        trainer = make_trainer(
+            student, teacher, folder, stage1_steps=4, stage2_steps=3, save_strategy="steps", save_steps=stop
+        )
+        trainer.train(resume_from_checkpoint=resume)
+        return student.state_dict()
+
+    whole = run(tmp_path / "whole")
+    resumed = run(tmp_path / "resumed", resume=str(tmp_path / "whole" / f"checkpoint-{stop}"))
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_checkpoint_holds_nothing_of_the_teacher(teacher, student, tmp_path):
+    from safetensors import safe_open
+
+    trainer = make_trainer(student, teacher, tmp_path, save_strategy="steps", save_steps=4)
+    trainer.train()
+    with safe_open(tmp_path / "checkpoint-4" / "model.safetensors", framework="pt") as file:
+        names = set(file.keys())
+    assert names == {name for name in student.state_dict() if not name.endswith("lm_head.weight")} | {
+        name for name in student.state_dict() if name.endswith("lm_head.weight")
+    }
+    reloaded = EchoAttForCausalLM.from_pretrained(tmp_path / "checkpoint-4")
+    ids = torch.arange(1, 9)[None]
+    student.eval()
+    assert torch.equal(reloaded(ids).logits, student(ids).logits)
+
+
+def test_gradient_checkpointing_trains_to_the_same_weights(teacher, tmp_path):
+    results = []
+    for checkpointing in (False, True):
+        student = EchoAttForCausalLM.from_teacher(teacher, PLAN)
+        for module in student.modules():
+            if hasattr(module, "attention_dropout"):
+                module.attention_dropout = 0.0
+        make_trainer(
+            student,
+            teacher,
+            tmp_path,
+            gradient_checkpointing=checkpointing,
+            gradient_checkpointing_kwargs={"use_reentrant": False},
+        ).train()
+        results.append(student.state_dict())
+    assert all(torch.allclose(results[0][name], results[1][name], atol=1e-6) for name in results[0])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"stage1_steps": -1}, "stage1_steps is -1"),
+        ({"stage1_steps": 0, "stage2_steps": 0}, "both 0"),
+        ({"kl_weight": -0.5}, "kl_weight is -0.5"),
+        ({"ce_weight": math.nan}, "ce_weight is nan"),
+        ({"kl_weight": 0.0}, "would learn nothing"),
+        ({"kl_temperature": 0.0}, "kl_temperature is 0.0"),
+        ({"max_steps": 7}, "max_steps is 7"),
+    ],
+)
+def test_bad_arguments(tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        make_arguments(tmp_path, **changes)
+
+
+def test_scheduler_that_is_no_function_of_the_step_is_refused(teacher, student, tmp_path):
+    trainer = make_trainer(student, teacher, tmp_path, lr_scheduler_type="reduce_lr_on_plateau", eval_strategy="no")
+    with pytest.raises(ValueError, match="lr_scheduler_type"):
+        trainer.create_optimizer_and_scheduler(4)
+
+
+def test_stage_one_needs_a_teacher_and_stage_two_none(student, tmp_path):
+    with pytest.raises(ValueError, match="needs a teacher"):
+        make_trainer(student, None, tmp_path)
+    make_trainer(student, None, tmp_path, stage1_steps=0, stage2_steps=1).train()
+
+
+def test_teacher_that_does_not_fit_is_refused(teacher, student, tmp_path):
+    with pytest.raises(ValueError, match="same object"):
+        make_trainer(student, student, tmp_path)
+    config = copy.deepcopy(teacher.config)
+    config.vocab_size = VOCAB + 1
+    with pytest.raises(ValueError, match=f"student has {VOCAB} tokens and the teacher {VOCAB + 1}"):
+        make_trainer(student, LlamaForCausalLM(config), tmp_path)
+    config = copy.deepcopy(teacher.config)
+    config.num_hidden_layers = 3
+    with pytest.raises(ValueError, match="hidden_weight=0"):
+        make_trainer(student, LlamaForCausalLM(config), tmp_path, hidden_weight=1.0)
+    make_trainer(student, LlamaForCausalLM(config), tmp_path)
+
+
+def test_wrong_arguments_class_is_refused(student, teacher, tmp_path):
+    from transformers import TrainingArguments
+
+    with pytest.raises(TypeError, match="EchoAttTrainingArguments"):
+        EchoAttTrainer(model=student, teacher=teacher, args=TrainingArguments(str(tmp_path), use_cpu=True))
+
+
+def test_batch_without_labels_is_refused(student, teacher, tmp_path):
+    trainer = EchoAttTrainer(
+        model=student,
+        teacher=teacher,
+        args=make_arguments(tmp_path),
+        train_dataset=make_rows(),
+        data_collator=lambda rows: {"input_ids": collate_rows(rows)["input_ids"]},
+    )
+    with pytest.raises(ValueError, match="no labels"):
+        trainer.train()

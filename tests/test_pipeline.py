@@ -1,0 +1,389 @@
+"""The pipeline and the command line, end to end on a tiny teacher and real files."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+import echoatt_hf
+from echoatt_hf.outputs import replace_folder, whole_folder, write_whole
+
+
+LAYERS = 6
+TEXT = [
+    f"Story {n}. Once upon a time there were {n} small bears who ate {n * 3} pots of honey.\n" * 6 for n in range(24)
+]
+FAST = ["--row-length", "32", "--evaluation-rows", "8", "--calibration-rows", "4", "--batch-size", "4"]
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory):
+    """A folder with a tiny teacher and some text."""
+    folder = tmp_path_factory.mktemp("workplace")
+    (folder / "text").mkdir()
+    for number, text in enumerate(TEXT):
+        (folder / "text" / f"{number}.txt").write_text(text)
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.train_from_iterator(
+        TEXT,
+        trainers.BpeTrainer(
+            vocab_size=300,
+            special_tokens=["<|endoftext|>"],
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        ),
+    )
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<|endoftext|>", pad_token="<|endoftext|>"
+    )
+    tokenizer.save_pretrained(folder / "teacher")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        num_hidden_layers=LAYERS,
+        hidden_size=32,
+        intermediate_size=48,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=len(tokenizer),
+        max_position_embeddings=64,
+        tie_word_embeddings=True,
+        eos_token_id=0,
+        pad_token_id=0,
+        bos_token_id=0,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder / "teacher")
+    return folder
+
+
+def echoatt(*arguments, cwd=None, check=True):
+    """Run the command line in a process of its own."""
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+    environment["PYTHONPATH"] = str(Path(echoatt_hf.__file__).parents[1])
+    result = subprocess.run(
+        [sys.executable, "-m", "echoatt_hf.cli", *map(str, arguments)],
+        cwd=cwd,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    if check:
+        assert result.returncode == 0, result.stderr
+    return result
+
+
+def assert_one_line_error(result, message):
+    assert result.returncode == 2, (result.returncode, result.stderr)
+    errors = [line for line in result.stderr.splitlines() if "error" in line]
+    assert len(errors) == 1 and errors[0].startswith("echoatt: error: "), result.stderr
+    assert message in errors[0], errors[0]
+    assert "Traceback" not in result.stderr
+
+
+def files_of(folder):
+    return {path.name: path.read_bytes() for path in Path(folder).iterdir() if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def compressed(workplace):
+    """A student made by the command line."""
+    result = echoatt(
+        "compress", "teacher", "--data", "text", "--steps", 12, "--learning-rate", 1e-2, "--ratio", 0.34, *FAST,
+        "--output", "student", cwd=workplace,
+    )  # fmt: skip
+    return workplace / "student", result
+
+
+def test_compress_writes_a_whole_student(compressed):
+    folder, result = compressed
+    expected = {
+        "README.md", "config.json", "configuration_echoatt.py", "generation_config.json", "model.safetensors",
+        "modeling_echoatt.py", "report.json", "sharing_plan.json", "similarity.json", "similarity.png",
+        "tokenizer.json", "tokenizer_config.json",
+    }  # fmt: skip
+    assert set(files_of(folder)) == expected
+    assert [path.name for path in folder.parent.iterdir() if "student" in path.name] == ["student"]
+    for stage in ("teacher", "converted", "stage 1", "stage 2"):
+        assert stage in result.stdout
+
+
+def test_report_agrees_with_the_model(compressed):
+    folder, _ = compressed
+    report = json.loads((folder / "report.json").read_text())
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    assert [entry["name"] for entry in report["results"]] == ["teacher", "converted", "stage 1", "stage 2"]
+    assert report["plan"]["echo_sources"] == model.config.echo_sources
+    assert len(model.config.echo_layers) == 2
+    teacher, converted, _, last = report["results"]
+    assert teacher["agreement"] == 1 and abs(teacher["kl"]) < 1e-6
+    assert last["kl"] < converted["kl"]
+    assert last["parameters"] == model.num_parameters() < teacher["parameters"]
+    assert last["kv_bytes_per_token"] * 12 == teacher["kv_bytes_per_token"] * 10
+    assert report["training_log"][-1]["step"] == 12
+
+
+def test_student_generates_and_equals_its_evaluation(compressed, workplace):
+    folder, _ = compressed
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    ids = tokenizer("Once upon", return_tensors="pt")
+    assert model.generate(**ids, max_new_tokens=4, do_sample=False).shape[1] >= ids["input_ids"].shape[1] + 1
+    output = workplace / "evaluation.json"
+    echoatt(
+        "evaluate", "student", "--teacher", "teacher", "--data", "text", *FAST[:4], "--output", output, cwd=workplace
+    )
+    last = json.loads((folder / "report.json").read_text())["results"][-1]
+    evaluated = json.loads(output.read_text())
+    for name in ("perplexity", "kl", "agreement", "bits_per_byte"):
+        assert evaluated[name] == pytest.approx(last[name], rel=1e-5)
+
+
+def test_card_and_report_tell_no_secrets_and_have_no_gaps(compressed, workplace):
+    from huggingface_hub import ModelCard
+
+    folder, _ = compressed
+    card = (folder / "README.md").read_text()
+    assert "None" not in card and "More Information" not in card
+    assert "base_model" not in card  # a local path means nothing to others
+    assert ModelCard.load(folder / "README.md").data.pipeline_tag == "text-generation"
+    for name in ("README.md", "report.json", "config.json", "sharing_plan.json"):
+        assert str(workplace) not in (folder / name).read_text()
+
+
+def test_steps_one_by_one_equal_the_pipeline(compressed, workplace):
+    folder, _ = compressed
+    run = {"cwd": workplace}
+    echoatt("analyze", "teacher", "--data", "text", *FAST[:6], "--output", "analysis", **run)
+    result = echoatt(
+        "plan", "teacher", "--similarity", "analysis/similarity.json", "--ratio", 0.34, "--output", "plan.json", **run
+    )
+    assert "layers echo" in result.stdout
+    plan = json.loads((workplace / "plan.json").read_text())
+    assert plan == json.loads((folder / "sharing_plan.json").read_text())
+    result = echoatt("convert", "teacher", "--plan", "plan.json", "--output", "converted", **run)
+    assert "dropped" in result.stdout and "parameters" in result.stdout
+    echoatt(
+        "distill", "converted", "--teacher", "teacher", "--data", "text", "--steps", 12, "--learning-rate", 1e-2, *FAST[:4],
+        "--batch-size", 4, "--output", "distilled", **run,
+    )  # fmt: skip
+    one, other = (AutoModelForCausalLM.from_pretrained(path) for path in (folder, workplace / "distilled"))
+    assert all(torch.equal(value, other.state_dict()[name]) for name, value in one.state_dict().items())
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL], ids=["Ctrl-C", "kill"])
+def test_stopped_run_resumes_to_the_same_student(workplace, tmp_path, how):
+    arguments = [
+        "compress", workplace / "teacher", "--data", workplace / "text", "--plan", "blocks", "--ratio", 0.34,
+        "--steps", 60, "--save-steps", 5, *FAST,
+    ]  # fmt: skip
+    echoatt(*arguments, "--output", tmp_path / "whole")
+    output = tmp_path / "stopped"
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    environment["PYTHONPATH"] = str(Path(echoatt_hf.__file__).parents[1])
+    process = subprocess.Popen(
+        [sys.executable, "-m", "echoatt_hf.cli", *map(str, arguments), "--output", str(output)],
+        env=environment,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+    )
+    work = output.with_name("stopped.partial")
+    deadline = time.time() + 200
+    while not list(work.glob("checkpoints/checkpoint-*/trainer_state.json")):
+        assert process.poll() is None and time.time() < deadline
+        time.sleep(0.01)
+    process.send_signal(how)
+    _, errors = process.communicate(timeout=100)
+    assert not output.exists() and work.exists()
+    if how == signal.SIGINT:
+        assert process.returncode == 130
+        assert "--resume" in errors and "Traceback" not in errors
+    # The same command without --resume says what to do, with other settings it refuses to mix runs.
+    assert_one_line_error(echoatt(*arguments, "--output", output, check=False), "--resume")
+    assert_one_line_error(
+        echoatt(*arguments, "--seed", 3, "--resume", "--output", output, check=False), "other settings"
+    )
+    echoatt(*arguments, "--resume", "--output", output)
+    assert not work.exists()
+    whole, resumed = (AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("whole", "stopped"))
+    assert all(torch.equal(value, resumed.state_dict()[name]) for name, value in whole.state_dict().items())
+    results = [json.loads((tmp_path / name / "report.json").read_text())["results"] for name in ("whole", "stopped")]
+    assert results[0] == results[1]
+
+
+# Bad input: one line, exit code 2, nothing written.
+
+BAD_INPUT = {
+    "missing data": (["--data", "nowhere/text.txt"], "nowhere/text.txt"),
+    "empty text": (["--data", "empty.txt"], "no text"),
+    "missing teacher": (["./no-teacher"], "no-teacher"),
+    "teacher without config": (["text"], "config.json"),
+    "encoder": (["bert"], "not a decoder language model"),
+    "encoder-decoder": (["t5"], "not a decoder language model"),
+    "ratio above 1": (["--ratio", "1.5"], "ratio is 1.5"),
+    "ratio of 0": (["--ratio", "0"], "ratio is 0.0"),
+    "ratio impossible for the depth": (["--ratio", "0.9"], "at most"),
+    "ratio under a layer": (["--ratio", "0.01"], "smallest possible"),
+    "plan of the wrong length": (["--plan", "0,1,1"], "3 layers"),
+    "plan that is none": (["--plan", "blokcs"], "'blokcs'"),
+    "plan that chains": (["--plan", "0,1,1,2,4,5"], "itself an echo"),
+    "plan file that is none": (["--plan", "plan-broken.json"], "not a sharing plan"),
+    "plan file that is missing": (["--plan", "plan-missing.json"], "plan-missing.json"),
+    "threshold nobody reaches": (["--threshold", "2"], "Lower the threshold"),
+    "row longer than the context": (["--row-length", "65"], "context is 64"),
+    "no steps": (["--steps", "0"], "steps is 0"),
+    "batch that cannot be split": (["--batch-size", "4", "--accumulation-steps", "3"], "does not divide"),
+    "weight below 0": (["--kl-weight", "-1"], "kl_weight is -1"),
+    "output not empty": (["--output", "text"], "--overwrite"),
+    "output is a file": (["--output", "empty.txt"], "is a file"),
+}
+
+
+@pytest.fixture(scope="module")
+def bad_workplace(workplace):
+    from transformers import BertConfig, T5Config
+
+    (workplace / "empty.txt").write_text("\n \n")
+    (workplace / "plan-broken.json").write_text("{}")
+    BertConfig(hidden_size=32, num_attention_heads=2, num_hidden_layers=2).save_pretrained(workplace / "bert")
+    T5Config(d_model=32, num_layers=2).save_pretrained(workplace / "t5")
+    return workplace
+
+
+@pytest.fixture
+def run_in_process(monkeypatch, capfd):
+    """The command line in this process: as the real one, but without the seconds an import takes."""
+    from typer.testing import CliRunner
+
+    from echoatt_hf.cli import app
+
+    def run(*arguments):
+        result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+        return subprocess.CompletedProcess(arguments, result.exit_code, result.stdout, result.stderr)
+
+    return run
+
+
+@pytest.mark.parametrize("case", BAD_INPUT)
+def test_bad_input_is_one_line_and_nothing_is_written(bad_workplace, monkeypatch, run_in_process, case):
+    monkeypatch.chdir(bad_workplace)
+    arguments, message = BAD_INPUT[case]
+    before = sorted(path.name for path in bad_workplace.iterdir())
+    arguments = list(arguments)
+    if arguments[0].startswith("--"):
+        arguments = ["teacher", *arguments]
+    if "--data" not in arguments:
+        arguments += ["--data", "text"]
+    if "--output" not in arguments:
+        arguments += ["--output", "out"]
+    if "--row-length" not in arguments:
+        arguments += ["--row-length", "32"]
+    assert_one_line_error(run_in_process("compress", *arguments), message)
+    assert sorted(path.name for path in bad_workplace.iterdir()) == before
+
+
+def test_tokenizer_that_does_not_fit_is_refused(workplace, tmp_path, run_in_process):
+    model = AutoModelForCausalLM.from_pretrained(workplace / "teacher")
+    tokenizer = AutoTokenizer.from_pretrained(workplace / "teacher")
+    tokenizer.add_tokens([f"<extra {number}>" for number in range(5)])
+    model.save_pretrained(tmp_path / "misfit")
+    tokenizer.save_pretrained(tmp_path / "misfit")
+    result = run_in_process(
+        "compress", tmp_path / "misfit", "--data", workplace / "text", "--output", tmp_path / "out"
+    )
+    assert_one_line_error(result, f"{model.config.vocab_size + 5} tokens")
+
+
+def test_overwrite_replaces_and_a_student_cannot_be_a_teacher(compressed, workplace, tmp_path, run_in_process):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine.txt").write_text("keep")
+    convert = ["convert", workplace / "teacher", "--plan", "blocks", "--ratio", "0.34", "--output", tmp_path / "out"]
+    assert_one_line_error(run_in_process(*convert), "--overwrite")
+    assert (tmp_path / "out" / "mine.txt").read_text() == "keep"
+    assert run_in_process(*convert, "--overwrite").returncode == 0
+    assert not (tmp_path / "out" / "mine.txt").exists()
+    assert (tmp_path / "out" / "config.json").exists()
+    again = ["convert", tmp_path / "out", "--plan", "blocks", "--ratio", "0.34", "--output", tmp_path / "again"]
+    assert_one_line_error(run_in_process(*again), "already an EchoAtt student")
+
+
+@pytest.mark.parametrize("command", ["", "compress", "analyze", "plan", "convert", "distill", "evaluate", "env"])
+def test_help(run_in_process, command):
+    result = run_in_process(*([command] if command else []), "--help")
+    assert result.returncode == 0 and "Usage" in result.stdout
+
+
+def test_env_names_the_versions(run_in_process):
+    import transformers
+
+    result = run_in_process("env")
+    assert result.returncode == 0
+    assert f"transformers: {transformers.__version__}" in result.stdout
+
+
+def test_unknown_option_exits_with_2(run_in_process):
+    assert run_in_process("compress", "--no-such-option").returncode == 2
+
+
+# Outputs.
+
+
+def test_failed_write_leaves_the_old_folder(tmp_path):
+    output = tmp_path / "out"
+    output.mkdir()
+    (output / "old").write_text("old")
+    with pytest.raises(OSError, match="No space"), whole_folder(output, overwrite=True) as folder:
+        (folder / "new").write_text("new")
+        raise OSError(28, "No space left on device")
+    assert files_of(output) == {"old": b"old"}
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_failed_replacement_puts_the_old_folder_back(tmp_path):
+    output = tmp_path / "out"
+    output.mkdir()
+    (output / "old").write_text("old")
+    with pytest.raises(OSError):
+        replace_folder(tmp_path / "missing", output)
+    assert files_of(output) == {"old": b"old"}
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
+    file = tmp_path / "file.json"
+    write_whole(file, "old")
+
+    def fail(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(OSError, match="No space"):
+        write_whole(file, "new")
+    assert files_of(tmp_path) == {"file.json": b"old"}
+
+
+def test_full_disk_while_saving_keeps_the_old_student(workplace, tmp_path, monkeypatch, run_in_process):
+    from echoatt_hf import EchoAttForCausalLM
+
+    output = tmp_path / "out"
+    convert = ["convert", workplace / "teacher", "--plan", "blocks", "--ratio", "0.34", "--output", output]
+    assert run_in_process(*convert).returncode == 0
+    before = files_of(output)
+
+    def full(self, folder, **kwargs):
+        (Path(folder) / "model.safetensors").write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(EchoAttForCausalLM, "save_pretrained", full)
+    assert_one_line_error(run_in_process(*convert, "--overwrite"), "No space left on device")
+    assert files_of(output) == before
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]

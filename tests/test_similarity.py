@@ -1,0 +1,306 @@
+import copy
+import json
+import weakref
+
+import pytest
+import torch
+from conftest import make_batch, make_teacher
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.models.llama.modeling_llama import LlamaAttention
+
+from echoatt_hf import EchoAttForCausalLM, similarity
+from echoatt_hf.similarity import AttentionSimilarity, measure_attention_similarity
+
+
+# Different lengths, no padding, padding on the left, on the right, and a row of one token, which says nothing.
+BATCHES = [
+    make_batch(2, 9, seed=1),
+    make_batch(3, 13, padding=(4, 0, 12), seed=2),
+    make_batch(2, 7, padding=(0, 3), seed=3, side="right"),
+]
+
+
+def similarity_by_loops(model, batches) -> tuple[torch.Tensor, int]:
+    """Mean cosine of attention rows, from the weights that the model returns, a row at a time in float64."""
+    model = copy.deepcopy(model).eval()
+    model.set_attn_implementation("eager")
+    total, rows = 0.0, 0
+    for batch in batches:
+        with torch.no_grad():
+            attentions = model(**batch, use_cache=False, output_attentions=True).attentions
+        weights = torch.stack(attentions).double()  # (L, B, H, T, S)
+        for row, mask in enumerate(batch["attention_mask"].tolist()):
+            tokens = [position for position, keep in enumerate(mask) if keep]
+            for position in tokens[1:]:
+                heads = weights[:, row, :, position]  # (L, H, S)
+                heads = heads / heads.norm(dim=-1, keepdim=True)
+                total = total + torch.einsum("igs,jhs->ijgh", heads, heads)
+                rows += 1
+    return total / rows, rows
+
+
+@pytest.fixture(scope="module")
+def measured():
+    return measure_attention_similarity(make_teacher("llama", num_hidden_layers=5), BATCHES)
+
+
+# What is measured
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen3", "gemma3_text", "phi"])
+def test_equals_slow_reference(family):
+    model = make_teacher(family)
+    found = measure_attention_similarity(model, BATCHES)
+    expected, rows = similarity_by_loops(model, BATCHES)
+    assert found.heads.shape == (6, 6, 4, 4)
+    assert found.heads.dtype == torch.float64
+    assert found.rows == rows == 2 * 8 + (8 + 12) + (6 + 3)
+    torch.testing.assert_close(found.heads, expected, rtol=1e-5, atol=1e-6)
+    same_heads = torch.stack([expected[:, :, head, head] for head in range(4)]).mean(0)
+    torch.testing.assert_close(found.layers, same_heads, rtol=1e-5, atol=1e-6)
+    assert expected.std() > 0.01  # the layers do differ
+
+
+def test_headless_model(measured):
+    model = make_teacher("llama", num_hidden_layers=5).model
+    torch.testing.assert_close(measure_attention_similarity(model, BATCHES).heads, measured.heads)
+
+
+def test_symmetric_with_ones_on_the_diagonal(measured):
+    torch.testing.assert_close(measured.layers, measured.layers.T)
+    torch.testing.assert_close(measured.heads, measured.heads.permute(1, 0, 3, 2))
+    torch.testing.assert_close(measured.layers.diagonal(), torch.ones(5, dtype=torch.float64))
+    torch.testing.assert_close(
+        measured.heads.diagonal(dim1=0, dim2=1).diagonal(dim1=0, dim2=1), torch.ones(5, 4, dtype=torch.float64)
+    )
+    assert measured.heads.min() >= 0 and measured.heads.max() <= 1 + 1e-6
+
+
+def test_padding_changes_nothing(measured):
+    """The same rows of tokens with more padding, each in a batch of its own."""
+    padded = []
+    for batch in BATCHES:
+        for row, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True):
+            tokens = row[mask.bool()]
+            zeros = torch.zeros(3, dtype=torch.long)
+            padded.append(
+                {
+                    "input_ids": torch.cat([zeros, tokens])[None],
+                    "attention_mask": torch.cat([zeros, torch.ones_like(tokens)])[None],
+                }
+            )
+    # Positions count padding on the left here, and rotary embedding is relative.
+    found = measure_attention_similarity(make_teacher("llama", num_hidden_layers=5), padded)
+    assert found.rows == measured.rows
+    torch.testing.assert_close(found.heads, measured.heads, rtol=1e-4, atol=1e-5)
+
+
+def test_without_attention_mask(measured):
+    model = make_teacher("llama", num_hidden_layers=5)
+    found = measure_attention_similarity(model, [{"input_ids": BATCHES[0]["input_ids"]}])
+    torch.testing.assert_close(found.heads, measure_attention_similarity(model, BATCHES[:1]).heads)
+
+
+@pytest.mark.parametrize(
+    "batches",
+    [[], [make_batch(2, 1)], [make_batch(1, 5, padding=(5,))]],
+    ids=["no-batch", "one-token", "only-padding"],
+)
+def test_nothing_to_compare(tiny_teacher, batches):
+    with pytest.raises(ValueError, match="no attention row to compare: give batches with rows of at least two tokens"):
+        measure_attention_similarity(tiny_teacher, batches)
+
+
+def test_layers_with_different_heads(tiny_teacher):
+    config = copy.deepcopy(tiny_teacher.config)
+    config.num_attention_heads = 2
+    tiny_teacher.model.layers[3].self_attn = LlamaAttention(config, layer_idx=3)
+    with pytest.raises(ValueError, match=r"different numbers of heads \(\[2, 4\]\)"):
+        measure_attention_similarity(tiny_teacher, BATCHES)
+
+
+# The model afterwards
+
+
+def state_of(model) -> tuple:
+    attentions = [layer.self_attn for layer in model.model.layers]
+    return (
+        model.config._attn_implementation,
+        [module.training for module in model.modules()],
+        [id(attention.config) for attention in attentions],
+        [sorted(vars(attention)) for attention in attentions],
+        model.config.to_dict(),
+    )
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_model_is_left_as_it_was(attention, training):
+    model = make_teacher("llama", attention, num_hidden_layers=4).train(training)
+    before = state_of(model)
+    parameters = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    logits = model(**BATCHES[0]).logits
+    measure_attention_similarity(model, BATCHES)
+    assert state_of(model) == before
+    assert all(torch.equal(parameter, parameters[name]) for name, parameter in model.named_parameters())
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert torch.equal(model(**BATCHES[0]).logits, logits)
+
+
+def test_module_in_evaluation_mode_stays_so(tiny_teacher):
+    """As with a frozen part of a model in training."""
+    tiny_teacher.train()
+    tiny_teacher.model.layers[2].eval()
+    measure_attention_similarity(tiny_teacher, BATCHES[:1])
+    assert tiny_teacher.model.layers[1].training
+    assert not tiny_teacher.model.layers[2].training
+
+
+def test_model_is_left_as_it_was_after_an_error(tiny_teacher):
+    tiny_teacher.train()
+    before = state_of(tiny_teacher)
+    with pytest.raises(IndexError):
+        measure_attention_similarity(tiny_teacher, [BATCHES[0], {"input_ids": torch.full((1, 4), 10_000)}])
+    assert state_of(tiny_teacher) == before
+
+
+def test_measures_in_evaluation_mode(measured):
+    """Attention dropout would make every measurement another one."""
+    model = make_teacher("llama", num_hidden_layers=5, attention_dropout=0.5).train()
+    torch.testing.assert_close(measure_attention_similarity(model, BATCHES).heads, measured.heads)
+
+
+def test_student_is_refused(tiny_teacher):
+    student = EchoAttForCausalLM.from_teacher(tiny_teacher, [0, 1, 1, 1, 4]).train()
+    logits = student(**BATCHES[0]).logits
+    with pytest.raises(ValueError, match="already shares attention: analyze the model it was made from"):
+        measure_attention_similarity(student, BATCHES)
+    assert student.config._attn_implementation == "sdpa"
+    assert student.training
+    assert torch.equal(student(**BATCHES[0]).logits, logits)
+
+
+def test_family_without_separate_projections_is_refused():
+    config = AutoConfig.for_model("gpt2", n_layer=3, n_embd=32, n_head=4, vocab_size=97)
+    with pytest.raises(ValueError, match="does not support the family 'gpt2'"):
+        measure_attention_similarity(AutoModelForCausalLM.from_config(config), BATCHES)
+
+
+# Memory
+
+
+class LargeTensors(TorchDispatchMode):
+    """Counts the tensors of at least `size` elements that are alive, by their storage."""
+
+    def __init__(self, size: int):
+        super().__init__()
+        self.size, self.alive, self.most = size, set(), 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor) and tensor.numel() >= self.size:
+                storage = tensor.untyped_storage()
+                if storage.data_ptr() not in self.alive:
+                    self.alive.add(storage.data_ptr())
+                    weakref.finalize(storage, self.alive.discard, storage.data_ptr())
+                self.most = max(self.most, len(self.alive))
+        return result
+
+
+def test_at_most_three_attention_matrices_at_a_time(tiny_teacher, monkeypatch):
+    alive, most = weakref.WeakSet(), 0
+    compute = similarity.compute_attention_weights
+
+    def counting(*args):
+        nonlocal most
+        weights = compute(*args)
+        alive.add(weights)
+        most = max(most, len(alive))
+        return weights
+
+    monkeypatch.setattr(similarity, "compute_attention_weights", counting)
+    measure_attention_similarity(tiny_teacher, BATCHES)
+    assert 1 <= most <= 3
+
+
+def test_memory_does_not_grow_with_depth_and_batches():
+    """Tensors as large as an attention matrix `(B, H, T, S)`, by whatever part of the code they are made."""
+    most = []
+    for layers, count in ((3, 1), (6, 1), (3, 4)):
+        model = make_teacher("llama", num_hidden_layers=layers, intermediate_size=32)
+        with LargeTensors(2 * 4 * 64 * 64) as tensors:
+            measure_attention_similarity(model, (make_batch(2, 64, seed=seed) for seed in range(count)))
+        most.append(tensors.most)
+    assert 1 <= most[0] == most[1] == most[2]
+
+
+# Files
+
+
+def test_json_round_trip(measured, tmp_path):
+    path = tmp_path / "similarity.json"
+    path.write_text(measured.to_json(), encoding="utf-8")
+    loaded = AttentionSimilarity.from_json(path)
+    assert loaded.rows == measured.rows
+    torch.testing.assert_close(loaded.heads, measured.heads, rtol=0, atol=5.1e-7)
+    torch.testing.assert_close(loaded.layers, measured.layers, rtol=0, atol=5.1e-7)
+    content = json.loads(measured.to_json())
+    assert content["measure"] == "mean cosine similarity of attention rows"
+    torch.testing.assert_close(
+        torch.tensor(content["layers"], dtype=torch.float64), loaded.layers, rtol=0, atol=1.1e-6
+    )
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["not json", "{}", "[1]", '{"heads": [[1.0]], "rows": 3}', '{"heads": "a", "rows": 3}', '{"heads": [[[[1.0]]]]}'],
+    ids=["text", "empty", "list", "two-dimensions", "string", "no-rows"],
+)
+def test_from_json_of_something_else(tmp_path, text):
+    path = tmp_path / "plan.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match="plan.json' is not a similarity file"):
+        AttentionSimilarity.from_json(path)
+
+
+def test_plot_writes_a_png(measured, tmp_path):
+    from matplotlib import image, pyplot
+
+    plain, framed = tmp_path / "plain.png", tmp_path / "framed.png"
+    measured.plot(plain)
+    measured.plot(str(framed), plan=[0, 1, 1, 1, 4])
+    assert plain.read_bytes()[:8] == framed.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    assert pyplot.get_fignums() == []
+
+    def red_pixels(path):
+        pixels = image.imread(path)
+        return int(((pixels[..., 0] > 0.9) & (pixels[..., 1:3] < 0.1).all(-1)).sum())
+
+    assert red_pixels(plain) == 0
+    assert red_pixels(framed) > 100
+
+
+# A trained model
+
+
+@pytest.mark.real_weights
+def test_stories260k(stories260k):
+    """The figures that are known of this model: 0.26 to 0.47 between its layers, layers 0 and 1 most alike."""
+    stories = stories260k.parents[1] / "tinystories/stories.txt"
+    if not stories.exists():
+        pytest.skip("the stories are not here")
+    model = AutoModelForCausalLM.from_pretrained(stories260k)
+    tokenizer = AutoTokenizer.from_pretrained(stories260k)
+    with stories.open(encoding="utf-8") as file:
+        texts = file.read(8_000).split("<|endoftext|>")[:4]
+    batches = [tokenizer(text.strip(), return_tensors="pt", truncation=True, max_length=256) for text in texts]
+    found = measure_attention_similarity(model, batches)
+    assert found.rows > 500
+    assert torch.isfinite(found.heads).all()
+    others = found.layers[~torch.eye(5, dtype=torch.bool)]
+    assert float(others.min()) == pytest.approx(0.26, abs=0.02)
+    assert float(others.max()) == pytest.approx(0.47, abs=0.02)
+    assert float(found.layers[0, 1]) == float(others.max())
