@@ -4,7 +4,7 @@ import difflib
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PreTrainedConfig
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING, AutoConfig, PreTrainedConfig
 
 
 ECHOATT_VERSION = "0.1.0.dev0"
@@ -50,6 +50,37 @@ def check_echo_sources(echo_sources: list[int], num_layers: int, layer_types: li
             )
 
 
+def check_base_family(config: PreTrainedConfig) -> None:
+    """
+    Check that a configuration is that of a decoder language model.
+
+    Args:
+        config (`PreTrainedConfig`):
+            Configuration of a teacher.
+
+    Raises:
+        `ValueError`: it is an encoder, an encoder-decoder, or has no causal language model in transformers.
+    """
+    # Encoders have a causal language model too, for use inside of encoder-decoders.
+    is_encoder = type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False)
+    if config.is_encoder_decoder or is_encoder or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ValueError(
+            f"The model is of type {config.model_type!r}, not a decoder language model: EchoAtt needs a causal "
+            "language model, such as llama, qwen3 or mistral."
+        )
+    inner = config.get_text_config()
+    if inner is not config:
+        raise ValueError(
+            f"The model is of type {config.model_type!r}, which holds a language model of type {inner.model_type!r} "
+            "beside others: give that one."
+        )
+    if getattr(config, "is_heterogeneous", False):
+        raise ValueError(
+            f"The model is of type {config.model_type!r}, whose layers have configurations of their own, which EchoAtt "
+            "does not support."
+        )
+
+
 @strict
 class EchoAttConfig(PreTrainedConfig):
     r"""
@@ -93,9 +124,10 @@ class EchoAttConfig(PreTrainedConfig):
     echoatt_version: str | None = None
 
     def __post_init__(self, **kwargs):
-        text_config = _resolve_text_config(self.text_config)
         own_version = self.echoatt_version or ECHOATT_VERSION
-        self._check_unknown_fields(kwargs, text_config, own_version)
+        _check_unknown_fields(kwargs, own_version)
+        text_config = _resolve_text_config(self.text_config)
+        _check_misplaced_fields(kwargs, text_config)
         # The base class looks for fields of other families on `self`; it must not find those of `text_config`.
         self.text_config = None
         super().__post_init__(**kwargs)
@@ -123,28 +155,10 @@ class EchoAttConfig(PreTrainedConfig):
         """`list[int]`: indices of the layers whose attention weights other layers reuse."""
         return sorted({source for layer, source in enumerate(self.echo_sources) if layer != source})
 
-    @classmethod
-    def _check_unknown_fields(cls, kwargs: dict, text_config: PreTrainedConfig, version: str) -> None:
-        own_fields = ("text_config", "echo_sources", "echoatt_version")
-        for name in kwargs:
-            near = difflib.get_close_matches(name, own_fields, n=1, cutoff=0.75)
-            if near or name.startswith("echo"):
-                hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(own_fields)}."
-                newer = (
-                    f" The configuration was written by echoatt_hf {version}, this is {ECHOATT_VERSION}: upgrade it."
-                    if version != ECHOATT_VERSION
-                    else ""
-                )
-                raise ValueError(f"EchoAttConfig has no field {name!r}: {hint}{newer}")
-            if name in text_config.to_dict() and not hasattr(PreTrainedConfig, name) and name not in _COMMON_FIELDS:
-                raise ValueError(
-                    f"EchoAttConfig has no field {name!r}: it belongs to the base family, set it in text_config."
-                )
-
     def __getattr__(self, name: str):
         # Only reached for what this class and its base do not have. `__dict__` holds no text_config while unpickling.
         text_config = self.__dict__.get("text_config")
-        if name.startswith("__") or not isinstance(text_config, PreTrainedConfig):
+        if name.startswith("_") or not isinstance(text_config, PreTrainedConfig):
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
         return getattr(text_config, name)
 
@@ -157,8 +171,32 @@ class EchoAttConfig(PreTrainedConfig):
             super().__setattr__(name, value)
 
 
+OWN_FIELDS = ("text_config", "echo_sources", "echoatt_version")
+
 # Written by `save_pretrained` at the top level of every configuration, and also found in that of a family.
-_COMMON_FIELDS = {"model_type", "transformers_version", "_name_or_path", "name_or_path", "num_labels", "torch_dtype"}
+COMMON_FIELDS = {"model_type", "transformers_version", "_name_or_path", "name_or_path", "num_labels", "torch_dtype"}
+
+
+def _check_unknown_fields(kwargs: dict, version: str) -> None:
+    for name in kwargs:
+        near = difflib.get_close_matches(name, OWN_FIELDS, n=1, cutoff=0.75)
+        if near or name.startswith("echo"):
+            hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(OWN_FIELDS)}."
+            newer = (
+                f" The configuration was written by echoatt_hf {version}, this is {ECHOATT_VERSION}: upgrade it."
+                if version != ECHOATT_VERSION
+                else ""
+            )
+            raise ValueError(f"EchoAttConfig has no field {name!r}: {hint}{newer}")
+
+
+def _check_misplaced_fields(kwargs: dict, text_config: PreTrainedConfig) -> None:
+    known = text_config.to_dict()
+    for name in kwargs:
+        if name in known and not hasattr(PreTrainedConfig, name) and name not in COMMON_FIELDS:
+            raise ValueError(
+                f"EchoAttConfig has no field {name!r}: it belongs to the base family, set it in text_config."
+            )
 
 
 def _resolve_text_config(text_config: Any) -> PreTrainedConfig:
@@ -173,19 +211,10 @@ def _resolve_text_config(text_config: Any) -> PreTrainedConfig:
         )
     if isinstance(text_config, EchoAttConfig) or text_config.model_type == EchoAttConfig.model_type:
         raise ValueError("text_config is an EchoAttConfig; give the configuration of the base model it was made from.")
-    if text_config.is_encoder_decoder:
-        raise ValueError(
-            f"text_config is of type {text_config.model_type!r}, an encoder-decoder; EchoAtt needs a decoder language "
-            "model, such as llama, qwen3 or mistral."
-        )
-    if type(text_config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise ValueError(
-            f"text_config is of type {text_config.model_type!r}, for which transformers has no causal language model; "
-            "EchoAtt needs a decoder language model, such as llama, qwen3 or mistral."
-        )
+    check_base_family(text_config)
     return text_config
 
 
 EchoAttConfig.register_for_auto_class()
 
-__all__ = ["EchoAttConfig", "check_echo_sources"]
+__all__ = ["EchoAttConfig", "check_base_family", "check_echo_sources"]

@@ -40,7 +40,16 @@ from .configuration_echoatt import EchoAttConfig
 RECORD_ATTENTION = "echoatt_record"
 
 # What an echo layer does without, under the names the families use.
-QUERY_KEY_MODULES = ("q_proj", "k_proj", "q_norm", "k_norm", "q_layernorm", "k_layernorm")
+QUERY_KEY_MODULES = (
+    "q_proj",
+    "k_proj",
+    "q_norm",
+    "k_norm",
+    "q_layernorm",
+    "k_layernorm",
+    "query_layernorm",
+    "key_layernorm",
+)
 VALUE_MODULE = "v_proj"
 OUTPUT_MODULES = ("o_proj", "dense")
 
@@ -106,8 +115,11 @@ class EchoRecords:
 
 _REENTRANT_ERROR = (
     "EchoAtt models do not support reentrant gradient checkpointing (use_reentrant=True): it gives source layers wrong "
-    'gradients. Use gradient_checkpointing_kwargs={"use_reentrant": False}.'
+    'gradients. Use non-reentrant checkpointing, {"use_reentrant": False}.'
 )
+
+
+_NO_RECORDS_ERROR = "EchoAtt does not support the family {family!r} yet: its layers do not hand keyword arguments on to their attention."
 
 
 class SourceConfig:
@@ -144,7 +156,7 @@ def record_attention(
     key: torch.Tensor,
     value: torch.Tensor,
     attention_mask: Any,
-    echo_records: EchoRecords,
+    echo_records: EchoRecords | None = None,
     **kwargs,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """
@@ -163,6 +175,8 @@ def record_attention(
     Returns:
         `tuple`: output `(B, T, H, D)` and, in eager mode, the attention weights `(B, H, T, S)`.
     """
+    if echo_records is None:
+        raise ValueError(_NO_RECORDS_ERROR.format(family=module.config.model_type))
     echo_records.record(module.layer_idx, AttentionRecord(query, key, attention_mask, kwargs))
     implementation = module.config.config._attn_implementation
     return _attend(module, implementation, query, key, value, attention_mask, **kwargs)
@@ -182,10 +196,12 @@ class EchoAttention:
         self,
         hidden_states: torch.Tensor,
         *args,
-        echo_records: EchoRecords,
+        echo_records: EchoRecords | None = None,
         past_key_values: Cache | None = None,
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        if echo_records is None:
+            raise ValueError(_NO_RECORDS_ERROR.format(family=self.config.model_type))
         record = echo_records.get(self.echo_source, hidden_states.device)
         input_shape = hidden_states.shape[:-1]
         value = getattr(self, VALUE_MODULE)(hidden_states).view(*input_shape, -1, self.head_dim).transpose(1, 2)
@@ -203,13 +219,25 @@ class EchoAttention:
             **record.kwargs,
         )
         output = output.reshape(*input_shape, -1).contiguous()
-        return getattr(self, self.echo_output)(output), weights
+        output = getattr(self, self.echo_output)(output)
+        # Where a family drops part of its attention's output, an echo layer does too.
+        output = nn.functional.dropout(output, getattr(self, "residual_dropout", 0.0), self.training)
+        return output, weights
+
+    def __reduce__(self):
+        # The class is made at run time, so it is pickled by the family's class it is made from.
+        return _rebuild_echo_attention, (type(self).__bases__[1],), self.__dict__
 
 
 @functools.cache
 def _echo_attention_class(attention_class: type[nn.Module]) -> type[nn.Module]:
     """Subclass of the family's attention class, so that what transformers declares for it (outputs to record) holds."""
     return type(f"Echo{attention_class.__name__}", (EchoAttention, attention_class), {"__module__": __name__})
+
+
+def _rebuild_echo_attention(attention_class: type[nn.Module]) -> nn.Module:
+    echo_class = _echo_attention_class(attention_class)
+    return echo_class.__new__(echo_class)
 
 
 def find_attention_modules(model: nn.Module, num_layers: int) -> list[nn.Module]:
@@ -239,17 +267,36 @@ def find_attention_modules(model: nn.Module, num_layers: int) -> list[nn.Module]
             "attention module with separate query, key and value projections."
         )
     for module in found.values():
-        unknown = [
-            name
-            for name, _ in module.named_children()
-            if name not in (*QUERY_KEY_MODULES, VALUE_MODULE, *OUTPUT_MODULES)
-        ]
-        if unknown or not any(hasattr(module, name) for name in OUTPUT_MODULES) or _eager_attention(module) is None:
+        reason = _unsupported_reason(module)
+        if reason is not None:
             raise ValueError(
-                f"EchoAtt does not support the family {family!r} yet: its attention {type(module).__name__} has "
-                f"the modules {', '.join(name for name, _ in module.named_children())}."
+                f"EchoAtt does not support the family {family!r} yet: its attention {type(module).__name__} {reason}."
             )
     return [found[layer] for layer in range(num_layers)]
+
+
+def _unsupported_reason(attention: nn.Module) -> str | None:
+    """Why an attention module does more than an echo layer can take over, or `None` if it does not."""
+    known = (*QUERY_KEY_MODULES, VALUE_MODULE, *OUTPUT_MODULES)
+    unknown = [name for name, _ in attention.named_children() if name not in known]
+    if unknown:
+        return f"has the modules {', '.join(unknown)}"
+    if not any(hasattr(attention, name) for name in OUTPUT_MODULES):
+        return f"has no output projection named {' or '.join(OUTPUT_MODULES)}"
+    parameters = [name for name, _ in attention.named_parameters(recurse=False)]
+    if parameters:
+        return f"has parameters of its own: {', '.join(parameters)}"
+    if getattr(attention.config, "clip_qkv", None) is not None:
+        return "clips queries, keys and values (clip_qkv)"
+    if _eager_attention(attention) is None:
+        return "does not call the attention interface of transformers"
+    if hasattr(attention, "q_proj") and attention.q_proj.weight.shape[0] != _query_features(attention):
+        return "makes more than queries in its query projection, such as an output gate"
+    return None
+
+
+def _query_features(attention: nn.Module) -> int:
+    return attention.config.num_attention_heads * attention.head_dim
 
 
 def _eager_attention(module: nn.Module) -> Callable | None:
@@ -348,8 +395,14 @@ class EchoAttPreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     _can_compile_fullgraph = True
 
-    def _new_records(self) -> dict[str, EchoRecords]:
-        return {"echo_records": EchoRecords()} if self.config.echo_layers else {}
+    def _shared_kwargs(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Keyword arguments for the family's model: those of the caller, of the configuration, and new records."""
+        for name in ("output_attentions", "output_hidden_states"):
+            if kwargs.get(name) is None and getattr(self.config, name):
+                kwargs[name] = True
+        if self.config.echo_layers:
+            kwargs["echo_records"] = EchoRecords()
+        return kwargs
 
     def _share(self, model: PreTrainedModel) -> PreTrainedModel:
         _share_attention(model, self.config)
@@ -409,8 +462,7 @@ class EchoAttModel(EchoAttPreTrainedModel):
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
-            **self._new_records(),
-            **kwargs,
+            **self._shared_kwargs(kwargs),
         )
 
     def get_input_embeddings(self) -> nn.Module:
@@ -482,7 +534,12 @@ class EchoAttForCausalLM(EchoAttPreTrainedModel, GenerationMixin):
         for name, buffer in student.language_model.named_buffers():
             if buffer.is_meta:  # not part of the state, such as rotary frequencies
                 parent, _, leaf = name.rpartition(".")
-                setattr(student.language_model.get_submodule(parent), leaf, buffers[name].detach().clone())
+                module, original = (model.get_submodule(parent) for model in (student.language_model, teacher))
+                setattr(module, leaf, buffers[name].detach().clone())
+                # What goes with it, such as the length that dynamic rotary frequencies are for.
+                for key, value in vars(original).items():
+                    if isinstance(value, (int, float, torch.Tensor)):
+                        setattr(module, key, copy.deepcopy(value))
         student.tie_weights()
         if teacher.generation_config is not None:
             student.generation_config = copy.deepcopy(teacher.generation_config)
@@ -513,8 +570,7 @@ class EchoAttForCausalLM(EchoAttPreTrainedModel, GenerationMixin):
             labels=labels,
             use_cache=use_cache,
             logits_to_keep=logits_to_keep,
-            **self._new_records(),
-            **kwargs,
+            **self._shared_kwargs(kwargs),
         )
 
     def get_input_embeddings(self) -> nn.Module:

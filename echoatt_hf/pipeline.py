@@ -156,14 +156,22 @@ def _distill_and_write(
     evaluations = _Evaluations(work / "evaluations.json", models, held_out_rows)
     evaluations.run("teacher", models.teacher)
     evaluations.run("converted", models.student)
-    trainer = distill(models.student, models.teacher, train_rows, distillation, work / "checkpoints", evaluations.run)
+    trainer = distill(
+        models.student,
+        models.teacher,
+        train_rows,
+        distillation,
+        work / "checkpoints",
+        held_out_rows=held_out_rows,
+        evaluate=evaluations.run,
+    )
     report = {
         "settings": asdict(settings),
         "plan": SharingPlan(models.student.config.echo_sources).to_dict(),
         **facts,
         "results": evaluations.results(),
         "tokens_per_step": distillation.batch_size * settings.data.row_length,
-        "training_log": [entry for entry in trainer.state.log_history if "loss" in entry],
+        "training_log": [entry for entry in trainer.state.log_history if {"loss", "eval_loss"} & set(entry)],
         "environment": describe_environment(),
         "last_session_s": round(time.time() - start, 1),
     }
@@ -178,6 +186,8 @@ def distill(
     train_rows: Dataset | IterableDataset,
     settings: DistillationSettings,
     checkpoints: Path,
+    *,
+    held_out_rows: list[dict] | None = None,
     evaluate: Callable[[str, PreTrainedModel], object] | None = None,
 ) -> EchoAttTrainer:
     """
@@ -192,6 +202,8 @@ def distill(
             Steps, rates and weights.
         checkpoints (`Path`):
             Folder for checkpoints.
+        held_out_rows (`list[dict]`, *optional*):
+            Rows to log the loss of every `settings.eval_steps` steps.
         evaluate (`Callable`, *optional*):
             Called with `"stage 1"` and `"stage 2"` and the student at the end of each stage.
 
@@ -209,6 +221,7 @@ def distill(
         teacher=teacher if settings.stage1_steps else None,
         args=_training_arguments(settings, checkpoints),
         train_dataset=train_rows,
+        eval_dataset=held_out_rows if settings.eval_steps else None,
         data_collator=collate_rows,
         callbacks=[callback],
     )
@@ -384,11 +397,14 @@ def _training_arguments(settings: DistillationSettings, output_dir: Path) -> Ech
     values = asdict(settings)
     batch_size, accumulation_steps = values.pop("batch_size"), values.pop("accumulation_steps")
     del values["steps"]
+    values["eval_steps"] = settings.eval_steps or None
     return EchoAttTrainingArguments(
         output_dir=str(output_dir),
         stage1_steps=settings.stage1_steps,
         per_device_train_batch_size=batch_size // accumulation_steps,
         gradient_accumulation_steps=accumulation_steps,
+        per_device_eval_batch_size=8,
+        eval_strategy="steps" if settings.eval_steps else "no",
         lr_scheduler_type="cosine",
         logging_steps=10,
         save_total_limit=2,

@@ -63,14 +63,17 @@ def plan_from_similarity(
     if ratio is not None:
         chosen = best[count_echo_layers(num_layers, ratio, capacity)][1]
     else:
-        chosen = max(best.values(), key=lambda item: item[0])[1]
+        # Of equal totals the one with more echo layers: a layer exactly at the threshold adds nothing, but may echo.
+        chosen = max(best.items(), key=lambda item: (item[1][0], item[0]))[1][1]
         if not chosen:
             pairs = [
                 similarity[echo][source] for group in groups for source, echo in zip(group, group[1:], strict=False)
             ]
+            closest = (
+                f"the most similar pair has {max(pairs):.3f}. Lower the threshold" if pairs else "no two can share"
+            )
             raise ValueError(
-                f"No layer is at least {threshold} similar to the layer before it; the most similar pair has "
-                f"{max(pairs):.3f}. Lower the threshold."
+                f"No layer is at least {threshold} similar to the layer of its type before it; {closest}."
             )
     sources = list(range(num_layers))
     for block in chosen:

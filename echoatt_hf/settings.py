@@ -78,10 +78,13 @@ class DistillationSettings:
     warmup_steps: int = setting(20, "Steps in which the learning rate rises, in each stage.")
     weight_decay: float = setting(0.0, "Weight decay of AdamW.")
     save_steps: int = setting(200, "Steps between checkpoints.")
+    eval_steps: int = setting(0, "Steps between evaluations of the loss on held-out rows; 0 for none on the way.")
     seed: int = setting(0, "Seed of the order of rows and of dropout.")
 
     def __post_init__(self):
         _check_at_least_one(self, "steps", "batch_size", "accumulation_steps", "save_steps")
+        if self.eval_steps < 0:
+            raise ValueError(f"eval_steps is {self.eval_steps}; it must be 0 or more.")
         if self.stage2_steps is None:
             object.__setattr__(self, "stage2_steps", self.steps // 6)
         if not 0 <= self.stage2_steps <= self.steps:

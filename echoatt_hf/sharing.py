@@ -35,7 +35,7 @@ class SharingPlan(Sequence):
     >>> from echoatt_hf import SharingPlan
 
     >>> print(SharingPlan.from_ratio(8, 0.4))
-    0 1 [2 3] [4 5] [6 7 ...
+    0 1 2→1 3 4→3 5 6→5 7  (3 of 8 layers echo)
     ```
     """
 
@@ -92,18 +92,18 @@ class SharingPlan(Sequence):
         if block_size is not None and block_size < 2:
             raise ValueError(f"block_size is {block_size}; it must be at least 2, a source and one echo.")
         groups = inner_groups(num_layers, protected_layers, layer_types)
-        capacity = sum(len(group) - 1 for group in groups)
         if ratio is None:
-            wanted = sum(len(group) // block_size * (block_size - 1) for group in groups)
+            counts = [len(group) // block_size * (block_size - 1) for group in groups]
         else:
-            wanted = count_echo_layers(num_layers, ratio, capacity)
-        if wanted == 0:
+            capacities = [len(group) - 1 for group in groups]
+            counts = _spread(count_echo_layers(num_layers, ratio, sum(capacities)), capacities)
+        if not any(counts):
             raise ValueError(
-                f"A block of {block_size} layers does not fit: {num_layers} layers with {protected_layers} protected at "
-                f"either end leave {max((len(group) for group in groups), default=0)} inner layers of one type."
+                f"A block of {block_size} layers does not fit: {num_layers} layers with {protected_layers} protected "
+                f"at either end leave at most {max(len(group) for group in groups)} inner layers of one type."
             )
         sources = list(range(num_layers))
-        for group, count in zip(groups, _spread(wanted, [len(group) - 1 for group in groups]), strict=True):
+        for group, count in zip(groups, counts, strict=True):
             for block in _blocks(group, count, block_size):
                 for layer in block:
                     sources[layer] = block[0]
@@ -172,7 +172,7 @@ class SharingPlan(Sequence):
         """Read a plan that [`SharingPlan.to_json`] wrote. Raises `ValueError` if the file is not one."""
         try:
             content = json.loads(Path(path).read_text(encoding="utf-8"))
-            sources = content["echo_sources"]
+            sources = list(content["echo_sources"])
         except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError) as error:
             raise ValueError(
                 f"{str(path)!r} is not a sharing plan: it needs a list 'echo_sources' in JSON."
@@ -200,7 +200,7 @@ def count_echo_layers(num_layers: int, ratio: float, capacity: int) -> int:
             f"ratio {ratio} is under half a layer of {num_layers}: the smallest possible is {1 / num_layers:.3f}."
         )
     if wanted > capacity:
-        possible = f"at most {capacity / num_layers:.3f}, {capacity} layers" if capacity else "no layer can"
+        possible = f"at most {capacity / num_layers:.3f}, {capacity} layers" if capacity else "no layer"
         raise ValueError(
             f"ratio {ratio} of {num_layers} layers is {wanted} echo layers, but {possible} can echo here: the first "
             "and last layers stay plain, and every block needs a source of its type."
@@ -230,6 +230,8 @@ def inner_groups(num_layers: int, protected_layers: int, layer_types: Sequence[s
         )
     if layer_types is None:
         return [list(inner)]
+    if len(layer_types) != num_layers:
+        raise ValueError(f"layer_types has {len(layer_types)} entries for {num_layers} layers: give one per layer.")
     return [
         [layer for layer in inner if layer_types[layer] == kind] for kind in sorted({layer_types[i] for i in inner})
     ]

@@ -189,14 +189,16 @@ def _empty_total(modules: list[torch.nn.Module], records: EchoRecords) -> torch.
 @contextmanager
 def _eager_evaluation(model: PreTrainedModel) -> Iterator[None]:
     """Eager attention, whose masks and weights every family defines, and evaluation mode; both undone at the end."""
-    implementation, training = model.config._attn_implementation, model.training
+    implementation = model.config._attn_implementation
+    training = [module for module in model.modules() if module.training]
     model.set_attn_implementation("eager")
     model.eval()
     try:
         yield
     finally:
         model.set_attn_implementation(implementation)
-        model.train(training)
+        for module in training:
+            module.training = True
 
 
 def _rounded(tensor: torch.Tensor) -> list:

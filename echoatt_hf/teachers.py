@@ -4,7 +4,6 @@ from pathlib import Path
 
 import torch
 from transformers import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -12,6 +11,8 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+
+from .configuration_echoatt import EchoAttConfig, check_base_family
 
 
 __all__ = ["BUILTIN_TEACHER", "builtin_teacher_path", "load_config", "load_model", "load_tokenizer"]
@@ -43,11 +44,8 @@ def load_model(name: str | Path, dtype: torch.dtype | str = torch.float32) -> Pr
         `ValueError`: it is not a decoder language model.
     """
     config = load_config(name)
-    if config.is_encoder_decoder or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise ValueError(
-            f"{str(name)!r} is of type {config.model_type!r}, not a decoder language model: give a causal language "
-            "model, such as llama, qwen3 or mistral."
-        )
+    if not isinstance(config, EchoAttConfig):
+        check_base_family(config)
     return _loaded(name, lambda: AutoModelForCausalLM.from_pretrained(_resolve(name), dtype=dtype))
 
 

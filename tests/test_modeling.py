@@ -221,7 +221,7 @@ MORE_FAMILIES = {
     "olmo3": {},
     "olmoe": {"num_experts": 4, "num_experts_per_tok": 2},
     "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "head_dim": 8},
-    "seed_oss": {"head_dim": 8},
+    "seed_oss": {"head_dim": 8, "residual_dropout": 0.0},
     "smollm3": {},
     "starcoder2": {},
 }
@@ -290,6 +290,22 @@ def test_family_that_does_more_is_right_or_refused(family, overrides):
         assert_equals_interface_oracle(teacher, student)
 
 
+def test_dropout_of_the_attention_output_reaches_echo_layers():
+    """The attention of seed_oss drops out its own output in training; with all of it dropped nothing is left."""
+    teacher = make_other_teacher("seed_oss", head_dim=8, residual_dropout=1.0)
+    try:
+        student = EchoAttForCausalLM.from_teacher(teacher, [0, 1, 1, 1, 4, 4])
+    except ValueError as error:
+        assert "seed_oss" in str(error)
+        return
+    for model in (teacher, student):
+        outputs = []
+        for attention in attentions_of(model):
+            attention.register_forward_hook(lambda module, args, output, outputs=outputs: outputs.append(output[0]))
+        model.train()(**make_batch())
+        assert [bool(output.any()) for output in outputs] == [False] * 6
+
+
 @pytest.mark.parametrize(
     ("family", "overrides"),
     [
@@ -302,10 +318,11 @@ def test_family_that_does_more_is_right_or_refused(family, overrides):
         ("stablelm", {}),
     ],
 )
-def test_unsupported_family_is_refused_at_conversion(family, overrides):
+def test_unsupported_family_is_refused(family, overrides):
+    """At conversion; where that cannot be seen from the modules, in the first forward pass."""
     teacher = make_other_teacher(family, **overrides)
     with pytest.raises(ValueError, match=f"does not support the family '{family}'"):
-        EchoAttForCausalLM.from_teacher(teacher, [0, 1, 1, 3, 3, 5])
+        EchoAttForCausalLM.from_teacher(teacher, [0, 1, 1, 3, 3, 5])(**make_batch())
 
 
 # From a teacher

@@ -213,7 +213,7 @@ def test_block_size_with_mixed_layer_types(layer_types, block_size):
         (12, {"ratio": 0.01}, "ratio 0.01 is under half a layer of 12: the smallest possible is 0.083"),
         (12, {"ratio": 0.9}, "ratio 0.9 of 12 layers is 11 echo layers, but at most 0.750, 9 layers can echo"),
         (12, {"block_size": 1}, "block_size is 1; it must be at least 2"),
-        (12, {"block_size": 11}, "A block of 11 layers does not fit: 12 layers .* leave 10 inner layers"),
+        (12, {"block_size": 11}, "A block of 11 layers does not fit: 12 layers .* leave at most 10 inner layers"),
         (12, {"ratio": 0.7, "block_size": 2}, "8 echo layers in blocks of 2 need 16 layers, but only 10 inner"),
         (12, {"ratio": 0.4, "protected_layers": -1}, "protected_layers is -1; it must be 0 or more"),
         (12, {"ratio": 0.4, "protected_layers": 6}, "12 layers with 6 protected at either end leave 0 to share"),
