@@ -519,6 +519,7 @@ class EchoAttForCausalLM(EchoAttPreTrainedModel, GenerationMixin):
         _check_teacher(teacher)
         text_config = copy.deepcopy(teacher.config)
         text_config.architectures = None
+        text_config.name_or_path = ""  # a path of this machine would end up in the student's config.json
         config = EchoAttConfig(
             text_config=text_config,
             echo_sources=list(plan),

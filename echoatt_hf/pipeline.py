@@ -166,7 +166,7 @@ def _distill_and_write(
         evaluate=evaluations.run,
     )
     report = {
-        "settings": asdict(settings),
+        "settings": _without_paths(asdict(settings)),
         "plan": SharingPlan(models.student.config.echo_sources).to_dict(),
         **facts,
         "results": evaluations.results(),
@@ -534,6 +534,21 @@ def _last_complete_checkpoint(folder: Path) -> str | None:
     """The last checkpoint whose save was not cut short: the trainer's state is what `Trainer` writes last."""
     complete = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json")]
     return str(max(complete, key=lambda path: int(path.name.split("-")[1]))) if complete else None
+
+
+def _without_paths(settings: dict) -> dict:
+    """Settings as they may be published: of a path that is nobody else's business, its last part."""
+
+    def shorten(value):
+        if isinstance(value, dict):
+            return {name: shorten(item) for name, item in value.items()}
+        if isinstance(value, list):
+            return [shorten(item) for item in value]
+        if isinstance(value, str) and (Path(value).is_absolute() or value.startswith(("~", ".."))):
+            return Path(value).name
+        return value
+
+    return shorten(settings)
 
 
 def _pad(cells: list[str], widths: list[int]) -> list[str]:

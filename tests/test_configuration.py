@@ -244,9 +244,9 @@ def test_field_of_the_family_at_top_level(name):
         make_echo_config(**{name: 1})
 
 
-@pytest.mark.parametrize("name", ["num_labels", "output_hidden_states"])
-def test_common_fields_are_allowed_at_top_level(name):
-    assert getattr(make_echo_config(**{name: 1}), name) == 1
+@pytest.mark.parametrize(("name", "value"), [("num_labels", 1), ("output_hidden_states", True)])
+def test_common_fields_are_allowed_at_top_level(name, value):
+    assert getattr(make_echo_config(**{name: value}), name) == value
 
 
 # Errors: the base family

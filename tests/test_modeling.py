@@ -12,7 +12,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import FAMILIES, FP32_TOLERANCE, SIZES, VOCAB_SIZE, make_batch, make_config, make_teacher, plan_of
+from conftest import (
+    CHECKPOINTING,
+    FAMILIES,
+    FP32_TOLERANCE,
+    SIZES,
+    VOCAB_SIZE,
+    make_batch,
+    make_config,
+    make_teacher,
+    plan_of,
+)
 from torch import nn
 from transformers import (
     AttentionInterface,
@@ -58,7 +68,11 @@ def kept(logits: torch.Tensor, batch: dict) -> torch.Tensor:
 
 
 def enable_checkpointing(model: nn.Module, options: dict | None, **kwargs) -> None:
-    model.activation_checkpointing_enable(activation_checkpointing_kwargs=options, **kwargs)
+    getattr(model, f"{CHECKPOINTING}_enable")(**{f"{CHECKPOINTING}_kwargs": options}, **kwargs)
+
+
+def is_checkpointing(model: nn.Module) -> bool:
+    return getattr(model, f"is_{CHECKPOINTING}")
 
 
 # The slow oracle: weights of the source, taken from the family's own eager attention, times the echo's own values.
@@ -532,9 +546,9 @@ def test_reentrant_checkpointing_is_refused_at_once(model_class):
         warnings.simplefilter("ignore", FutureWarning)  # the older name of the same
         with pytest.raises(ValueError, match="do not support reentrant"):
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
-    assert not model.is_activation_checkpointing
+    assert not is_checkpointing(model)
     enable_checkpointing(model, None)
-    assert model.is_activation_checkpointing
+    assert is_checkpointing(model)
 
 
 @pytest.mark.parametrize("options", [{"use_reentrant": True}, {}], ids=["explicit", "default-of-torch"])
@@ -563,8 +577,8 @@ def test_reentrant_checkpointing_is_right_without_echo_layers():
 def test_checkpointing_can_be_disabled():
     student = make_student("llama").train()
     enable_checkpointing(student, None)
-    student.activation_checkpointing_disable()
-    assert not student.is_activation_checkpointing
+    getattr(student, f"{CHECKPOINTING}_disable")()
+    assert not is_checkpointing(student)
 
 
 # Caches and generation
@@ -1142,7 +1156,7 @@ def test_trainer(tiny_teacher, checkpointing, tmp_path):
         per_device_train_batch_size=2,
         gradient_accumulation_steps=2,
         learning_rate=1e-2,
-        activation_checkpointing=checkpointing,
+        **{CHECKPOINTING: checkpointing},
         save_strategy="no",
         report_to=[],
         use_cpu=True,

@@ -147,7 +147,7 @@ def test_student_generates_and_equals_its_evaluation(compressed, workplace):
         assert evaluated[name] == pytest.approx(last[name], rel=1e-5)
 
 
-def test_card_and_report_tell_no_secrets_and_have_no_gaps(compressed, workplace):
+def test_card_has_no_gaps(compressed):
     from huggingface_hub import ModelCard
 
     folder, _ = compressed
@@ -155,8 +155,6 @@ def test_card_and_report_tell_no_secrets_and_have_no_gaps(compressed, workplace)
     assert "None" not in card and "More Information" not in card
     assert "base_model" not in card  # a local path means nothing to others
     assert ModelCard.load(folder / "README.md").data.pipeline_tag == "text-generation"
-    for name in ("README.md", "report.json", "config.json", "sharing_plan.json"):
-        assert str(workplace) not in (folder / name).read_text()
 
 
 def test_steps_one_by_one_equal_the_pipeline(compressed, workplace):
@@ -218,6 +216,9 @@ def test_stopped_run_resumes_to_the_same_student(workplace, tmp_path, how):
     assert all(torch.equal(value, resumed.state_dict()[name]) for name, value in whole.state_dict().items())
     results = [json.loads((tmp_path / name / "report.json").read_text())["results"] for name in ("whole", "stopped")]
     assert results[0] == results[1]
+    # The teacher and the text were given by absolute paths, which are nobody's business.
+    for file in output.iterdir():
+        assert str(workplace).encode() not in file.read_bytes(), file.name
 
 
 # Bad input: one line, exit code 2, nothing written.
