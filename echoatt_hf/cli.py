@@ -21,6 +21,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="An error is one line; --debug shows where it came from.",
 )
 
 Teacher = Annotated[str, typer.Argument(help="'builtin', a folder, or a repository of the Hub.")]
@@ -217,14 +218,14 @@ def evaluate(
     """Evaluate a model on held-out text: perplexity, bits per byte, and agreement with its teacher."""
     from .evaluation import evaluate_model
     from .outputs import write_whole
-    from .pipeline import load_rows
+    from .pipeline import load_held_out_rows
     from .teachers import load_model, load_tokenizer
 
     if output is not None and output.exists() and not overwrite:
         raise FileExistsError(f"{str(output)!r} exists: choose another file, or replace it with --overwrite.")
     loaded = load_model(model)
     tokenizer = load_tokenizer(model, loaded)
-    _, rows = load_rows(data, tokenizer, loaded)
+    rows = load_held_out_rows(data, tokenizer, loaded)
     compared = load_model(teacher) if teacher is not None else None
     results = evaluate_model(
         loaded, rows, teacher=compared, tokenizer=tokenizer, batch_size=batch_size, description="evaluate"

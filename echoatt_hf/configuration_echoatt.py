@@ -26,6 +26,8 @@ def check_echo_sources(echo_sources: list[int], num_layers: int, layer_types: li
     Raises:
         `ValueError`: wrong length, a source that follows its echo or is itself an echo, or mixed layer types.
     """
+    if not isinstance(echo_sources, (list, tuple)):
+        raise ValueError(f"echo_sources is {echo_sources!r}; it must be a list of layer indices, one for each layer.")
     if len(echo_sources) != num_layers:
         raise ValueError(
             f"echo_sources has {len(echo_sources)} entries for {num_layers} layers: give one source index per layer, "
@@ -120,7 +122,7 @@ class EchoAttConfig(PreTrainedConfig):
     has_no_defaults_at_init = True
 
     text_config: Any = None
-    echo_sources: list[int] | None = None
+    echo_sources: Any = None
     echoatt_version: str | None = None
 
     def __post_init__(self, **kwargs):
@@ -138,6 +140,7 @@ class EchoAttConfig(PreTrainedConfig):
         if self.echo_sources is None:
             self.echo_sources = list(range(text_config.num_hidden_layers))
         self.validate_echo_sources()
+        self.echo_sources = list(self.echo_sources)
 
     def validate_echo_sources(self) -> None:
         """Check the sharing plan against the layers of `text_config`. Runs at construction and before saving."""

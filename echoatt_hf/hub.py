@@ -8,7 +8,21 @@ from .sharing import SharingPlan
 from .teachers import BUILTIN_TEACHER
 
 
-__all__ = ["write_model_card"]
+__all__ = ["CITATION", "write_model_card"]
+
+CITATION = """@inproceedings{rajabzadeh2024echoatt,
+  title = {EchoAtt: Attend, Copy, then Adjust for More Efficient Large Language Models},
+  author = {Rajabzadeh, Hossein and Jafari, Aref and Sharma, Aman and Jami, Benyamin and Kwon, Hyock Ju and
+    Ghodsi, Ali and Chen, Boxing and Rezagholizadeh, Mehdi},
+  booktitle = {Proceedings of The 4th NeurIPS Efficient Natural Language and Speech Processing Workshop},
+  series = {PMLR},
+  volume = {262},
+  pages = {259--269},
+  year = {2024},
+  eprint = {2409.14595},
+  archivePrefix = {arXiv}
+}"""
+"""BibTeX entry of the paper."""
 
 
 def write_model_card(folder: Path, report: dict, table: str) -> None:
@@ -38,8 +52,8 @@ def _body(report: dict, table: str) -> str:
     return f"""# EchoAtt student of {_public_name(settings["teacher"])}
 
 A decoder language model in which {len(plan.echo_layers)} of {len(plan)} layers reuse the attention weights of an
-earlier layer and have no query and key projection of their own (EchoAtt, arXiv 2409.14595). It was made from its
-teacher by `echoatt_hf` and distilled on {tokens:,} tokens of text.
+earlier layer and have no query and key projection of their own (EchoAtt, arXiv 2409.14595). It was made from its teacher
+by `echoatt_hf` and distilled on {tokens:,} tokens of text.
 
 ```python
 import echoatt_hf  # or trust_remote_code=True below, where the plugin is not installed
@@ -57,26 +71,19 @@ tokenizer = AutoTokenizer.from_pretrained("path or repository")
 
 {table}
 
-On {report["results"][0]["tokens"]:,} held-out tokens in rows of {settings["data"]["row_length"]}; agreement and KL are
-with the teacher.
+On {report["results"][0]["tokens"]:,} held-out tokens in rows of {settings["data"]["row_length"]}; agreement and KL are with the teacher.
 
 ## Distillation
 
-Stage 1, from the teacher: {training["steps"] - training["stage2_steps"]} steps; stage 2, on the text alone: {training["stage2_steps"]}
-steps; {report["tokens_per_step"]:,} tokens a step. All settings and the log are in `report.json`.
+Stage 1, from the teacher: {training["steps"] - training["stage2_steps"]} steps; stage 2, on the text alone: {training["stage2_steps"]} steps;
+{report["tokens_per_step"]:,} tokens a step. All settings and the log are in `report.json`.
 
 Made with {versions}; {environment["hardware"]}.
 
 ## Citation
 
 ```bibtex
-@article{{rajabzadeh2024echoatt,
-  title={{EchoAtt: Attend, Copy, then Adjust for More Efficient Large Language Models}},
-  author={{Rajabzadeh, Hossein and Jafari, Aref and Sharma, Aman and Jami, Benyamin and Kwon, Hyock Ju and Ghodsi, Ali
-    and Chen, Boxing and Rezagholizadeh, Mehdi}},
-  journal={{arXiv preprint arXiv:2409.14595}},
-  year={{2024}}
-}}
+{CITATION}
 ```
 """
 

@@ -45,6 +45,7 @@ __all__ = [
     "distill",
     "distill_student",
     "format_table",
+    "load_held_out_rows",
     "load_rows",
     "make_plan",
 ]
@@ -250,24 +251,54 @@ def load_rows(
     Raises:
         `ValueError`: the row is longer than the model's context, or the text does not fill a row.
     """
+    _check_row_length(settings, model)
+    documents, held_out = _load_both(settings)
+    held_out_rows = pack_rows(held_out, tokenizer, settings.row_length).take(settings.evaluation_rows)
+    return pack_rows(documents, tokenizer, settings.row_length), list(held_out_rows)
+
+
+def load_held_out_rows(
+    settings: DataSettings, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel
+) -> list[dict]:
+    """
+    Rows to evaluate on: those of [`load_rows`], without reading more than they need.
+
+    Args:
+        settings ([`DataSettings`]): which text, and how long a row is.
+        tokenizer (`PreTrainedTokenizerBase`): the model's tokenizer.
+        model (`PreTrainedModel`): the model the rows are for, whose context they must fit.
+
+    Raises:
+        `ValueError`: the row is longer than the model's context, or the text does not fill a row.
+    """
+    _check_row_length(settings, model)
+    held_out = _load_held_out(settings) if settings.held_out_data else _load_both(settings)[1]
+    return list(pack_rows(held_out, tokenizer, settings.row_length).take(settings.evaluation_rows))
+
+
+def _load_both(settings: DataSettings) -> tuple[Dataset | IterableDataset, Dataset | IterableDataset]:
+    documents = load_documents(
+        settings.data,
+        text_column=settings.text_column,
+        name=settings.data_name,
+        split=settings.data_split,
+        streaming=settings.streaming,
+    )
+    if settings.held_out_data:
+        return documents, _load_held_out(settings)
+    return split_documents(documents, settings.held_out_fraction)
+
+
+def _load_held_out(settings: DataSettings) -> Dataset | IterableDataset:
+    return load_documents(settings.held_out_data, text_column=settings.text_column)
+
+
+def _check_row_length(settings: DataSettings, model: PreTrainedModel) -> None:
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if context is not None and settings.row_length > context:
         raise ValueError(
             f"row_length is {settings.row_length}, but the model's context is {context} tokens: choose at most that."
         )
-    options = {
-        "text_column": settings.text_column,
-        "name": settings.data_name,
-        "split": settings.data_split,
-        "streaming": settings.streaming,
-    }
-    documents = load_documents(settings.data, **options)
-    if settings.held_out_data:
-        held_out = load_documents(settings.held_out_data, text_column=settings.text_column)
-    else:
-        documents, held_out = split_documents(documents, settings.held_out_fraction)
-    held_out_rows = pack_rows(held_out, tokenizer, settings.row_length).take(settings.evaluation_rows)
-    return pack_rows(documents, tokenizer, settings.row_length), list(held_out_rows)
 
 
 def analyze(model: PreTrainedModel, rows: Dataset | IterableDataset, calibration_rows: int) -> AttentionSimilarity:

@@ -178,11 +178,20 @@ def test_bad_plan(sources, message):
         check_echo_sources(sources, 5)
 
 
+@pytest.mark.parametrize("sources", ["01114", 3, {0: 0}], ids=repr)
+def test_plan_that_is_no_list(sources):
+    with pytest.raises(ValueError, match="it must be a list of layer indices"):
+        make_echo_config(echo_sources=sources)
+
+
+def test_tuple_becomes_a_list():
+    assert make_echo_config(echo_sources=(0, 1, 1, 1, 4)).echo_sources == [0, 1, 1, 1, 4]
+
+
 @pytest.mark.parametrize("source", ["1", 1.0, True, None], ids=repr)
 def test_source_that_is_no_integer(source):
     sources = [0, 1, source, 1, 4]
-    # The type check of the fields comes first in the configuration; it names the field and the place.
-    with pytest.raises(Exception, match=r"(?s)echo_sources.*index 2"):
+    with pytest.raises(ValueError, match=r"echo_sources\[2\] is .*must be a layer index \(an integer\)"):
         make_echo_config(echo_sources=sources)
     with pytest.raises(ValueError, match=r"echo_sources\[2\] is .*must be a layer index \(an integer\)"):
         check_echo_sources(sources, 5)

@@ -147,6 +147,14 @@ def test_student_generates_and_equals_its_evaluation(compressed, workplace):
         assert evaluated[name] == pytest.approx(last[name], rel=1e-5)
 
 
+def test_evaluate_on_a_text_of_its_own(compressed, workplace, run_in_process, monkeypatch):
+    monkeypatch.chdir(workplace)
+    evaluate = ["evaluate", "student", *FAST[:4]]
+    result = run_in_process(*evaluate, "--held-out-data", "text/3.txt")
+    assert result.returncode == 0 and "perplexity" in result.stdout and "agreement" not in result.stdout
+    assert_one_line_error(run_in_process(*evaluate, "--data", "text/3.txt"), "single document")
+
+
 def test_card_has_no_gaps(compressed):
     from huggingface_hub import ModelCard
 

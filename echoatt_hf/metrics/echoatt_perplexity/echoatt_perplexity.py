@@ -4,27 +4,13 @@ import datasets
 import evaluate
 
 from echoatt_hf.evaluation import compute_perplexity
+from echoatt_hf.hub import CITATION
 
 
 _DESCRIPTION = """
 Token perplexity and bits per byte of a causal language model, EchoAtt students included. The texts are packed, one
 after the other and separated by the end-of-sequence token, into rows; in each row every token but the first is
 predicted. Bits per byte compares models with different tokenizers, perplexity does not.
-"""
-
-_CITATION = """\
-@inproceedings{rajabzadeh2024echoatt,
-  title = {EchoAtt: Attend, Copy, then Adjust for More Efficient Large Language Models},
-  author = {Rajabzadeh, Hossein and Jafari, Aref and Sharma, Aman and Jami, Benyamin and Kwon, Hyock Ju and
-    Ghodsi, Ali and Chen, Boxing and Rezagholizadeh, Mehdi},
-  booktitle = {Proceedings of The 4th NeurIPS Efficient Natural Language and Speech Processing Workshop},
-  series = {PMLR},
-  volume = {262},
-  pages = {259--269},
-  year = {2024},
-  eprint = {2409.14595},
-  archivePrefix = {arXiv}
-}
 """
 
 _KWARGS_DESCRIPTION = """
@@ -58,7 +44,7 @@ class EchoattPerplexity(evaluate.Metric):
     def _info(self):
         return evaluate.MetricInfo(
             description=_DESCRIPTION,
-            citation=_CITATION,
+            citation=CITATION,
             inputs_description=_KWARGS_DESCRIPTION,
             features=datasets.Features({"predictions": datasets.Value("string")}),
             reference_urls=["https://arxiv.org/abs/2409.14595"],
