@@ -229,6 +229,43 @@ def test_stopped_run_resumes_to_the_same_student(workplace, tmp_path, how):
         assert str(workplace).encode() not in file.read_bytes(), file.name
 
 
+def test_full_disk_at_the_end_keeps_the_old_student_and_the_run(workplace, tmp_path, monkeypatch, run_in_process):
+    from echoatt_hf import pipeline
+
+    output = tmp_path / "out"
+    arguments = [
+        "compress", workplace / "teacher", "--data", workplace / "text", "--plan", "blocks", "--ratio", 0.34, "--steps", 3,
+        "--save-steps", 1, *FAST, "--output", output,
+    ]  # fmt: skip
+    output.mkdir()
+    (output / "old").write_text("old")
+
+    def full(folder, *_):
+        folder.mkdir()
+        (folder / "model.safetensors").write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "write_student", full)
+        assert_one_line_error(run_in_process(*arguments, "--overwrite"), "No space left on device")
+    assert files_of(output) == {"old": b"old"}
+    assert run_in_process(*arguments, "--resume").returncode == 0
+    assert not (output / "old").exists()
+    AutoModelForCausalLM.from_pretrained(output)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_streamed_text_trains(workplace, tmp_path, run_in_process):
+    result = run_in_process(
+        "compress", workplace / "teacher", "--data", workplace / "text", "--streaming", "--plan", "0,1,1,3,3,5",
+        "--held-out-fraction", 0.2, "--steps", 3, "--eval-steps", 1, *FAST, "--output", tmp_path / "out",
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["plan"]["echo_layers"] == [2, 4]
+    assert [entry["step"] for entry in report["training_log"] if "eval_loss" in entry] == [1, 2, 3]
+
+
 # Bad input: one line, exit code 2, nothing written.
 
 BAD_INPUT = {
