@@ -256,7 +256,8 @@ def one_line_errors() -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        print("\nechoatt: stopped; the same command with --resume goes on", file=sys.stderr)
+        hint = "; the same command with --resume goes on" if {"compress", "distill"} & set(sys.argv) else ""
+        print(f"\nechoatt: stopped{hint}", file=sys.stderr)
         raise typer.Exit(130) from None
     except Exception as error:
         if "--debug" in sys.argv:

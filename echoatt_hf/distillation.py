@@ -105,7 +105,8 @@ class EchoAttTrainer(Trainer):
 
     Raises:
         `TypeError`: `args` are not `EchoAttTrainingArguments`.
-        `ValueError`: stage 1 has steps but there is no teacher, or teacher and student do not fit together.
+        `ValueError`: stage 1 has steps but there is no teacher, teacher and student do not fit together, or several
+            GPUs are visible to one process.
 
     Example:
 
@@ -130,6 +131,11 @@ class EchoAttTrainer(Trainer):
             args = EchoAttTrainingArguments()
         if not isinstance(args, EchoAttTrainingArguments):
             raise TypeError(f"args is {type(args).__name__}; give EchoAttTrainingArguments.")
+        if args.n_gpu > 1:
+            raise ValueError(
+                f"{args.n_gpu} GPUs are visible to one process, which would use DataParallel and weigh tokens wrongly: "
+                "start with `accelerate launch` or `torchrun`, or make one GPU visible (CUDA_VISIBLE_DEVICES=0)."
+            )
         if args.stage1_steps > 0:
             _check_teacher(model, teacher, args)
         super().__init__(model=model, args=args, **kwargs)

@@ -367,7 +367,7 @@ def compute_attention_weights(attention: nn.Module, records: EchoRecords) -> tor
     Returns:
         `torch.Tensor` of shape `(B, H, T, S)`.
     """
-    record = records.get(attention.layer_idx, attention.v_proj.weight.device)
+    record = records.get(attention.layer_idx, getattr(attention, VALUE_MODULE).weight.device)
     no_values = record.key[..., :1]
     call = (record.query, record.key, no_values, record.attention_mask)
     return _attend(attention, "eager", *call, **record.kwargs)[1]

@@ -85,7 +85,7 @@ def compress(
         `DistillationInterrupted`: Ctrl-C; the run can be resumed.
     """
     with _unfinished_run(Path(output), settings.to_json(), overwrite, resume) as work:
-        teacher = load_model(settings.teacher)
+        teacher = load_model(settings.teacher).to(_device())
         tokenizer = load_tokenizer(settings.teacher, teacher)
         train_rows, held_out_rows = load_rows(settings.data, tokenizer, teacher)
         similarity_file = work / "similarity.json"
@@ -134,12 +134,12 @@ def distill_student(
     """
     settings = StudentSettings(student=student, teacher=teacher, data=data, distillation=distillation)
     with _unfinished_run(Path(output), settings.to_json(), overwrite, resume) as work:
-        model = load_model(student)
+        model = load_model(student).to(_device())
         if not isinstance(model, EchoAttForCausalLM):
             raise ValueError(
                 f"{student!r} is a {type(model).__name__}, not an EchoAtt student: run `echoatt convert`."
             )
-        models = _Models(load_model(teacher), model, load_tokenizer(student, model))
+        models = _Models(load_model(teacher).to(_device()), model, load_tokenizer(student, model))
         train_rows, held_out_rows = load_rows(data, models.tokenizer, model)
         return _distill_and_write(work, models, train_rows, held_out_rows, settings, {})
 
@@ -440,7 +440,7 @@ def _training_arguments(settings: DistillationSettings, output_dir: Path) -> Ech
         logging_steps=10,
         save_total_limit=2,
         report_to="none",
-        use_cpu=not torch.cuda.is_available(),
+        use_cpu=_device() == "cpu",
         **values,
     )
 
@@ -565,6 +565,10 @@ def _last_complete_checkpoint(folder: Path) -> str | None:
     """The last checkpoint whose save was not cut short: the trainer's state is what `Trainer` writes last."""
     complete = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json")]
     return str(max(complete, key=lambda path: int(path.name.split("-")[1]))) if complete else None
+
+
+def _device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _without_paths(settings: dict) -> dict:

@@ -429,3 +429,10 @@ def test_batch_without_labels_is_refused(student, teacher, tmp_path):
     )
     with pytest.raises(ValueError, match="no labels"):
         trainer.train()
+
+
+def test_data_parallel_is_refused(student, teacher, tmp_path):
+    args = make_arguments(tmp_path)
+    args._n_gpu = 2
+    with pytest.raises(ValueError, match="accelerate launch"):
+        EchoAttTrainer(model=student, teacher=teacher, args=args, train_dataset=make_rows())
