@@ -544,7 +544,9 @@ class EchoAttForCausalLM(EchoAttPreTrainedModel, GenerationMixin):
         student.tie_weights()
         if teacher.generation_config is not None:
             student.generation_config = copy.deepcopy(teacher.generation_config)
-        return student.requires_grad_(True).eval()
+        student.requires_grad_(True).eval()
+        _try_out(student, teacher)
+        return student
 
     def forward(
         self,
@@ -604,6 +606,29 @@ class EchoAttForSequenceClassification(GenericForSequenceClassification, EchoAtt
         self.language_model = EchoAttModel(config)
         self.score = nn.Linear(config.text_config.hidden_size, config.num_labels, bias=False)
         self.post_init()
+
+
+def _try_out(student: EchoAttForCausalLM, teacher: PreTrainedModel) -> None:
+    """A forward pass of two tokens: families differ in ways that their modules do not show."""
+    error = _error_of_forward(student)
+    if error is None or _error_of_forward(teacher) is not None:  # a teacher that fails too fails for its own reasons
+        return
+    if isinstance(error, ValueError):
+        raise error
+    reason = str(error).strip().splitlines()
+    raise ValueError(
+        f"EchoAtt does not support the family {student.config.text_config.model_type!r} yet: its converted model fails "
+        f"({type(error).__name__}: {reason[0] if reason else 'no reason given'})."
+    ) from error
+
+
+@torch.no_grad()
+def _error_of_forward(model: PreTrainedModel) -> Exception | None:
+    try:
+        model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=model.device), use_cache=False)
+    except (RuntimeError, TypeError, ValueError) as error:
+        return error
+    return None
 
 
 def _check_teacher(teacher: PreTrainedModel) -> None:

@@ -333,10 +333,10 @@ def test_dropout_of_the_attention_output_reaches_echo_layers():
     ],
 )
 def test_unsupported_family_is_refused(family, overrides):
-    """At conversion; where that cannot be seen from the modules, in the first forward pass."""
+    """At conversion, also where only a forward pass shows it."""
     teacher = make_other_teacher(family, **overrides)
     with pytest.raises(ValueError, match=f"does not support the family '{family}'"):
-        EchoAttForCausalLM.from_teacher(teacher, [0, 1, 1, 3, 3, 5])(**make_batch())
+        EchoAttForCausalLM.from_teacher(teacher, [0, 1, 1, 3, 3, 5])
 
 
 # From a teacher
