@@ -26,6 +26,9 @@ app = typer.Typer(
 
 Teacher = Annotated[str, typer.Argument(help="'builtin', a folder, or a repository of the Hub.")]
 Output = Annotated[Path, typer.Option(help="What to write.", show_default=False)]
+Similarity = Annotated[
+    Path | None, typer.Option(help="similarity.json of `echoatt analyze`, for the plan 'similarity'.")
+]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an output that is there.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with an unfinished run.")]
 
@@ -55,7 +58,7 @@ def with_settings(**groups: type) -> Callable:
 
         @functools.wraps(command)
         def run(**values):
-            with one_line_errors():
+            with one_line_errors(can_resume="resume" in signature.parameters):
                 for parameter, group in groups.items():
                     values[parameter] = group(**{field.name: values.pop(field.name) for field in fields(group)})
                 command(**values)
@@ -131,20 +134,17 @@ def analyze(
 def plan(
     plan: PlanSettings,
     teacher: Teacher = "builtin",
-    similarity: Annotated[
-        Path | None, typer.Option(help="similarity.json of `echoatt analyze`, for the plan 'similarity'.")
-    ] = None,
+    similarity: Similarity = None,
     output: Annotated[Path | None, typer.Option(help="JSON file to write the plan to.")] = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Choose which layers echo which. Prints the plan as a line of layers and as JSON."""
-    from .outputs import write_whole
+    from .outputs import check_output_file, write_whole
     from .pipeline import make_plan
     from .similarity import AttentionSimilarity
     from .teachers import load_config
 
-    if output is not None and output.exists() and not overwrite:
-        raise FileExistsError(f"{str(output)!r} exists: choose another file, or replace it with --overwrite.")
+    check_output_file(output, overwrite)
     measured = AttentionSimilarity.from_json(similarity) if similarity is not None else None
     made = make_plan(plan, load_config(teacher), measured)
     print(made)
@@ -161,9 +161,7 @@ def convert(
     plan: PlanSettings,
     output: Output,
     teacher: Teacher = "builtin",
-    similarity: Annotated[
-        Path | None, typer.Option(help="similarity.json of `echoatt analyze`, for the plan 'similarity'.")
-    ] = None,
+    similarity: Similarity = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Make a student that inherits the teacher's weights, without training it."""
@@ -217,12 +215,11 @@ def evaluate(
 ) -> None:
     """Evaluate a model on held-out text: perplexity, bits per byte, and agreement with its teacher."""
     from .evaluation import evaluate_model
-    from .outputs import write_whole
+    from .outputs import check_output_file, write_whole
     from .pipeline import load_held_out_rows
     from .teachers import load_model, load_tokenizer
 
-    if output is not None and output.exists() and not overwrite:
-        raise FileExistsError(f"{str(output)!r} exists: choose another file, or replace it with --overwrite.")
+    check_output_file(output, overwrite)
     loaded = load_model(model)
     tokenizer = load_tokenizer(model, loaded)
     rows = load_held_out_rows(data, tokenizer, loaded)
@@ -251,12 +248,12 @@ def env() -> None:
 
 
 @contextmanager
-def one_line_errors() -> Iterator[None]:
+def one_line_errors(can_resume: bool) -> Iterator[None]:
     """End with one line and exit code 2 for what the user can put right, 1 for a bug; with `--debug` a traceback."""
     try:
         yield
     except KeyboardInterrupt:
-        hint = "; the same command with --resume goes on" if {"compress", "distill"} & set(sys.argv) else ""
+        hint = "; the same command with --resume goes on" if can_resume else ""
         print(f"\nechoatt: stopped{hint}", file=sys.stderr)
         raise typer.Exit(130) from None
     except Exception as error:

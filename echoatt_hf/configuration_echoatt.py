@@ -174,17 +174,17 @@ class EchoAttConfig(PreTrainedConfig):
             super().__setattr__(name, value)
 
 
-OWN_FIELDS = ("text_config", "echo_sources", "echoatt_version")
+_OWN_FIELDS = tuple(EchoAttConfig.__annotations__)
 
 # Written by `save_pretrained` at the top level of every configuration, and also found in that of a family.
-COMMON_FIELDS = {"model_type", "transformers_version", "_name_or_path", "name_or_path", "num_labels", "torch_dtype"}
+_COMMON_FIELDS = {"model_type", "transformers_version", "_name_or_path", "name_or_path", "num_labels", "torch_dtype"}
 
 
 def _check_unknown_fields(kwargs: dict, version: str) -> None:
     for name in kwargs:
-        near = difflib.get_close_matches(name, OWN_FIELDS, n=1, cutoff=0.75)
+        near = difflib.get_close_matches(name, _OWN_FIELDS, n=1, cutoff=0.75)
         if near or name.startswith("echo"):
-            hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(OWN_FIELDS)}."
+            hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(_OWN_FIELDS)}."
             newer = (
                 f" The configuration was written by echoatt_hf {version}, this is {ECHOATT_VERSION}: upgrade it."
                 if version != ECHOATT_VERSION
@@ -196,7 +196,7 @@ def _check_unknown_fields(kwargs: dict, version: str) -> None:
 def _check_misplaced_fields(kwargs: dict, text_config: PreTrainedConfig) -> None:
     known = text_config.to_dict()
     for name in kwargs:
-        if name in known and not hasattr(PreTrainedConfig, name) and name not in COMMON_FIELDS:
+        if name in known and not hasattr(PreTrainedConfig, name) and name not in _COMMON_FIELDS:
             raise ValueError(
                 f"EchoAttConfig has no field {name!r}: it belongs to the base family, set it in text_config."
             )

@@ -10,9 +10,10 @@ import torch
 import torch.nn.functional as F
 from datasets import Dataset
 from tqdm.auto import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from .data import collate_rows, load_documents, pack_rows
+from .teachers import default_device, load_model
 
 
 __all__ = ["compute_agreement", "compute_perplexity", "evaluate_model", "metric_path"]
@@ -58,7 +59,7 @@ def evaluate_model(
     tokens = text_bytes = 0
     count = math.ceil(len(rows) / batch_size) if isinstance(rows, Sized) else None
     batches = tqdm(_batch(rows, batch_size), total=count, desc=description, disable=description is None, leave=False)
-    with _inference(*([model] if teacher is None else [model, teacher])):
+    with inference(*([model] if teacher is None else [model, teacher])):
         for input_ids in batches:
             totals += _sum_batch(model, teacher, input_ids)
             tokens += input_ids[:, 1:].numel()
@@ -191,7 +192,7 @@ def _load_model(model: str | Path | PreTrainedModel | None, role: str = "model")
         raise ValueError(f"No {role} is given: give {role} loaded, or as a path or name ({role}_id in a metric).")
     if not isinstance(model, (str, Path)):
         return model
-    return AutoModelForCausalLM.from_pretrained(model).to("cuda" if torch.cuda.is_available() else "cpu")
+    return load_model(model, dtype="auto").to(default_device())
 
 
 def _load_tokenizer(
@@ -216,7 +217,7 @@ def _check_vocabularies(model: PreTrainedModel, teacher: PreTrainedModel) -> Non
 
 
 @contextmanager
-def _inference(*models: PreTrainedModel) -> Iterator[None]:
+def inference(*models: PreTrainedModel) -> Iterator[None]:
     """Evaluation mode without gradients; at the end each module is in the mode it was in."""
     training = [module for model in models for module in model.modules() if module.training]
     for model in models:
@@ -238,8 +239,8 @@ def _batch(rows: Iterable[dict], batch_size: int) -> Iterator[torch.Tensor]:
 def _sum_batch(model: PreTrainedModel, teacher: PreTrainedModel | None, input_ids: torch.Tensor) -> torch.Tensor:
     """Sums over a batch `(B, T)`: negative log-likelihood, KL and equal first tokens, `(3,)` in float64."""
     logits = model(input_ids=input_ids.to(model.device), use_cache=False).logits
-    teacher_logits = None
-    if teacher is not None:
+    teacher_logits = logits if teacher is model else None
+    if teacher is not None and teacher is not model:
         teacher_logits = teacher(input_ids=input_ids.to(teacher.device), use_cache=False).logits.to(logits.device)
     targets = input_ids.to(logits.device)
     sums = [  # one row at a time: float32 logits of a batch may not fit

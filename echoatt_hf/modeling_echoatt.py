@@ -119,9 +119,6 @@ _REENTRANT_ERROR = (
 )
 
 
-_NO_RECORDS_ERROR = "EchoAtt does not support the family {family!r} yet: its layers do not hand keyword arguments on to their attention."
-
-
 class SourceConfig:
     """
     View of the family's configuration that a source layer sees: all of it, but attention goes through the recorder.
@@ -176,7 +173,10 @@ def record_attention(
         `tuple`: output `(B, T, H, D)` and, in eager mode, the attention weights `(B, H, T, S)`.
     """
     if echo_records is None:
-        raise ValueError(_NO_RECORDS_ERROR.format(family=module.config.model_type))
+        raise ValueError(
+            f"EchoAtt does not support the family {module.config.model_type!r} yet: its layers do not hand keyword "
+            "arguments on to their attention."
+        )
     echo_records.record(module.layer_idx, AttentionRecord(query, key, attention_mask, kwargs))
     implementation = module.config.config._attn_implementation
     return _attend(module, implementation, query, key, value, attention_mask, **kwargs)
@@ -196,12 +196,10 @@ class EchoAttention:
         self,
         hidden_states: torch.Tensor,
         *args,
-        echo_records: EchoRecords | None = None,
+        echo_records: EchoRecords,
         past_key_values: Cache | None = None,
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        if echo_records is None:
-            raise ValueError(_NO_RECORDS_ERROR.format(family=self.config.model_type))
         record = echo_records.get(self.echo_source, hidden_states.device)
         input_shape = hidden_states.shape[:-1]
         value = getattr(self, VALUE_MODULE)(hidden_states).view(*input_shape, -1, self.head_dim).transpose(1, 2)
@@ -290,13 +288,10 @@ def _unsupported_reason(attention: nn.Module) -> str | None:
         return "clips queries, keys and values (clip_qkv)"
     if _eager_attention(attention) is None:
         return "does not call the attention interface of transformers"
-    if hasattr(attention, "q_proj") and attention.q_proj.weight.shape[0] != _query_features(attention):
+    query_features = attention.config.num_attention_heads * attention.head_dim
+    if hasattr(attention, "q_proj") and attention.q_proj.weight.shape[0] != query_features:
         return "makes more than queries in its query projection, such as an output gate"
     return None
-
-
-def _query_features(attention: nn.Module) -> int:
-    return attention.config.num_attention_heads * attention.head_dim
 
 
 def _eager_attention(module: nn.Module) -> Callable | None:

@@ -8,7 +8,25 @@ from contextlib import contextmanager
 from pathlib import Path
 
 
-__all__ = ["check_output_folder", "replace_folder", "whole_folder", "write_whole"]
+__all__ = [
+    "check_output_file",
+    "check_output_folder",
+    "last_complete_checkpoint",
+    "replace_folder",
+    "whole_folder",
+    "write_whole",
+]
+
+
+def check_output_file(output: Path | None, overwrite: bool) -> None:
+    """
+    Check that a file can be written, where one is asked for.
+
+    Raises:
+        `FileExistsError`: it exists and `overwrite` is not given.
+    """
+    if output is not None and output.exists() and not overwrite:
+        raise FileExistsError(f"{str(output)!r} exists: choose another file, or replace it with --overwrite.")
 
 
 def check_output_folder(output: Path, overwrite: bool) -> None:
@@ -79,6 +97,20 @@ def write_whole(path: Path, text: str) -> None:
     except BaseException:
         os.unlink(name)
         raise
+
+
+def last_complete_checkpoint(folder: Path) -> str | None:
+    """
+    The last checkpoint of a `Trainer` whose save was not cut short: the trainer's state is what it writes last.
+
+    Args:
+        folder (`Path`): the `output_dir` of the trainer.
+
+    Returns:
+        `str` or `None`: the checkpoint's folder, nothing if there is none.
+    """
+    complete = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json")]
+    return str(max(complete, key=lambda path: int(path.name.split("-")[1]))) if complete else None
 
 
 def _umask() -> int:

@@ -30,12 +30,12 @@ from .distillation import EchoAttTrainer, EchoAttTrainingArguments
 from .evaluation import evaluate_model
 from .hub import write_model_card
 from .modeling_echoatt import EchoAttForCausalLM
-from .outputs import check_output_folder, replace_folder, write_whole
+from .outputs import check_output_folder, last_complete_checkpoint, replace_folder, write_whole
 from .planning import plan_from_similarity
 from .settings import CompressionSettings, DataSettings, DistillationSettings, PlanSettings, StudentSettings
 from .sharing import SharingPlan
 from .similarity import AttentionSimilarity, measure_attention_similarity
-from .teachers import load_model, load_tokenizer
+from .teachers import default_device, load_model, load_tokenizer
 
 
 __all__ = [
@@ -85,7 +85,7 @@ def compress(
         `DistillationInterrupted`: Ctrl-C; the run can be resumed.
     """
     with _unfinished_run(Path(output), settings.to_json(), overwrite, resume) as work:
-        teacher = load_model(settings.teacher).to(_device())
+        teacher = load_model(settings.teacher).to(default_device())
         tokenizer = load_tokenizer(settings.teacher, teacher)
         train_rows, held_out_rows = load_rows(settings.data, tokenizer, teacher)
         similarity_file = work / "similarity.json"
@@ -134,12 +134,12 @@ def distill_student(
     """
     settings = StudentSettings(student=student, teacher=teacher, data=data, distillation=distillation)
     with _unfinished_run(Path(output), settings.to_json(), overwrite, resume) as work:
-        model = load_model(student).to(_device())
+        model = load_model(student).to(default_device())
         if not isinstance(model, EchoAttForCausalLM):
             raise ValueError(
                 f"{student!r} is a {type(model).__name__}, not an EchoAtt student: run `echoatt convert`."
             )
-        models = _Models(load_model(teacher).to(_device()), model, load_tokenizer(student, model))
+        models = _Models(load_model(teacher).to(default_device()), model, load_tokenizer(student, model))
         train_rows, held_out_rows = load_rows(data, models.tokenizer, model)
         return _distill_and_write(work, models, train_rows, held_out_rows, settings, {})
 
@@ -227,7 +227,7 @@ def distill(
         callbacks=[callback],
     )
     with _finish_step_on_interrupt(callback):
-        trainer.train(resume_from_checkpoint=_last_complete_checkpoint(checkpoints))
+        trainer.train(resume_from_checkpoint=last_complete_checkpoint(checkpoints))
     student.config.use_cache = use_cache  # which `Trainer` turns off
     if callback.interrupted:
         raise DistillationInterrupted
@@ -440,7 +440,7 @@ def _training_arguments(settings: DistillationSettings, output_dir: Path) -> Ech
         logging_steps=10,
         save_total_limit=2,
         report_to="none",
-        use_cpu=_device() == "cpu",
+        use_cpu=default_device() == "cpu",
         **values,
     )
 
@@ -559,16 +559,6 @@ def _open_work_folder(output: Path, settings: str, overwrite: bool, resume: bool
     work.mkdir(parents=True)
     write_whole(file, settings)
     return work
-
-
-def _last_complete_checkpoint(folder: Path) -> str | None:
-    """The last checkpoint whose save was not cut short: the trainer's state is what `Trainer` writes last."""
-    complete = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json")]
-    return str(max(complete, key=lambda path: int(path.name.split("-")[1]))) if complete else None
-
-
-def _device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _without_paths(settings: dict) -> dict:

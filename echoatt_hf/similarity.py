@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from .evaluation import inference
 from .modeling_echoatt import EchoRecords, compute_attention_weights, find_attention_modules, recording_all_layers
 
 
@@ -115,7 +116,6 @@ class AttentionSimilarity:
         pyplot.close(figure)
 
 
-@torch.no_grad()
 def measure_attention_similarity(
     model: PreTrainedModel, batches: Iterable[dict[str, torch.Tensor]], *, progress: bool = False
 ) -> AttentionSimilarity:
@@ -146,7 +146,7 @@ def measure_attention_similarity(
     num_layers = model.config.get_text_config().num_hidden_layers
     modules = find_attention_modules(model, num_layers)
     total, rows = None, 0
-    with _eager_evaluation(model), recording_all_layers(modules):
+    with inference(model), _eager_attention(model), recording_all_layers(modules):
         for batch in tqdm(batches, desc="analyze", disable=not progress, leave=False):
             input_ids = batch["input_ids"].to(model.device)
             mask = batch.get("attention_mask")
@@ -187,18 +187,14 @@ def _empty_total(modules: list[torch.nn.Module], records: EchoRecords) -> torch.
 
 
 @contextmanager
-def _eager_evaluation(model: PreTrainedModel) -> Iterator[None]:
-    """Eager attention, whose masks and weights every family defines, and evaluation mode; both undone at the end."""
+def _eager_attention(model: PreTrainedModel) -> Iterator[None]:
+    """Eager attention, whose masks and weights every family defines; the model's own at the end."""
     implementation = model.config._attn_implementation
-    training = [module for module in model.modules() if module.training]
     model.set_attn_implementation("eager")
-    model.eval()
     try:
         yield
     finally:
         model.set_attn_implementation(implementation)
-        for module in training:
-            module.training = True
 
 
 def _rounded(tensor: torch.Tensor) -> list:

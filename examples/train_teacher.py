@@ -28,10 +28,10 @@ import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Trainer, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
 
 from echoatt_hf.data import STDLIB, collate_rows, load_documents, pack_rows, split_documents
 from echoatt_hf.evaluation import evaluate_model
+from echoatt_hf.outputs import last_complete_checkpoint
 
 
 END_OF_TEXT = "<|endoftext|>"
@@ -133,8 +133,7 @@ def train(arguments: argparse.Namespace, model: LlamaForCausalLM, rows, checkpoi
         train_dataset=rows,
         data_collator=collate_rows,
     )
-    last = get_last_checkpoint(str(checkpoints)) if arguments.resume and checkpoints.is_dir() else None
-    trainer.train(resume_from_checkpoint=last)
+    trainer.train(resume_from_checkpoint=last_complete_checkpoint(checkpoints))
     return [entry for entry in trainer.state.log_history if "loss" in entry]
 
 

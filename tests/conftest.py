@@ -10,7 +10,10 @@ from pathlib import Path  # noqa: E402
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers  # noqa: E402
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel  # noqa: E402
+
+import echoatt_hf  # noqa: E402
 
 
 torch.set_num_threads(1)
@@ -55,6 +58,29 @@ FAMILIES = {
     ),
     "phi": ({"tie_word_embeddings": False, "partial_rotary_factor": 0.5}, [0, 1, 1, 3, 3, 5]),
 }
+
+
+def process_environment(**changes: str) -> dict[str, str]:
+    """Environment of a process that runs this package, installed or not, offline and on one thread."""
+    package = str(Path(echoatt_hf.__file__).parents[1])
+    return os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": package} | changes
+
+
+def train_byte_level_bpe(
+    texts: list[str], vocab_size: int, special_tokens: list[str], use_regex: bool = True
+) -> Tokenizer:
+    """A byte-level BPE tokenizer, trained here as nothing can be downloaded."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=use_regex)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=special_tokens,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
 
 
 def pytest_collection_modifyitems(config, items):

@@ -302,15 +302,11 @@ def test_multimodal_family_is_refused_with_advice():
         EchoAttConfig(text_config=Gemma3Config(text_config={"num_hidden_layers": 4}))
 
 
-def test_heterogeneous_family_is_taken_or_refused():
+def test_heterogeneous_family_is_refused():
     """Gemma 4 gives layers their own configurations, found by a private attribute that must not be delegated."""
     text_config = AutoConfig.for_model("gemma4_text", num_hidden_layers=6, hidden_size=32, vocab_size=97)
-    try:
-        config = EchoAttConfig(text_config=text_config)
-    except ValueError as error:
-        assert "gemma4_text" in str(error)
-    else:
-        assert config.num_hidden_layers == 6
+    with pytest.raises(ValueError, match="gemma4_text.*configurations of their own"):
+        EchoAttConfig(text_config=text_config)
 
 
 def test_model_of_the_configuration_has_its_own_text_config():

@@ -1,15 +1,13 @@
 """The scripts in `examples/` run, on very little."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from conftest import process_environment
 from transformers import AutoModelForCausalLM, AutoTokenizer
-
-import echoatt_hf
 
 
 ROOT = Path(__file__).parents[1]
@@ -20,11 +18,9 @@ TINY = [
 
 
 def train_teacher(*arguments, cwd):
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    environment["PYTHONPATH"] = str(Path(echoatt_hf.__file__).parents[1])
     return subprocess.run(
         [sys.executable, str(ROOT / "examples" / "train_teacher.py"), *map(str, arguments)],
-        cwd=cwd, env=environment, capture_output=True, text=True, timeout=300,
+        cwd=cwd, env=process_environment(), capture_output=True, text=True, timeout=300,
     )  # fmt: skip
 
 

@@ -10,10 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from conftest import process_environment, train_byte_level_bpe
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-import echoatt_hf
 from echoatt_hf.outputs import replace_folder, whole_folder, write_whole
 
 
@@ -31,18 +30,7 @@ def workplace(tmp_path_factory):
     (folder / "text").mkdir()
     for number, text in enumerate(TEXT):
         (folder / "text" / f"{number}.txt").write_text(text)
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.train_from_iterator(
-        TEXT,
-        trainers.BpeTrainer(
-            vocab_size=300,
-            special_tokens=["<|endoftext|>"],
-            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-            show_progress=False,
-        ),
-    )
+    tokenizer = train_byte_level_bpe(TEXT, 300, ["<|endoftext|>"])
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, eos_token="<|endoftext|>", pad_token="<|endoftext|>"
     )
@@ -68,12 +56,10 @@ def workplace(tmp_path_factory):
 
 def echoatt(*arguments, cwd=None, check=True):
     """Run the command line in a process of its own."""
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
-    environment["PYTHONPATH"] = str(Path(echoatt_hf.__file__).parents[1])
     result = subprocess.run(
         [sys.executable, "-m", "echoatt_hf.cli", *map(str, arguments)],
         cwd=cwd,
-        env=environment,
+        env=process_environment(COLUMNS="200"),
         capture_output=True,
         text=True,
         timeout=300,
@@ -193,11 +179,9 @@ def test_stopped_run_resumes_to_the_same_student(workplace, tmp_path, how):
     ]  # fmt: skip
     echoatt(*arguments, "--output", tmp_path / "whole")
     output = tmp_path / "stopped"
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    environment["PYTHONPATH"] = str(Path(echoatt_hf.__file__).parents[1])
     process = subprocess.Popen(
         [sys.executable, "-m", "echoatt_hf.cli", *map(str, arguments), "--output", str(output)],
-        env=environment,
+        env=process_environment(),
         stderr=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         text=True,

@@ -1,6 +1,5 @@
 """The commands and snippets of the README run as they stand."""
 
-import os
 import re
 import shlex
 import subprocess
@@ -8,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import process_environment
 
 import echoatt_hf
 
@@ -36,9 +36,8 @@ def main_job(tmp_path_factory):
         .replace(".venv/bin/echoatt", f"{sys.executable} -m echoatt_hf.cli")
     )
     few = "--steps 6 --evaluation-rows 4 --calibration-rows 4"
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(Path(echoatt_hf.__file__).parents[1])}
     result = subprocess.run(
-        shlex.split(f"{job} {few}"), cwd=folder, env=environment, capture_output=True, text=True, timeout=500
+        shlex.split(f"{job} {few}"), cwd=folder, env=process_environment(), capture_output=True, text=True, timeout=500
     )
     assert result.returncode == 0, result.stderr
     return folder, result.stdout
@@ -55,9 +54,13 @@ def test_main_command_makes_a_student(main_job):
 def test_snippet_generates_text_with_the_student(main_job):
     folder, _ = main_job
     snippet = next(code for code in snippets("python") if '"student"' in code)
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(Path(echoatt_hf.__file__).parents[1])}
     result = subprocess.run(
-        [sys.executable, "-c", snippet], cwd=folder, env=environment, capture_output=True, text=True, timeout=200
+        [sys.executable, "-c", snippet],
+        cwd=folder,
+        env=process_environment(),
+        capture_output=True,
+        text=True,
+        timeout=200,
     )
     assert result.returncode == 0, result.stderr
     assert result.stdout.startswith("def main(") and len(result.stdout) > 20
