@@ -5,7 +5,13 @@ from dataclasses import asdict, dataclass
 
 from transformers import PreTrainedModel
 
-from .modeling_echoatt import QUERY_KEY_MODULES, VALUE_MODULE, EchoAttForCausalLM, find_attention_modules
+from .modeling_echoatt import (
+    FUSED_MODULES,
+    EchoAttention,
+    EchoAttForCausalLM,
+    count_value_features,
+    find_attention_modules,
+)
 from .sharing import SharingPlan
 
 
@@ -20,6 +26,7 @@ class ConversionReport:
     Args:
         echo_sources (`list[int]`): the sharing plan.
         copied (`list[str]`): parameters the student inherits, by the teacher's names.
+        cut (`list[str]`): fused projections of the teacher of which the student inherits the part that makes values.
         dropped (`list[str]`): parameters of the teacher that the student does without.
         teacher_parameters, student_parameters (`int`): number of parameters, tied ones counted once.
         teacher_kv_bytes_per_token, student_kv_bytes_per_token (`int`): bytes of KV cache for each token.
@@ -27,6 +34,7 @@ class ConversionReport:
 
     echo_sources: list[int]
     copied: list[str]
+    cut: list[str]
     dropped: list[str]
     teacher_parameters: int
     student_parameters: int
@@ -38,12 +46,13 @@ class ConversionReport:
         return asdict(self)
 
     def __str__(self) -> str:
-        dropped = sorted({name.rsplit(".", 1)[0] for name in self.dropped})
+        cut = [f"cut          {_name_modules(self.cut)}; the values are kept"] if self.cut else []
         return "\n".join(
             [
                 f"plan         {SharingPlan(self.echo_sources)}",
                 f"copied       {len(self.copied)} tensors",
-                f"dropped      {len(self.dropped)} tensors: {', '.join(dropped) or 'none'}",
+                *cut,
+                f"dropped      {_name_modules(self.dropped)}",
                 f"parameters   {_change(self.teacher_parameters, self.student_parameters)}",
                 f"KV bytes     {_change(self.teacher_kv_bytes_per_token, self.student_kv_bytes_per_token)} per token",
             ]
@@ -73,10 +82,12 @@ def convert(teacher: PreTrainedModel | str, plan: Sequence[int]) -> tuple[EchoAt
     student = EchoAttForCausalLM.from_teacher(teacher, plan)
     inherited = dict(student.language_model.named_parameters())
     names = [name for name, _ in teacher.named_parameters()]
+    fused = [name for name in names if name not in inherited and name.split(".")[-2] in FUSED_MODULES]
     report = ConversionReport(
         echo_sources=list(plan),
         copied=[name for name in names if name in inherited],
-        dropped=[name for name in names if name not in inherited],
+        cut=fused,
+        dropped=[name for name in names if name not in inherited and name not in fused],
         teacher_parameters=teacher.num_parameters(),
         student_parameters=student.num_parameters(),
         teacher_kv_bytes_per_token=count_kv_bytes_per_token(teacher),
@@ -99,10 +110,13 @@ def count_kv_bytes_per_token(model: PreTrainedModel) -> int:
     num_layers = model.config.get_text_config().num_hidden_layers
     features = 0
     for attention in find_attention_modules(model, num_layers):
-        values = getattr(attention, VALUE_MODULE).weight.shape[0]
-        has_keys = hasattr(attention, QUERY_KEY_MODULES[1])
-        features += values * (2 if has_keys else 1)
+        features += count_value_features(attention) * (1 if isinstance(attention, EchoAttention) else 2)
     return features * model.dtype.itemsize
+
+
+def _name_modules(parameters: list[str]) -> str:
+    modules = sorted({name.rsplit(".", 1)[0] for name in parameters})
+    return f"{len(parameters)} tensors: {', '.join(modules) or 'none'}"
 
 
 def _change(before: int, after: int) -> str:

@@ -33,14 +33,16 @@ from transformers import (
 from transformers.modeling_layers import GenericForSequenceClassification
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.pytorch_utils import Conv1D
 
 from .configuration_echoatt import EchoAttConfig
 
 
 RECORD_ATTENTION = "echoatt_record"
 
-# What an echo layer does without, under the names the families use.
-QUERY_KEY_MODULES = (
+# How the families lay out their attention. What makes queries and keys, and what else goes into the attention weights:
+# an echo layer does without.
+_QUERY_KEY_MODULES = (
     "q_proj",
     "k_proj",
     "q_norm",
@@ -49,9 +51,18 @@ QUERY_KEY_MODULES = (
     "k_layernorm",
     "query_layernorm",
     "key_layernorm",
+    "sinks",
 )
-VALUE_MODULE = "v_proj"
-OUTPUT_MODULES = ("o_proj", "dense")
+# Projections that make queries, keys and values at once, and which of their features are values, given as rows of shape
+# `(features, ...)`. An echo layer keeps those as a value projection of its own.
+FUSED_MODULES = {
+    "qkv_proj": lambda rows, values, head_dim: rows[-values:],
+    "c_attn": lambda rows, values, head_dim: rows[-values:],
+    "query_key_value": lambda rows, values, head_dim: rows.unflatten(0, (-1, 3, head_dim))[:, 2].flatten(0, 1),
+}
+_VALUE_MODULE = "v_proj"
+_OUTPUT_MODULES = ("o_proj", "dense", "out_proj", "c_proj")
+_DROPOUT_MODULES = ("attn_dropout", "attention_dropout", "resid_dropout")
 
 
 @dataclass
@@ -189,7 +200,8 @@ class EchoAttention:
     """
     Forward pass of an echo layer's attention, mixed into the family's own attention class.
 
-    The module keeps the family's value and output projections and everything else but what makes queries and keys.
+    The module keeps the family's output projection, a value projection `v_proj`, and everything else but what makes
+    queries and keys.
     """
 
     def forward(
@@ -198,17 +210,23 @@ class EchoAttention:
         *args,
         echo_records: EchoRecords,
         past_key_values: Cache | None = None,
+        layer_past: Cache | None = None,
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         record = echo_records.get(self.echo_source, hidden_states.device)
         input_shape = hidden_states.shape[:-1]
-        value = getattr(self, VALUE_MODULE)(hidden_states).view(*input_shape, -1, self.head_dim).transpose(1, 2)
-        if past_key_values is not None:
+        value = self.v_proj(hidden_states)
+        if self.echo_clip is not None:
+            value = value.clamp(-self.echo_clip, self.echo_clip)
+        value = value.view(*input_shape, -1, self.echo_head_dim).transpose(1, 2)
+        cache = past_key_values if layer_past is None else layer_past
+        if cache is not None:
             # Values go where caches expect keys, of which an echo has none: lengths, cropping and beam reordering are
             # all taken from that slot.
-            value, _ = past_key_values.update(value, value[..., :0], self.layer_idx)
+            value, _ = cache.update(value, value[..., :0], self.layer_idx)
+        sinks = record.kwargs.get("s_aux")
         output, weights = _attend(
-            self,
+            self if sinks is None else SinksOfSource(self, sinks),
             self.config._attn_implementation,
             record.query,
             record.key,
@@ -216,15 +234,28 @@ class EchoAttention:
             record.attention_mask,
             **record.kwargs,
         )
-        output = output.reshape(*input_shape, -1).contiguous()
-        output = getattr(self, self.echo_output)(output)
-        # Where a family drops part of its attention's output, an echo layer does too.
-        output = nn.functional.dropout(output, getattr(self, "residual_dropout", 0.0), self.training)
+        output = getattr(self, self.echo_output)(output.reshape(*input_shape, -1).contiguous())
+        output = nn.functional.dropout(output, self.echo_dropout, self.training)
         return output, weights
 
     def __reduce__(self):
         # The class is made at run time, so it is pickled by the family's class it is made from.
         return _rebuild_echo_attention, (type(self).__bases__[1],), self.__dict__
+
+
+class SinksOfSource:
+    """
+    View of an echo layer's attention that attention functions see which look for sinks there: with its source's.
+    """
+
+    def __init__(self, attention: nn.Module, sinks: torch.Tensor):
+        self.attention = attention
+        self.sinks = sinks
+
+    def __getattr__(self, name: str):
+        if name == "attention" or name.startswith("__"):
+            raise AttributeError(name)
+        return getattr(self.attention, name)
 
 
 @functools.cache
@@ -252,17 +283,18 @@ def find_attention_modules(model: nn.Module, num_layers: int) -> list[nn.Module]
         `list[nn.Module]`: attention module of each layer.
 
     Raises:
-        `ValueError`: the family does not have one attention module with separate projections per layer.
+        `ValueError`: a layer has no attention module, or one of a kind whose weights cannot be shared.
     """
     found = {}
     for module in model.modules():
-        if hasattr(module, VALUE_MODULE) and hasattr(module, "layer_idx"):
+        if hasattr(module, "layer_idx") and (hasattr(module, _VALUE_MODULE) or _fused_module(module)):
             found.setdefault(module.layer_idx, module)
     family = getattr(model.config, "model_type", type(model).__name__)
-    if sorted(found) != list(range(num_layers)):
+    missing = [layer for layer in range(num_layers) if layer not in found]
+    if missing:
         raise ValueError(
-            f"EchoAtt does not support the family {family!r} yet: {len(found)} of its {num_layers} layers have an "
-            "attention module with separate query, key and value projections."
+            f"EchoAtt does not support the family {family!r} yet: {len(missing)} of its {num_layers} layers have no "
+            "attention with query, key and value projections, separate or fused."
         )
     for module in found.values():
         reason = _unsupported_reason(module)
@@ -275,23 +307,59 @@ def find_attention_modules(model: nn.Module, num_layers: int) -> list[nn.Module]
 
 def _unsupported_reason(attention: nn.Module) -> str | None:
     """Why an attention module does more than an echo layer can take over, or `None` if it does not."""
-    known = (*QUERY_KEY_MODULES, VALUE_MODULE, *OUTPUT_MODULES)
+    if _eager_attention(attention) is None:
+        return "does not call the attention interface of transformers"
+    known = (*_QUERY_KEY_MODULES, *FUSED_MODULES, _VALUE_MODULE, *_OUTPUT_MODULES, *_DROPOUT_MODULES)
     unknown = [name for name, _ in attention.named_children() if name not in known]
     if unknown:
         return f"has the modules {', '.join(unknown)}"
-    if not any(hasattr(attention, name) for name in OUTPUT_MODULES):
-        return f"has no output projection named {' or '.join(OUTPUT_MODULES)}"
-    parameters = [name for name, _ in attention.named_parameters(recurse=False)]
+    if not any(hasattr(attention, name) for name in _OUTPUT_MODULES):
+        return f"has no output projection named {' or '.join(_OUTPUT_MODULES)}"
+    parameters = [name for name, _ in attention.named_parameters(recurse=False) if name not in known]
     if parameters:
         return f"has parameters of its own: {', '.join(parameters)}"
-    if getattr(attention.config, "clip_qkv", None) is not None:
-        return "clips queries, keys and values (clip_qkv)"
-    if _eager_attention(attention) is None:
-        return "does not call the attention interface of transformers"
-    query_features = attention.config.num_attention_heads * attention.head_dim
-    if hasattr(attention, "q_proj") and attention.q_proj.weight.shape[0] != query_features:
+    if hasattr(attention, "q_proj") and attention.q_proj.out_features != _query_features(attention):
         return "makes more than queries in its query projection, such as an output gate"
     return None
+
+
+def _fused_module(attention: nn.Module) -> str | None:
+    """Name of the projection that makes queries, keys and values at once, if the attention has one."""
+    return next((name for name in FUSED_MODULES if hasattr(attention, name)), None)
+
+
+def _head_dim(attention: nn.Module) -> int:
+    return attention.head_dim if hasattr(attention, "head_dim") else attention.head_size
+
+
+def _query_features(attention: nn.Module) -> int:
+    return attention.config.num_attention_heads * _head_dim(attention)
+
+
+def count_value_features(attention: nn.Module) -> int:
+    """
+    Features of the values of an attention module, its key-value heads times their size.
+
+    Args:
+        attention (`nn.Module`):
+            Attention module, as returned by [`find_attention_modules`].
+    """
+    if hasattr(attention, _VALUE_MODULE):
+        return attention.v_proj.out_features
+    fused = getattr(attention, _fused_module(attention))
+    features = fused.nf if isinstance(fused, Conv1D) else fused.out_features
+    return (features - _query_features(attention)) // 2
+
+
+def _value_parameters(attention: nn.Module) -> dict[str, torch.Tensor]:
+    """Weight `(value features, hidden size)` and bias of the values, cut out of a fused projection."""
+    name = _fused_module(attention)
+    values, head_dim = count_value_features(attention), _head_dim(attention)
+    transposed = isinstance(getattr(attention, name), Conv1D)
+    return {
+        key: FUSED_MODULES[name](tensor.t() if transposed else tensor, values, head_dim)
+        for key, tensor in getattr(attention, name).named_parameters()
+    }
 
 
 def _eager_attention(module: nn.Module) -> Callable | None:
@@ -314,13 +382,35 @@ def _share_attention(model: PreTrainedModel, config: EchoAttConfig) -> None:
     for layer in config.echo_layers:
         attention, source = attentions[layer], attentions[config.echo_sources[layer]]
         _check_same_heads(attention, source)
-        attention.eager_attention = _eager_attention(attention)
-        attention.echo_source = source.layer_idx
-        attention.echo_output = next(name for name in OUTPUT_MODULES if hasattr(attention, name))
-        for name in QUERY_KEY_MODULES:
-            if hasattr(attention, name):
-                delattr(attention, name)
-        attention.__class__ = _echo_attention_class(type(attention))
+        _make_echo(attention, source.layer_idx)
+
+
+def _make_echo(attention: nn.Module, source: int) -> None:
+    """Turn a family's attention module into that of an echo of layer `source`, in place."""
+    attention.eager_attention = _eager_attention(attention)
+    attention.echo_source = source
+    attention.echo_head_dim = _head_dim(attention)
+    attention.echo_output = next(name for name in _OUTPUT_MODULES if hasattr(attention, name))
+    attention.echo_clip = getattr(attention.config, "clip_qkv", None)
+    # Where a family drops part of its attention's output, an echo layer does too.
+    attention.echo_dropout = getattr(attention, "residual_dropout", 0.0)
+    if hasattr(attention, "resid_dropout"):
+        attention.echo_dropout = attention.resid_dropout.p
+    fused = _fused_module(attention)
+    if fused is not None:
+        weight = _value_parameters(attention)["weight"]
+        attention.v_proj = nn.Linear(
+            weight.shape[1],
+            weight.shape[0],
+            bias=getattr(attention, fused).bias is not None,
+            device=weight.device,
+            dtype=weight.dtype,
+        )
+        delattr(attention, fused)
+    for name in _QUERY_KEY_MODULES:
+        if hasattr(attention, name):
+            delattr(attention, name)
+    attention.__class__ = _echo_attention_class(type(attention))
 
 
 @contextmanager
@@ -362,14 +452,14 @@ def compute_attention_weights(attention: nn.Module, records: EchoRecords) -> tor
     Returns:
         `torch.Tensor` of shape `(B, H, T, S)`.
     """
-    record = records.get(attention.layer_idx, getattr(attention, VALUE_MODULE).weight.device)
+    record = records.get(attention.layer_idx, next(attention.parameters()).device)
     no_values = record.key[..., :1]
     call = (record.query, record.key, no_values, record.attention_mask)
     return _attend(attention, "eager", *call, **record.kwargs)[1]
 
 
 def _check_same_heads(echo: nn.Module, source: nn.Module) -> None:
-    shapes = [(module.head_dim, getattr(module, VALUE_MODULE).weight.shape[0]) for module in (echo, source)]
+    shapes = [(_head_dim(module), count_value_features(module)) for module in (echo, source)]
     if shapes[0] != shapes[1]:
         raise ValueError(
             f"Layer {echo.layer_idx} cannot echo layer {source.layer_idx}: their heads differ (head size and value "
@@ -523,9 +613,7 @@ class EchoAttForCausalLM(EchoAttPreTrainedModel, GenerationMixin):
         )
         with torch.device("meta"):
             student = cls._from_config(config)
-        inherited = student.language_model.state_dict()
-        state = {name: tensor.detach().clone() for name, tensor in teacher.state_dict().items() if name in inherited}
-        student.language_model.load_state_dict(state, strict=True, assign=True)
+        student.language_model.load_state_dict(_inherited_state(student, teacher), strict=True, assign=True)
         buffers = dict(teacher.named_buffers())
         for name, buffer in student.language_model.named_buffers():
             if buffer.is_meta:  # not part of the state, such as rotary frequencies
@@ -540,7 +628,7 @@ class EchoAttForCausalLM(EchoAttPreTrainedModel, GenerationMixin):
         if teacher.generation_config is not None:
             student.generation_config = copy.deepcopy(teacher.generation_config)
         student.requires_grad_(True).eval()
-        _try_out(student, teacher)
+        _check_conversion(student, teacher)
         return student
 
     def forward(
@@ -603,18 +691,85 @@ class EchoAttForSequenceClassification(GenericForSequenceClassification, EchoAtt
         self.post_init()
 
 
-def _try_out(student: EchoAttForCausalLM, teacher: PreTrainedModel) -> None:
-    """A forward pass of two tokens: families differ in ways that their modules do not show."""
-    error = _error_of_forward(student)
-    if error is None or _error_of_forward(teacher) is not None:  # a teacher that fails too fails for its own reasons
-        return
-    if isinstance(error, ValueError):
-        raise error
-    reason = str(error).strip().splitlines()
-    raise ValueError(
-        f"EchoAtt does not support the family {student.config.text_config.model_type!r} yet: its converted model fails "
-        f"({type(error).__name__}: {reason[0] if reason else 'no reason given'})."
-    ) from error
+def _inherited_state(student: EchoAttForCausalLM, teacher: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """The state of the student's language model, copied from the teacher."""
+    inherited = student.language_model.state_dict()
+    state = {name: tensor.detach().clone() for name, tensor in teacher.state_dict().items() if name in inherited}
+    names = {module: name for name, module in teacher.named_modules()}
+    attentions = (
+        find_attention_modules(teacher, len(student.config.echo_sources)) if student.config.echo_layers else []
+    )
+    for layer in student.config.echo_layers:
+        if not hasattr(attentions[layer], _VALUE_MODULE):
+            for key, tensor in _value_parameters(attentions[layer]).items():
+                state[f"{names[attentions[layer]]}.{_VALUE_MODULE}.{key}"] = tensor.detach().clone().contiguous()
+    return state
+
+
+def _check_conversion(student: EchoAttForCausalLM, teacher: PreTrainedModel) -> None:
+    """
+    Check on a few random tokens that echo layers do what the family's do, whatever that is.
+
+    Families differ in ways that their modules do not show. But an echo of a layer's own attention must give what the
+    layer gives, in every family.
+    """
+    try:
+        layer, error = _worst_echo(student, teacher) if student.config.echo_layers else (0, 0.0)
+    except (RuntimeError, TypeError, ValueError) as exception:
+        if _error_of_forward(teacher) is not None:  # a teacher that fails too fails for its own reasons
+            return
+        if isinstance(exception, ValueError):
+            raise
+        reason = str(exception).strip().splitlines()
+        raise ValueError(
+            f"EchoAtt does not support the family {student.config.text_config.model_type!r} yet: its converted model "
+            f"fails ({type(exception).__name__}: {reason[0] if reason else 'no reason given'})."
+        ) from exception
+    if error > (1e-3 if torch.finfo(teacher.dtype).eps < 1e-6 else 5e-2):
+        raise ValueError(
+            f"EchoAtt does not support the family {student.config.text_config.model_type!r} yet: its attention does more "
+            f"than an echo layer takes over. An echo of its own attention differs from layer {layer} by {error:.1%}."
+        )
+
+
+@torch.no_grad()
+def _worst_echo(student: EchoAttForCausalLM, teacher: PreTrainedModel) -> tuple[int, float]:
+    """The layer whose output an echo of its own attention misses by most, and by how much of the output's norm."""
+    config = student.config
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(config.vocab_size, (1, 4), generator=generator).to(teacher.device)
+    student(input_ids=tokens, use_cache=False)
+
+    calls = {}
+
+    def remember(module, args, kwargs, output):
+        calls[module.layer_idx] = (args, kwargs, output[0])
+
+    attentions, echoes = (
+        find_attention_modules(model, config.num_hidden_layers) for model in (teacher, student.language_model)
+    )
+    hooks = [attentions[layer].register_forward_hook(remember, with_kwargs=True) for layer in config.echo_layers]
+    training = [module for module in teacher.modules() if module.training]
+    records = EchoRecords()
+    try:
+        with recording_all_layers(attentions):
+            teacher.eval()(input_ids=tokens, use_cache=False, echo_records=records)
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for module in training:
+            module.training = True
+
+    errors = {}
+    for layer, (args, kwargs, expected) in calls.items():
+        own = EchoRecords()
+        own.record(config.echo_sources[layer], records.get(layer, expected.device))
+        found, _ = echoes[layer](*args, **{**kwargs, "echo_records": own})
+        if not expected.is_meta and expected.isfinite().all():
+            error = (found - expected).float().norm() / expected.float().norm().clamp_min(1e-12)
+            errors[layer] = error.nan_to_num(nan=float("inf")).item()
+    worst = max(errors, key=errors.get, default=config.echo_layers[0])
+    return worst, errors.get(worst, 0.0)
 
 
 @torch.no_grad()
@@ -656,6 +811,7 @@ __all__ = [
     "EchoAttPreTrainedModel",
     "EchoRecords",
     "compute_attention_weights",
+    "count_value_features",
     "find_attention_modules",
     "recording_all_layers",
 ]

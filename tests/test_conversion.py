@@ -4,8 +4,9 @@ import json
 
 import pytest
 import torch
-from conftest import make_teacher, plan_of
-from transformers import LlamaConfig, LlamaForCausalLM
+from conftest import SIZES, make_teacher, plan_of
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers.models.llama.modeling_llama import LlamaAttention
 
 from echoatt_hf import EchoAttConfig, EchoAttForCausalLM, SharingPlan, convert, count_kv_bytes_per_token
 
@@ -66,6 +67,72 @@ def test_report_as_text_and_json(tiny_teacher):
     # Two of five layers keep values only: 8 of 10 parts are left.
     assert "(-20.0%) per token" in text
     assert json.loads(json.dumps(report.to_dict()))["echo_sources"] == [0, 1, 1, 1, 4]
+
+
+def make_fused_teacher(family: str, **overrides):
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(family, **SIZES, num_hidden_layers=6, **overrides)
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+@pytest.mark.parametrize(
+    ("family", "fused"),
+    [
+        ("gpt2", "transformer.h.{}.attn.c_attn"),
+        ("gpt_bigcode", "transformer.h.{}.attn.c_attn"),
+        ("gpt_neox", "gpt_neox.layers.{}.attention.query_key_value"),
+        ("persimmon", "model.layers.{}.self_attn.query_key_value"),
+        ("phi3", "model.layers.{}.self_attn.qkv_proj"),
+    ],
+)
+def test_values_are_cut_out_of_fused_projections(family, fused):
+    teacher, plan = make_fused_teacher(family), [0, 1, 1, 1, 4, 4]
+    student, report = convert(teacher, plan)
+    names = dict(teacher.named_parameters())
+    assert sorted(report.copied + report.cut + report.dropped) == sorted(names)
+    assert {name.rsplit(".", 1)[0] for name in report.cut} == {fused.format(layer) for layer in (2, 3, 5)}
+    assert f"cut          {len(report.cut)} tensors: {fused.format(2)}" in str(report)
+    # Of a projection to H + 2 H_kv heads an echo keeps H_kv.
+    kept = student.get_submodule(f"language_model.{fused.format(2)}".rsplit(".", 1)[0]).v_proj
+    assert kept.weight.shape == (count_kv_bytes_per_token(teacher) // 6 // 2 // 4, 32)
+    cut, dropped = (sum(names[name].numel() for name in part) for part in (report.cut, report.dropped))
+    values = sum(value.numel() for name, value in student.named_parameters() if ".v_proj." in name)
+    assert report.teacher_parameters - report.student_parameters == cut + dropped - values
+    expected = (2 + 2 + 1 + 1 + 2 + 1) / (6 * 2)
+    assert report.student_kv_bytes_per_token / report.teacher_kv_bytes_per_token == pytest.approx(expected)
+
+
+def test_attention_that_an_echo_cannot_take_over_is_refused(monkeypatch):
+    """What a family's modules do not show: an echo of a layer's own attention is not the layer."""
+    family_forward = LlamaAttention.forward
+
+    def forward(self, *args, **kwargs):
+        output, weights = family_forward(self, *args, **kwargs)
+        return output * 1.01, weights
+
+    monkeypatch.setattr(LlamaAttention, "forward", forward)
+    with pytest.raises(ValueError, match=r"'llama' yet: .* differs from layer \d by 1\.0%"):
+        convert(make_teacher("llama"), plan_of("llama"))
+
+
+def test_fused_projection_in_another_order_is_refused():
+    """Without multi-query attention GPTBigCode puts query, key and value of a head together; c_attn stands for GPT-2."""
+    with pytest.raises(ValueError, match="'gpt_bigcode' yet: its attention does more than an echo layer takes over"):
+        convert(make_fused_teacher("gpt_bigcode", multi_query=False), [0, 1, 1, 1, 4, 4])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_passes_the_check(dtype):
+    student, _ = convert(make_fused_teacher("gpt_neox").to(dtype), [0, 1, 1, 1, 4, 4])
+    assert {parameter.dtype for parameter in student.parameters()} == {dtype}
+
+
+def test_teacher_on_the_meta_device():
+    with torch.device("meta"):
+        teacher = LlamaForCausalLM._from_config(LlamaConfig(**TINYLLAMA))
+    student, report = convert(teacher, SharingPlan.from_ratio(22, 0.41))
+    assert student.device.type == "meta"
+    assert len(report.dropped) == 18
 
 
 def test_plan_without_echoes_drops_nothing(tiny_teacher):

@@ -182,9 +182,9 @@ def test_student_is_refused(tiny_teacher):
     assert torch.equal(student(**BATCHES[0]).logits, logits)
 
 
-def test_family_without_separate_projections_is_refused():
-    config = AutoConfig.for_model("gpt2", n_layer=3, n_embd=32, n_head=4, vocab_size=97)
-    with pytest.raises(ValueError, match="does not support the family 'gpt2'"):
+def test_family_that_does_not_call_the_attention_interface_is_refused():
+    config = AutoConfig.for_model("bloom", n_layer=3, hidden_size=32, n_head=4, vocab_size=97)
+    with pytest.raises(ValueError, match="does not support the family 'bloom'"):
         measure_attention_similarity(AutoModelForCausalLM.from_config(config), BATCHES)
 
 
