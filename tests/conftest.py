@@ -6,6 +6,7 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import copy  # noqa: E402
+import logging  # noqa: E402
 from pathlib import Path  # noqa: E402
 
 import pytest  # noqa: E402
@@ -147,3 +148,25 @@ def stories260k() -> Path:
     if not (folder / "model.safetensors").exists():
         pytest.skip("the weights of stories260k are not here")
     return folder
+
+
+class _DeprecationsFail(logging.Handler):
+    """transformers says much of what it is about to remove in its log."""
+
+    def __init__(self):
+        super().__init__()
+        self.messages = []
+
+    def emit(self, record):
+        if "deprecated" in record.getMessage().lower():
+            self.messages.append(record.getMessage())
+
+
+@pytest.fixture(autouse=True)
+def deprecations_in_the_log_fail():
+    handler = _DeprecationsFail()
+    logger = logging.getLogger("transformers")
+    logger.addHandler(handler)
+    yield
+    logger.removeHandler(handler)
+    assert not handler.messages, "\n".join(handler.messages)

@@ -5,10 +5,18 @@ import json
 import pytest
 import torch
 from conftest import SIZES, make_teacher, plan_of
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
+)
 from transformers.models.llama.modeling_llama import LlamaAttention
 
 from echoatt_hf import EchoAttConfig, EchoAttForCausalLM, SharingPlan, convert, count_kv_bytes_per_token
+from echoatt_hf.teachers import builtin_teacher_path
 
 
 TINYLLAMA = {
@@ -100,6 +108,38 @@ def test_values_are_cut_out_of_fused_projections(family, fused):
     assert report.teacher_parameters - report.student_parameters == cut + dropped - values
     expected = (2 + 2 + 1 + 1 + 2 + 1) / (6 * 2)
     assert report.student_kv_bytes_per_token / report.teacher_kv_bytes_per_token == pytest.approx(expected)
+
+
+def as_phi3(llama):
+    """The same language model with Phi-3's fused projections."""
+    config = llama.config.to_dict() | {"sliding_window": None}
+    for name in ("model_type", "architectures", "head_dim", "attention_bias", "mlp_bias", "pretraining_tp"):
+        config.pop(name, None)
+    phi3 = Phi3ForCausalLM(Phi3Config(**config)).eval()
+    state = llama.state_dict()
+    for layer in range(config["num_hidden_layers"]):
+        for fused, parts in {
+            "self_attn.qkv_proj": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+            "mlp.gate_up_proj": ("mlp.gate_proj", "mlp.up_proj"),
+        }.items():
+            tensors = [state.pop(f"model.layers.{layer}.{part}.weight") for part in parts]
+            state[f"model.layers.{layer}.{fused}.weight"] = torch.cat(tensors)
+    phi3.load_state_dict(state)
+    return phi3
+
+
+def test_fused_and_separate_projections_give_the_same_student():
+    """The built-in teacher as a Llama and as a Phi-3: real weights in both layouts."""
+    llama = AutoModelForCausalLM.from_pretrained(builtin_teacher_path(), dtype=torch.float32)
+    phi3 = as_phi3(llama)
+    plan = SharingPlan.from_ratio(12, 0.41)
+    (expected, llama_report), (student, phi3_report) = convert(llama, plan), convert(phi3, plan)
+    ids = torch.randint(llama.config.vocab_size, (2, 40), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        torch.testing.assert_close(phi3(ids).logits, llama(ids).logits, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(student(ids).logits, expected(ids).logits, rtol=1e-4, atol=1e-4)
+    assert phi3_report.student_parameters == llama_report.student_parameters
+    assert phi3_report.student_kv_bytes_per_token == llama_report.student_kv_bytes_per_token
 
 
 def test_attention_that_an_echo_cannot_take_over_is_refused(monkeypatch):
