@@ -9,6 +9,9 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPIN
 
 ECHOATT_VERSION = "0.1.0.dev0"
 
+# Types of layers, in a configuration's `layer_types`, that have no attention weights to share.
+TYPES_WITHOUT_ATTENTION = ("linear_attention", "conv", "mamba", "moe")
+
 
 def check_echo_sources(echo_sources: list[int], num_layers: int, layer_types: list[str] | None = None) -> None:
     """
@@ -24,7 +27,8 @@ def check_echo_sources(echo_sources: list[int], num_layers: int, layer_types: li
             Attention type of each layer, for families that mix them.
 
     Raises:
-        `ValueError`: wrong length, a source that follows its echo or is itself an echo, or mixed layer types.
+        `ValueError`: wrong length, a source that follows its echo or is itself an echo, mixed layer types, or one
+            without attention.
     """
     if not isinstance(echo_sources, (list, tuple)):
         raise ValueError(f"echo_sources is {echo_sources!r}; it must be a list of layer indices, one for each layer.")
@@ -49,6 +53,11 @@ def check_echo_sources(echo_sources: list[int], num_layers: int, layer_types: li
             raise ValueError(
                 f"echo_sources[{layer}] is {source}, but layer {layer} is of type {layer_types[layer]!r} and layer "
                 f"{source} of type {layer_types[source]!r}: an echo must have the type of its source."
+            )
+        if layer_types is not None and source != layer and layer_types[layer] in TYPES_WITHOUT_ATTENTION:
+            raise ValueError(
+                f"echo_sources[{layer}] is {source}, but these layers are of type {layer_types[layer]!r}, which has no "
+                "attention weights to share: leave them plain."
             )
 
 

@@ -26,7 +26,7 @@ class ConversionReport:
     Args:
         echo_sources (`list[int]`): the sharing plan.
         copied (`list[str]`): parameters the student inherits, by the teacher's names.
-        cut (`list[str]`): fused projections of the teacher of which the student inherits the part that makes values.
+        cut (`list[str]`): fused projections of the teacher of which the student inherits a part: values, output gates.
         dropped (`list[str]`): parameters of the teacher that the student does without.
         teacher_parameters, student_parameters (`int`): number of parameters, tied ones counted once.
         teacher_kv_bytes_per_token, student_kv_bytes_per_token (`int`): bytes of KV cache for each token.
@@ -46,7 +46,7 @@ class ConversionReport:
         return asdict(self)
 
     def __str__(self) -> str:
-        cut = [f"cut          {_name_modules(self.cut)}; the values are kept"] if self.cut else []
+        cut = [f"cut          {_name_modules(self.cut)}; values and gates are kept"] if self.cut else []
         return "\n".join(
             [
                 f"plan         {SharingPlan(self.echo_sources)}",
@@ -82,12 +82,14 @@ def convert(teacher: PreTrainedModel | str, plan: Sequence[int]) -> tuple[EchoAt
     student = EchoAttForCausalLM.from_teacher(teacher, plan)
     inherited = dict(student.language_model.named_parameters())
     names = [name for name, _ in teacher.named_parameters()]
-    fused = [name for name in names if name not in inherited and name.split(".")[-2] in FUSED_MODULES]
+    missing = [name for name in names if name not in inherited]
+    new = inherited.keys() - set(names)
+    cut = [name for name in missing if _name_of_kept(name) in new]
     report = ConversionReport(
         echo_sources=list(plan),
         copied=[name for name in names if name in inherited],
-        cut=fused,
-        dropped=[name for name in names if name not in inherited and name not in fused],
+        cut=cut,
+        dropped=[name for name in missing if name not in cut],
         teacher_parameters=teacher.num_parameters(),
         student_parameters=student.num_parameters(),
         teacher_kv_bytes_per_token=count_kv_bytes_per_token(teacher),
@@ -98,7 +100,8 @@ def convert(teacher: PreTrainedModel | str, plan: Sequence[int]) -> tuple[EchoAt
 
 def count_kv_bytes_per_token(model: PreTrainedModel) -> int:
     """
-    Bytes of KV cache a model needs for each token: keys and values of every layer, values alone of echo layers.
+    Bytes of KV cache a model needs for each token: keys and values of every layer, values alone of echo layers. What
+    recurrent layers of a hybrid hold does not grow with the tokens and is not counted.
 
     Args:
         model (`PreTrainedModel`):
@@ -107,11 +110,16 @@ def count_kv_bytes_per_token(model: PreTrainedModel) -> int:
     Returns:
         `int`: bytes per token and sequence. For layers with a sliding window it holds up to the window.
     """
-    num_layers = model.config.get_text_config().num_hidden_layers
     features = 0
-    for attention in find_attention_modules(model, num_layers):
+    for attention in find_attention_modules(model).values():
         features += count_value_features(attention) * (1 if isinstance(attention, EchoAttention) else 2)
     return features * model.dtype.itemsize
+
+
+def _name_of_kept(name: str) -> str:
+    """Name of the parameter that an echo layer keeps of a fused one."""
+    *path, module, parameter = name.split(".")
+    return ".".join([*path, FUSED_MODULES.get(module, (module,))[0], parameter])
 
 
 def _name_modules(parameters: list[str]) -> str:

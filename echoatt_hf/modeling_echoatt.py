@@ -13,7 +13,7 @@ Source: EchoAtt, arXiv 2409.14595, section 3 (shared attention layers inherit al
 import copy
 import functools
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -53,15 +53,17 @@ _QUERY_KEY_MODULES = (
     "key_layernorm",
     "sinks",
 )
-# Projections that make queries, keys and values at once, and which of their features are values, given as rows of shape
-# `(features, ...)`. An echo layer keeps those as a value projection of its own.
+# Projections that make several things at once: the projection that an echo layer keeps of them, and its rows among those
+# of the whole, both of shape `(features, ...)`.
 FUSED_MODULES = {
-    "qkv_proj": lambda rows, values, head_dim: rows[-values:],
-    "c_attn": lambda rows, values, head_dim: rows[-values:],
-    "query_key_value": lambda rows, values, head_dim: rows.unflatten(0, (-1, 3, head_dim))[:, 2].flatten(0, 1),
+    "qkv_proj": ("v_proj", lambda rows, attention: rows[-count_value_features(attention) :]),
+    "c_attn": ("v_proj", lambda rows, attention: rows[-count_value_features(attention) :]),
+    "query_key_value": ("v_proj", lambda rows, attention: _part_of_heads(rows, attention, 3)),
+    "q_proj": ("gate_proj", lambda rows, attention: _part_of_heads(rows, attention, 2)),
 }
-_VALUE_MODULE = "v_proj"
+_VALUE_MODULES = ("v_proj", *(name for name, (kept, _) in FUSED_MODULES.items() if kept == "v_proj"))
 _OUTPUT_MODULES = ("o_proj", "dense", "out_proj", "c_proj")
+_GATE_MODULES = ("gate_proj", "g_proj")
 _DROPOUT_MODULES = ("attn_dropout", "attention_dropout", "resid_dropout")
 
 
@@ -234,6 +236,9 @@ class EchoAttention:
             record.attention_mask,
             **record.kwargs,
         )
+        if self.echo_gate is not None:
+            gate = getattr(self, self.echo_gate)(hidden_states).sigmoid()
+            output = output * gate.view(*output.shape[:3], -1)  # for each feature, or for each head
         output = getattr(self, self.echo_output)(output.reshape(*input_shape, -1).contiguous())
         output = nn.functional.dropout(output, self.echo_dropout, self.training)
         return output, weights
@@ -269,47 +274,48 @@ def _rebuild_echo_attention(attention_class: type[nn.Module]) -> nn.Module:
     return echo_class.__new__(echo_class)
 
 
-def find_attention_modules(model: nn.Module, num_layers: int) -> list[nn.Module]:
+def find_attention_modules(model: nn.Module, needed: Iterable[int] = ()) -> dict[int, nn.Module]:
     """
-    The attention modules of a decoder, by layer.
+    The attention modules of a decoder whose weights can be shared.
 
     Args:
         model (`nn.Module`):
             Model of a family of transformers.
-        num_layers (`int`):
-            Layers the model has.
+        needed (iterable of `int`, *optional*):
+            Layers that must have one. Others may do without, such as the recurrent layers of a hybrid.
 
     Returns:
-        `list[nn.Module]`: attention module of each layer.
+        `dict[int, nn.Module]`: attention modules by layer, in the order of layers.
 
     Raises:
-        `ValueError`: a layer has no attention module, or one of a kind whose weights cannot be shared.
+        `ValueError`: a layer that needs one, or every layer, has no attention or one that cannot be shared.
     """
-    found = {}
+    found, reasons = {}, {}
     for module in model.modules():
-        if hasattr(module, "layer_idx") and (hasattr(module, _VALUE_MODULE) or _fused_module(module)):
-            found.setdefault(module.layer_idx, module)
-    family = getattr(model.config, "model_type", type(model).__name__)
-    missing = [layer for layer in range(num_layers) if layer not in found]
-    if missing:
-        raise ValueError(
-            f"EchoAtt does not support the family {family!r} yet: {len(missing)} of its {num_layers} layers have no "
-            "attention with query, key and value projections, separate or fused."
-        )
-    for module in found.values():
-        reason = _unsupported_reason(module)
-        if reason is not None:
-            raise ValueError(
-                f"EchoAtt does not support the family {family!r} yet: its attention {type(module).__name__} {reason}."
-            )
-    return [found[layer] for layer in range(num_layers)]
+        if hasattr(module, "layer_idx") and any(hasattr(module, name) for name in (*_VALUE_MODULES, *FUSED_MODULES)):
+            reason = _unsupported_reason(module)
+            if reason is None:
+                found.setdefault(module.layer_idx, module)
+            else:
+                reasons.setdefault(module.layer_idx, f"its attention {type(module).__name__} {reason}")
+    missing = [layer for layer in needed if layer not in found]
+    if missing or not found:
+        which = f"its layer {missing[0]}" if missing and found else "it"
+        reason = f"{which} has no attention with query, key and value projections, separate or fused"
+        if not found and reasons:
+            reason = next(iter(reasons.values()))
+        elif missing and missing[0] in reasons:
+            reason = reasons[missing[0]]
+        family = getattr(model.config, "model_type", type(model).__name__)
+        raise ValueError(f"EchoAtt does not support the family {family!r} yet: {reason}.")
+    return dict(sorted(found.items()))
 
 
 def _unsupported_reason(attention: nn.Module) -> str | None:
     """Why an attention module does more than an echo layer can take over, or `None` if it does not."""
     if _eager_attention(attention) is None:
         return "does not call the attention interface of transformers"
-    known = (*_QUERY_KEY_MODULES, *FUSED_MODULES, _VALUE_MODULE, *_OUTPUT_MODULES, *_DROPOUT_MODULES)
+    known = {*_QUERY_KEY_MODULES, *FUSED_MODULES, *_VALUE_MODULES, *_OUTPUT_MODULES, *_GATE_MODULES, *_DROPOUT_MODULES}
     unknown = [name for name, _ in attention.named_children() if name not in known]
     if unknown:
         return f"has the modules {', '.join(unknown)}"
@@ -318,14 +324,17 @@ def _unsupported_reason(attention: nn.Module) -> str | None:
     parameters = [name for name, _ in attention.named_parameters(recurse=False) if name not in known]
     if parameters:
         return f"has parameters of its own: {', '.join(parameters)}"
-    if hasattr(attention, "q_proj") and attention.q_proj.out_features != _query_features(attention):
-        return "makes more than queries in its query projection, such as an output gate"
+    if not any(hasattr(attention, name) for name in _VALUE_MODULES):
+        return "has no value projection"
     return None
 
 
-def _fused_module(attention: nn.Module) -> str | None:
-    """Name of the projection that makes queries, keys and values at once, if the attention has one."""
-    return next((name for name in FUSED_MODULES if hasattr(attention, name)), None)
+def _fused_modules(attention: nn.Module) -> list[str]:
+    """Names of the projections that make several things at once, one of which an echo layer keeps."""
+    names = [name for name in FUSED_MODULES if hasattr(attention, name)]
+    if "q_proj" in names and attention.q_proj.out_features != 2 * _query_features(attention):
+        names.remove("q_proj")  # queries alone
+    return names
 
 
 def _head_dim(attention: nn.Module) -> int:
@@ -344,21 +353,25 @@ def count_value_features(attention: nn.Module) -> int:
         attention (`nn.Module`):
             Attention module, as returned by [`find_attention_modules`].
     """
-    if hasattr(attention, _VALUE_MODULE):
+    if hasattr(attention, "v_proj"):
         return attention.v_proj.out_features
-    fused = getattr(attention, _fused_module(attention))
+    fused = getattr(attention, _fused_modules(attention)[0])
     features = fused.nf if isinstance(fused, Conv1D) else fused.out_features
     return (features - _query_features(attention)) // 2
 
 
-def _value_parameters(attention: nn.Module) -> dict[str, torch.Tensor]:
-    """Weight `(value features, hidden size)` and bias of the values, cut out of a fused projection."""
-    name = _fused_module(attention)
-    values, head_dim = count_value_features(attention), _head_dim(attention)
-    transposed = isinstance(getattr(attention, name), Conv1D)
+def _part_of_heads(rows: torch.Tensor, attention: nn.Module, parts: int) -> torch.Tensor:
+    """The last of `parts` equal parts of each head."""
+    return rows.unflatten(0, (-1, parts, _head_dim(attention)))[:, -1].flatten(0, 1)
+
+
+def _kept_parameters(attention: nn.Module, name: str) -> dict[str, torch.Tensor]:
+    """Weight `(features, hidden size)` and bias of what an echo layer keeps of the fused projection `name`."""
+    projection = getattr(attention, name)
+    _, keep = FUSED_MODULES[name]
     return {
-        key: FUSED_MODULES[name](tensor.t() if transposed else tensor, values, head_dim)
-        for key, tensor in getattr(attention, name).named_parameters()
+        key: keep(tensor.t() if isinstance(projection, Conv1D) else tensor, attention)
+        for key, tensor in projection.named_parameters()
     }
 
 
@@ -375,7 +388,7 @@ def _share_attention(model: PreTrainedModel, config: EchoAttConfig) -> None:
     """Turn the attention modules of `model` into source and echo layers as `config.echo_sources` says, in place."""
     if not config.echo_layers:
         return
-    attentions = find_attention_modules(model, config.text_config.num_hidden_layers)
+    attentions = find_attention_modules(model, [*config.source_layers, *config.echo_layers])
     for layer in config.source_layers:
         attentions[layer].eager_attention = _eager_attention(attentions[layer])
         attentions[layer].config = SourceConfig(config.text_config)
@@ -396,17 +409,17 @@ def _make_echo(attention: nn.Module, source: int) -> None:
     attention.echo_dropout = getattr(attention, "residual_dropout", 0.0)
     if hasattr(attention, "resid_dropout"):
         attention.echo_dropout = attention.resid_dropout.p
-    fused = _fused_module(attention)
-    if fused is not None:
-        weight = _value_parameters(attention)["weight"]
-        attention.v_proj = nn.Linear(
-            weight.shape[1],
-            weight.shape[0],
-            bias=getattr(attention, fused).bias is not None,
-            device=weight.device,
-            dtype=weight.dtype,
+    for name in _fused_modules(attention):
+        kept = _kept_parameters(attention, name)
+        features, hidden_size = kept["weight"].shape
+        setattr(
+            attention,
+            FUSED_MODULES[name][0],
+            nn.Linear(hidden_size, features, "bias" in kept, device=kept["weight"].device, dtype=kept["weight"].dtype),
         )
-        delattr(attention, fused)
+        delattr(attention, name)
+    gates = [name for name in _GATE_MODULES if getattr(attention, name, None) is not None]
+    attention.echo_gate = gates[0] if gates else None
     for name in _QUERY_KEY_MODULES:
         if hasattr(attention, name):
             delattr(attention, name)
@@ -414,16 +427,17 @@ def _make_echo(attention: nn.Module, source: int) -> None:
 
 
 @contextmanager
-def recording_all_layers(attentions: list[nn.Module]) -> Iterator[None]:
+def recording(attentions: Iterable[nn.Module]) -> Iterator[None]:
     """
-    Record the attention calls of all layers of a model, whether or not they share, while the context lasts.
+    Record the calls of attention modules of a model that does not share, while the context lasts.
 
     The forward pass must be given `echo_records=EchoRecords()`.
 
     Args:
-        attentions (`list[nn.Module]`):
-            Attention modules, as returned by [`find_attention_modules`].
+        attentions (iterable of `nn.Module`):
+            Attention modules, values of what [`find_attention_modules`] returns.
     """
+    attentions = list(attentions)
     configs = [attention.config for attention in attentions]
     for attention in attentions:
         if isinstance(attention, EchoAttention) or isinstance(attention.config, SourceConfig):
@@ -447,7 +461,7 @@ def compute_attention_weights(attention: nn.Module, records: EchoRecords) -> tor
         attention (`nn.Module`):
             Attention module of the layer.
         records (`EchoRecords`):
-            Records of a forward pass in eager mode under [`recording_all_layers`].
+            Records of a forward pass in eager mode under [`recording`].
 
     Returns:
         `torch.Tensor` of shape `(B, H, T, S)`.
@@ -491,6 +505,8 @@ class EchoAttPreTrainedModel(PreTrainedModel):
 
     def _share(self, model: PreTrainedModel) -> PreTrainedModel:
         _share_attention(model, self.config)
+        # Generation asks the model whether its cache can go back; that of recurrent layers cannot.
+        self._is_stateful = model._is_stateful
         # The family decides which implementation is its default.
         self.config._attn_implementation = model.config._attn_implementation
         return model
@@ -696,13 +712,11 @@ def _inherited_state(student: EchoAttForCausalLM, teacher: PreTrainedModel) -> d
     inherited = student.language_model.state_dict()
     state = {name: tensor.detach().clone() for name, tensor in teacher.state_dict().items() if name in inherited}
     names = {module: name for name, module in teacher.named_modules()}
-    attentions = (
-        find_attention_modules(teacher, len(student.config.echo_sources)) if student.config.echo_layers else []
-    )
-    for layer in student.config.echo_layers:
-        if not hasattr(attentions[layer], _VALUE_MODULE):
-            for key, tensor in _value_parameters(attentions[layer]).items():
-                state[f"{names[attentions[layer]]}.{_VALUE_MODULE}.{key}"] = tensor.detach().clone().contiguous()
+    attentions = find_attention_modules(teacher) if student.config.echo_layers else {}
+    for attention in (attentions[layer] for layer in student.config.echo_layers):
+        for fused in _fused_modules(attention):
+            for key, tensor in _kept_parameters(attention, fused).items():
+                state[f"{names[attention]}.{FUSED_MODULES[fused][0]}.{key}"] = tensor.detach().clone().contiguous()
     return state
 
 
@@ -745,14 +759,12 @@ def _worst_echo(student: EchoAttForCausalLM, teacher: PreTrainedModel) -> tuple[
     def remember(module, args, kwargs, output):
         calls[module.layer_idx] = (args, kwargs, output[0])
 
-    attentions, echoes = (
-        find_attention_modules(model, config.num_hidden_layers) for model in (teacher, student.language_model)
-    )
+    attentions, echoes = (find_attention_modules(model) for model in (teacher, student.language_model))
     hooks = [attentions[layer].register_forward_hook(remember, with_kwargs=True) for layer in config.echo_layers]
     training = [module for module in teacher.modules() if module.training]
     records = EchoRecords()
     try:
-        with recording_all_layers(attentions):
+        with recording(attentions.values()):
             teacher.eval()(input_ids=tokens, use_cache=False, echo_records=records)
     finally:
         for hook in hooks:
@@ -813,5 +825,5 @@ __all__ = [
     "compute_attention_weights",
     "count_value_features",
     "find_attention_modules",
-    "recording_all_layers",
+    "recording",
 ]

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from .configuration_echoatt import check_echo_sources
+from .configuration_echoatt import TYPES_WITHOUT_ATTENTION, check_echo_sources
 
 
 __all__ = ["SharingPlan", "count_echo_layers"]
@@ -232,9 +232,14 @@ def inner_groups(num_layers: int, protected_layers: int, layer_types: Sequence[s
         return [list(inner)]
     if len(layer_types) != num_layers:
         raise ValueError(f"layer_types has {len(layer_types)} entries for {num_layers} layers: give one per layer.")
-    return [
-        [layer for layer in inner if layer_types[layer] == kind] for kind in sorted({layer_types[i] for i in inner})
-    ]
+    kinds = sorted({layer_types[layer] for layer in inner} - {*TYPES_WITHOUT_ATTENTION})
+    groups = [[layer for layer in inner if layer_types[layer] == kind] for kind in kinds]
+    if not groups:
+        raise ValueError(
+            f"None of the inner layers has attention to share; their types are "
+            f"{', '.join(layer_types[layer] for layer in inner)}."
+        )
+    return groups
 
 
 def _spread(total: int, capacities: list[int]) -> list[int]:

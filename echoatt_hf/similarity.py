@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from .evaluation import inference
-from .modeling_echoatt import EchoRecords, compute_attention_weights, find_attention_modules, recording_all_layers
+from .modeling_echoatt import EchoRecords, compute_attention_weights, find_attention_modules, recording
 
 
 __all__ = ["AttentionSimilarity", "measure_attention_similarity"]
@@ -26,7 +26,7 @@ class AttentionSimilarity:
     Args:
         heads (`torch.Tensor` of shape `(L, L, H, H)`, float64):
             `heads[i, j, g, h]`: head g of layer i against head h of layer j, the mean over rows of the cosine of the
-            two rows of attention weights.
+            two rows of attention weights. 0 for layers without attention.
         rows (`int`):
             Attention rows that were compared, per head.
     """
@@ -144,9 +144,9 @@ def measure_attention_similarity(
     Source: arXiv 2409.14595, section 2 (cosine similarity of attention matrices between layers).
     """
     num_layers = model.config.get_text_config().num_hidden_layers
-    modules = find_attention_modules(model, num_layers)
+    modules = find_attention_modules(model)
     total, rows = None, 0
-    with inference(model), _eager_attention(model), recording_all_layers(modules):
+    with inference(model), _eager_attention(model), recording(modules.values()):
         for batch in tqdm(batches, desc="analyze", disable=not progress, leave=False):
             input_ids = batch["input_ids"].to(model.device)
             mask = batch.get("attention_mask")
@@ -156,11 +156,11 @@ def measure_attention_similarity(
             # A row is compared if its query is a token and there is more than one token up to it.
             compared = mask.bool() & (mask.cumsum(-1) > 1)
             if total is None:
-                total = _empty_total(modules, records)
+                total = _empty_total(num_layers, modules, records)
             rows += int(compared.sum())
-            for first in range(num_layers):
+            for first in modules:
                 first_rows = _unit_rows(modules[first], records, compared)
-                for second in range(first, num_layers):
+                for second in (layer for layer in modules if layer >= first):
                     second_rows = first_rows if second == first else _unit_rows(modules[second], records, compared)
                     product = (first_rows @ second_rows.T).to("cpu", torch.float64)
                     total[first, second] += product
@@ -178,12 +178,12 @@ def _unit_rows(module: torch.nn.Module, records: EchoRecords, compared: torch.Te
     return weights.transpose(0, 1).flatten(1)
 
 
-def _empty_total(modules: list[torch.nn.Module], records: EchoRecords) -> torch.Tensor:
-    heads = {records.get(module.layer_idx, torch.device("cpu")).query.shape[1] for module in modules}
+def _empty_total(num_layers: int, modules: dict[int, torch.nn.Module], records: EchoRecords) -> torch.Tensor:
+    heads = {records.get(layer, torch.device("cpu")).query.shape[1] for layer in modules}
     if len(heads) != 1:
         raise ValueError(f"The layers have different numbers of heads ({sorted(heads)}): they cannot be compared.")
     size = heads.pop()
-    return torch.zeros(len(modules), len(modules), size, size, dtype=torch.float64)
+    return torch.zeros(num_layers, num_layers, size, size, dtype=torch.float64)
 
 
 @contextmanager

@@ -233,3 +233,20 @@ def test_count_echo_layers(num_layers, ratio, echoes):
     assert count_echo_layers(num_layers, ratio, capacity=num_layers - 3) == echoes
     with pytest.raises(ValueError, match=f"at most {(echoes - 1) / num_layers:.3f}|no layer can echo"):
         count_echo_layers(num_layers, ratio, capacity=echoes - 1)
+
+
+HYBRID = ["linear_attention", "linear_attention", "linear_attention", "full_attention"] * 3
+
+
+def test_layers_without_attention_stay_plain():
+    plan = SharingPlan.from_ratio(12, 0.1, layer_types=HYBRID)
+    assert plan.echo_layers == [7]
+    assert plan.source_layers == [3]
+    with pytest.raises(ValueError, match="ratio 0.41 of 12 layers is 5 echo layers, but at most 0.083, 1 layers can"):
+        SharingPlan.from_ratio(12, 0.41, layer_types=HYBRID)
+    with pytest.raises(
+        ValueError, match="None of the inner layers has attention to share; their types are conv, conv"
+    ):
+        SharingPlan.from_ratio(4, 0.3, layer_types=["full_attention", "conv", "conv", "full_attention"])
+    with pytest.raises(ValueError, match=r"echo_sources\[2\] is 1, but these layers are of type 'linear_attention'"):
+        SharingPlan([0, 1, 1, 3], HYBRID[:4])
