@@ -78,13 +78,16 @@ class AttentionRecord:
     def to(self, device: torch.device) -> "AttentionRecord":
         if self.query.device == device:
             return self
-        mask = self.attention_mask
         return AttentionRecord(
             self.query.to(device),
             self.key.to(device),
-            mask.to(device) if hasattr(mask, "to") else mask,
-            self.kwargs,
+            _move(self.attention_mask, device),
+            {name: _move(value, device) for name, value in self.kwargs.items()},
         )
+
+
+def _move(value: Any, device: torch.device) -> Any:
+    return value.to(device) if hasattr(value, "to") else value
 
 
 class EchoRecords:
@@ -107,7 +110,9 @@ class EchoRecords:
         self._records[layer] = record
 
     def get(self, layer: int, device: torch.device) -> AttentionRecord:
-        return self._records[layer].to(device)
+        # Where it was needed once it stays: the echoes of a block mostly lie on one device.
+        self._records[layer] = self._records[layer].to(device)
+        return self._records[layer]
 
     def to(self, *args, **kwargs) -> "EchoRecords":
         return self
