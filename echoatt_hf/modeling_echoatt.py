@@ -29,6 +29,7 @@ from transformers import (
     GenerationMixin,
     PreTrainedConfig,
     PreTrainedModel,
+    QuantizedCache,
 )
 from transformers.modeling_layers import GenericForSequenceClassification
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
@@ -190,6 +191,20 @@ def record_attention(
 AttentionInterface.register(RECORD_ATTENTION, record_attention)
 
 
+def _cache_values(cache: Cache, value: torch.Tensor, layer: int) -> torch.Tensor:
+    """
+    Append the values of an echo layer to the cache and return all it has.
+
+    They go where caches expect keys, of which an echo has none: lengths, cropping and beam reordering are all taken
+    from that slot. The other slot stays empty where the cache lets it.
+    """
+    if isinstance(cache, QuantizedCache):  # nothing can be quantized to nothing: half of the features in each slot
+        return torch.cat(cache.update(*value.chunk(2, dim=-1), layer), dim=-1)
+    # A static cache that is laid out before the first forward, as for export, has a value slot of full width.
+    is_laid_out = any(slot.is_initialized and slot.values.shape[-1] for slot in cache.layers[layer : layer + 1])
+    return cache.update(value, value if is_laid_out else value[..., :0], layer)[0]
+
+
 class EchoAttention:
     """
     Forward pass of an echo layer's attention, mixed into the family's own attention class.
@@ -209,9 +224,7 @@ class EchoAttention:
         input_shape = hidden_states.shape[:-1]
         value = getattr(self, VALUE_MODULE)(hidden_states).view(*input_shape, -1, self.head_dim).transpose(1, 2)
         if past_key_values is not None:
-            # Values go where caches expect keys, of which an echo has none: lengths, cropping and beam reordering are
-            # all taken from that slot.
-            value, _ = past_key_values.update(value, value[..., :0], self.layer_idx)
+            value = _cache_values(past_key_values, value, self.layer_idx)
         output, weights = _attend(
             self,
             self.config._attn_implementation,
