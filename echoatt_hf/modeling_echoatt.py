@@ -31,7 +31,7 @@ from transformers import (
     PreTrainedModel,
     QuantizedCache,
 )
-from transformers.modeling_layers import GenericForSequenceClassification
+from transformers.modeling_layers import GenericForSequenceClassification, GenericForTokenClassification
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -621,6 +621,28 @@ class EchoAttForSequenceClassification(GenericForSequenceClassification, EchoAtt
         self.post_init()
 
 
+class EchoAttForTokenClassification(GenericForTokenClassification, EchoAttPreTrainedModel):
+    """
+    An [`EchoAttModel`] with a classification head on each token.
+
+    Args:
+        config (`EchoAttConfig`):
+            Configuration; `num_labels` is its own, the base family is that of its `text_config`. A dropout of
+            `classifier_dropout`, else of `hidden_dropout`, else of 0.1 goes before the head.
+    """
+
+    base_model_prefix = "language_model"
+
+    def __init__(self, config: EchoAttConfig):
+        EchoAttPreTrainedModel.__init__(self, config)
+        self.num_labels = config.num_labels
+        self.language_model = EchoAttModel(config)
+        rates = (getattr(config, name, None) for name in ("classifier_dropout", "hidden_dropout"))
+        self.dropout = nn.Dropout(next((rate for rate in rates if rate is not None), 0.1))
+        self.score = nn.Linear(config.text_config.hidden_size, config.num_labels)
+        self.post_init()
+
+
 def _try_out(student: EchoAttForCausalLM, teacher: PreTrainedModel) -> None:
     """A forward pass of two tokens: families differ in ways that their modules do not show."""
     error = _error_of_forward(student)
@@ -663,6 +685,7 @@ for _auto_class, _model_class in (
     ("AutoModel", EchoAttModel),
     ("AutoModelForCausalLM", EchoAttForCausalLM),
     ("AutoModelForSequenceClassification", EchoAttForSequenceClassification),
+    ("AutoModelForTokenClassification", EchoAttForTokenClassification),
 ):
     _model_class.register_for_auto_class(_auto_class)
     _AUTO_MAP[_auto_class] = f"modeling_echoatt.{_model_class.__name__}"
@@ -670,6 +693,7 @@ for _auto_class, _model_class in (
 __all__ = [
     "EchoAttForCausalLM",
     "EchoAttForSequenceClassification",
+    "EchoAttForTokenClassification",
     "EchoAttModel",
     "EchoAttPreTrainedModel",
     "EchoRecords",

@@ -31,6 +31,7 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
     ContinuousBatchingConfig,
     DynamicCache,
     GenerationConfig,
@@ -44,12 +45,22 @@ from transformers import (
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 import echoatt_hf
-from echoatt_hf import EchoAttConfig, EchoAttForCausalLM, EchoAttForSequenceClassification, EchoAttModel
+from echoatt_hf import (
+    EchoAttConfig,
+    EchoAttForCausalLM,
+    EchoAttForSequenceClassification,
+    EchoAttForTokenClassification,
+    EchoAttModel,
+)
 from echoatt_hf.sharing import SharingPlan
 
 
 PLAN = [0, 1, 1, 1, 4]
 EVERY_FAMILY = pytest.mark.parametrize("family", FAMILIES)
+EVERY_MODEL = pytest.mark.parametrize(
+    "model_class",
+    [EchoAttForCausalLM, EchoAttModel, EchoAttForSequenceClassification, EchoAttForTokenClassification],
+)
 
 
 def make_student(family: str = "llama", attention: str = "sdpa", plan: list[int] | None = None, **overrides):
@@ -536,7 +547,7 @@ def test_teacher_without_head_is_refused(tiny_teacher):
 # Gradient checkpointing
 
 
-@pytest.mark.parametrize("model_class", [EchoAttForCausalLM, EchoAttModel, EchoAttForSequenceClassification])
+@EVERY_MODEL
 def test_reentrant_checkpointing_is_refused_at_once(model_class):
     config = EchoAttConfig(text_config=make_config("llama", num_hidden_layers=5), echo_sources=PLAN)
     model = model_class(config)
@@ -949,7 +960,9 @@ def test_save_and_load(family, tmp_path):
         torch.testing.assert_close(classifier(**batch).logits, classifier.score(hidden)[:, -1])
 
 
-@pytest.mark.parametrize("auto_class", [AutoModel, AutoModelForSequenceClassification])
+@pytest.mark.parametrize(
+    "auto_class", [AutoModel, AutoModelForSequenceClassification, AutoModelForTokenClassification]
+)
 def test_other_models_save_and_load_themselves(auto_class, tmp_path):
     make_student("llama", tie_word_embeddings=False).save_pretrained(tmp_path / "causal")
     model, _ = load(auto_class, tmp_path / "causal")
@@ -961,7 +974,7 @@ def test_other_models_save_and_load_themselves(auto_class, tmp_path):
     causal, info = load(AutoModelForCausalLM, tmp_path / "own")
     assert info == {
         "missing": {"language_model.lm_head.weight"},
-        "unexpected": {"score.weight"} if auto_class is AutoModelForSequenceClassification else set(),
+        "unexpected": {name for name in state if name.startswith("score.")},
     }
 
 
@@ -990,7 +1003,7 @@ def test_classifier_learns():
     assert torch.isfinite(model(**make_batch(), labels=torch.ones(2, 3)).loss)
 
 
-@pytest.mark.parametrize("model_class", [EchoAttForCausalLM, EchoAttModel, EchoAttForSequenceClassification])
+@EVERY_MODEL
 def test_weights_are_initialized_at_random_scale(model_class):
     torch.manual_seed(0)
     config = EchoAttConfig(text_config=make_config("llama", initializer_range=0.05), echo_sources=plan_of("llama"))
@@ -1024,6 +1037,7 @@ def test_checkpoint_carries_the_code(tmp_path):
         "AutoModel": "modeling_echoatt.EchoAttModel",
         "AutoModelForCausalLM": "modeling_echoatt.EchoAttForCausalLM",
         "AutoModelForSequenceClassification": "modeling_echoatt.EchoAttForSequenceClassification",
+        "AutoModelForTokenClassification": "modeling_echoatt.EchoAttForTokenClassification",
     }
 
 
@@ -1044,14 +1058,23 @@ REMOTE = """
         raise SystemExit("echoatt_hf is on the path of the clean process")
 
     import torch
-    from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+    from transformers import (
+        AutoModel,
+        AutoModelForCausalLM,
+        AutoModelForSequenceClassification,
+        AutoModelForTokenClassification,
+    )
 
     folder = sys.argv[1]
     torch.set_num_threads(1)
     batch = torch.load(f"{folder}/batch.pt")
     results = {}
-    for auto_class in (AutoModelForCausalLM, AutoModel, AutoModelForSequenceClassification):
-        source = "classifier" if auto_class is AutoModelForSequenceClassification else "causal"
+    for auto_class, source in (
+        (AutoModelForCausalLM, "causal"),
+        (AutoModel, "causal"),
+        (AutoModelForSequenceClassification, "classifier"),
+        (AutoModelForTokenClassification, "token_classifier"),
+    ):
         model = auto_class.from_pretrained(f"{folder}/{source}", trust_remote_code=True)
         assert type(model).__module__.startswith("transformers_modules"), type(model)
         with torch.no_grad():
@@ -1068,6 +1091,8 @@ def test_remote_code_in_a_process_without_the_plugin(tmp_path):
     classifier = EchoAttForSequenceClassification(student.config)
     student.save_pretrained(tmp_path / "causal")
     classifier.save_pretrained(tmp_path / "classifier")
+    token_classifier = EchoAttForTokenClassification(student.config)
+    token_classifier.save_pretrained(tmp_path / "token_classifier")
     batch = make_batch(2, 10, padding=(3,))
     torch.save(batch, tmp_path / "batch.pt")
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
@@ -1091,6 +1116,7 @@ def test_remote_code_in_a_process_without_the_plugin(tmp_path):
             "AutoModelForCausalLM": student(**batch).logits,
             "AutoModel": AutoModel.from_pretrained(tmp_path / "causal")(**batch).last_hidden_state,
             "AutoModelForSequenceClassification": classifier.eval()(**batch).logits,
+            "AutoModelForTokenClassification": token_classifier.eval()(**batch).logits,
         }
         for name, tensor in expected.items():
             torch.testing.assert_close(found[name], tensor, **FP32_TOLERANCE)
