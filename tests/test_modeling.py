@@ -3,7 +3,6 @@ import filecmp
 import io
 import os
 import pickle
-import shutil
 import subprocess
 import sys
 import textwrap
@@ -1231,33 +1230,3 @@ def test_lora(tiny_teacher, checkpointing):
         assert type(merged) is EchoAttForCausalLM
         torch.testing.assert_close(merged(**batch).logits, logits, **FP32_TOLERANCE)
         assert torch.equal(merged.generate(**batch, max_new_tokens=5, do_sample=False), generated)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")  # torch's own
-def test_compiled_forward(tiny_teacher, backend):
-    if backend == "inductor" and shutil.which("g++") is None:
-        pytest.skip("inductor needs a C++ compiler")
-    student = EchoAttForCausalLM.from_teacher(tiny_teacher, PLAN)
-    batch = make_batch(2, 12, padding=(3,))
-    torch._dynamo.reset()
-    compiled = torch.compile(student, fullgraph=True, backend=backend)
-    with torch.no_grad():
-        expected = student(**batch, use_cache=False).logits
-        found = compiled(**batch, use_cache=False).logits
-    torch.testing.assert_close(kept(found, batch), kept(expected, batch), **FP32_TOLERANCE)
-
-
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")
-def test_compiled_training_step():
-    student = make_student("llama").train()
-    batch = make_batch(2, 12, padding=(3,))
-    expected = gradients_of(student, batch)
-    torch._dynamo.reset()
-    compiled = torch.compile(student, fullgraph=True, backend="aot_eager")
-    student.zero_grad()
-    loss_of(compiled, batch).backward()
-    found = {name: parameter.grad for name, parameter in student.language_model.named_parameters()}
-    assert_same_gradients(found, expected)
