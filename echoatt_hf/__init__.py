@@ -7,17 +7,29 @@ when they are first used.
 
 import importlib
 
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+)
 
 from .configuration_echoatt import ECHOATT_VERSION as __version__
 from .configuration_echoatt import EchoAttConfig
-from .modeling_echoatt import EchoAttForCausalLM, EchoAttForSequenceClassification, EchoAttModel
+from .modeling_echoatt import (
+    EchoAttForCausalLM,
+    EchoAttForSequenceClassification,
+    EchoAttForTokenClassification,
+    EchoAttModel,
+)
 
 
 AutoConfig.register("echoatt", EchoAttConfig, exist_ok=True)
 AutoModel.register(EchoAttConfig, EchoAttModel, exist_ok=True)
 AutoModelForCausalLM.register(EchoAttConfig, EchoAttForCausalLM, exist_ok=True)
 AutoModelForSequenceClassification.register(EchoAttConfig, EchoAttForSequenceClassification, exist_ok=True)
+AutoModelForTokenClassification.register(EchoAttConfig, EchoAttForTokenClassification, exist_ok=True)
 
 _MODULES = {
     "conversion": ["ConversionReport", "convert", "count_kv_bytes_per_token"],
@@ -37,6 +49,7 @@ __all__ = [
     "EchoAttConfig",
     "EchoAttForCausalLM",
     "EchoAttForSequenceClassification",
+    "EchoAttForTokenClassification",
     "EchoAttModel",
     "__version__",
     *sorted(_MODULE_OF),

@@ -29,8 +29,9 @@ from transformers import (
     GenerationMixin,
     PreTrainedConfig,
     PreTrainedModel,
+    QuantizedCache,
 )
-from transformers.modeling_layers import GenericForSequenceClassification
+from transformers.modeling_layers import GenericForSequenceClassification, GenericForTokenClassification
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.pytorch_utils import Conv1D
@@ -91,13 +92,16 @@ class AttentionRecord:
     def to(self, device: torch.device) -> "AttentionRecord":
         if self.query.device == device:
             return self
-        mask = self.attention_mask
         return AttentionRecord(
             self.query.to(device),
             self.key.to(device),
-            mask.to(device) if hasattr(mask, "to") else mask,
-            self.kwargs,
+            _move(self.attention_mask, device),
+            {name: _move(value, device) for name, value in self.kwargs.items()},
         )
+
+
+def _move(value: Any, device: torch.device) -> Any:
+    return value.to(device) if hasattr(value, "to") else value
 
 
 class EchoRecords:
@@ -120,7 +124,9 @@ class EchoRecords:
         self._records[layer] = record
 
     def get(self, layer: int, device: torch.device) -> AttentionRecord:
-        return self._records[layer].to(device)
+        # Where it was needed once it stays: the echoes of a block mostly lie on one device.
+        self._records[layer] = self._records[layer].to(device)
+        return self._records[layer]
 
     def to(self, *args, **kwargs) -> "EchoRecords":
         return self
@@ -198,6 +204,20 @@ def record_attention(
 AttentionInterface.register(RECORD_ATTENTION, record_attention)
 
 
+def _cache_values(cache: Cache, value: torch.Tensor, layer: int) -> torch.Tensor:
+    """
+    Append the values of an echo layer to the cache and return all it has.
+
+    They go where caches expect keys, of which an echo has none: lengths, cropping and beam reordering are all taken
+    from that slot. The other slot stays empty where the cache lets it.
+    """
+    if isinstance(cache, QuantizedCache):  # nothing can be quantized to nothing: half of the features in each slot
+        return torch.cat(cache.update(*value.chunk(2, dim=-1), layer), dim=-1)
+    # A static cache that is laid out before the first forward, as for export, has a value slot of full width.
+    is_laid_out = any(slot.is_initialized and slot.values.shape[-1] for slot in cache.layers[layer : layer + 1])
+    return cache.update(value, value if is_laid_out else value[..., :0], layer)[0]
+
+
 class EchoAttention:
     """
     Forward pass of an echo layer's attention, mixed into the family's own attention class.
@@ -223,9 +243,7 @@ class EchoAttention:
         value = value.view(*input_shape, -1, self.echo_head_dim).transpose(1, 2)
         cache = past_key_values if layer_past is None else layer_past
         if cache is not None:
-            # Values go where caches expect keys, of which an echo has none: lengths, cropping and beam reordering are
-            # all taken from that slot.
-            value, _ = cache.update(value, value[..., :0], self.layer_idx)
+            value = _cache_values(cache, value, self.layer_idx)
         sinks = record.kwargs.get("s_aux")
         output, weights = _attend(
             self if sinks is None else SinksOfSource(self, sinks),
@@ -707,6 +725,28 @@ class EchoAttForSequenceClassification(GenericForSequenceClassification, EchoAtt
         self.post_init()
 
 
+class EchoAttForTokenClassification(GenericForTokenClassification, EchoAttPreTrainedModel):
+    """
+    An [`EchoAttModel`] with a classification head on each token.
+
+    Args:
+        config (`EchoAttConfig`):
+            Configuration; `num_labels` is its own, the base family is that of its `text_config`. A dropout of
+            `classifier_dropout`, else of `hidden_dropout`, else of 0.1 goes before the head.
+    """
+
+    base_model_prefix = "language_model"
+
+    def __init__(self, config: EchoAttConfig):
+        EchoAttPreTrainedModel.__init__(self, config)
+        self.num_labels = config.num_labels
+        self.language_model = EchoAttModel(config)
+        rates = (getattr(config, name, None) for name in ("classifier_dropout", "hidden_dropout"))
+        self.dropout = nn.Dropout(next((rate for rate in rates if rate is not None), 0.1))
+        self.score = nn.Linear(config.text_config.hidden_size, config.num_labels)
+        self.post_init()
+
+
 def _inherited_state(student: EchoAttForCausalLM, teacher: PreTrainedModel) -> dict[str, torch.Tensor]:
     """The state of the student's language model, copied from the teacher."""
     inherited = student.language_model.state_dict()
@@ -805,6 +845,12 @@ def _check_teacher(teacher: PreTrainedModel) -> None:
         raise ValueError(
             "The teacher is quantized: convert the unquantized model, and quantize the student afterwards."
         )
+    device_map = getattr(teacher, "hf_device_map", {})
+    if len({*device_map.values()}) > 1:
+        raise ValueError(
+            f"The teacher is spread over several devices ({', '.join(sorted(map(str, {*device_map.values()})))}): load it "
+            "on one, and spread the student afterwards."
+        )
 
 
 _AUTO_MAP = {"AutoConfig": "configuration_echoatt.EchoAttConfig"}
@@ -812,6 +858,7 @@ for _auto_class, _model_class in (
     ("AutoModel", EchoAttModel),
     ("AutoModelForCausalLM", EchoAttForCausalLM),
     ("AutoModelForSequenceClassification", EchoAttForSequenceClassification),
+    ("AutoModelForTokenClassification", EchoAttForTokenClassification),
 ):
     _model_class.register_for_auto_class(_auto_class)
     _AUTO_MAP[_auto_class] = f"modeling_echoatt.{_model_class.__name__}"
@@ -819,6 +866,7 @@ for _auto_class, _model_class in (
 __all__ = [
     "EchoAttForCausalLM",
     "EchoAttForSequenceClassification",
+    "EchoAttForTokenClassification",
     "EchoAttModel",
     "EchoAttPreTrainedModel",
     "EchoRecords",

@@ -151,15 +151,18 @@ def stories260k() -> Path:
 
 
 class _DeprecationsFail(logging.Handler):
-    """transformers says much of what it is about to remove in its log."""
+    """transformers says much of what it is about to remove in its log. Some of it it does itself."""
+
+    OWN = "Passing `generation_config` together with generation-related arguments"  # when a draft is generated
 
     def __init__(self):
         super().__init__()
         self.messages = []
 
     def emit(self, record):
-        if "deprecated" in record.getMessage().lower():
-            self.messages.append(record.getMessage())
+        message = record.getMessage()
+        if "deprecated" in message.lower() and not message.startswith(self.OWN):
+            self.messages.append(message)
 
 
 @pytest.fixture(autouse=True)

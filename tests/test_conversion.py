@@ -175,6 +175,12 @@ def test_teacher_on_the_meta_device():
     assert len(report.dropped) == 18
 
 
+def test_teacher_spread_over_devices_is_refused(tiny_teacher):
+    tiny_teacher.hf_device_map = {"model.layers.0": "cpu", "": "disk"}
+    with pytest.raises(ValueError, match=r"spread over several devices \(cpu, disk\): load it on one"):
+        convert(tiny_teacher, [0, 1, 1, 1, 4])
+
+
 def test_plan_without_echoes_drops_nothing(tiny_teacher):
     _, report = convert(tiny_teacher, range(5))
     assert report.dropped == []
