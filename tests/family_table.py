@@ -21,7 +21,7 @@ README_COLUMNS = {
     "flex": ["logits flex_attention"],
     "bfloat16": ["bf16"],
     "training": ["gradients eager", "gradients checkpointed"],
-    "caches": ["cache dynamic", "cache dynamic-without-config", "cache static"],
+    "caches": ["cache dynamic", "cache dynamic-without-config", "cache static", "cache_bytes"],
     "generation": [
         f"generation {how}"
         for how in (

@@ -1,13 +1,22 @@
 """What a conversion reports, and what it saves at the paper's size."""
 
+import functools
 import json
 
 import pytest
 import torch
-from conftest import make_teacher, plan_of
-from transformers import LlamaConfig, LlamaForCausalLM
+from conftest import make_batch, make_teacher, plan_of
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
+from transformers.cache_utils import QuantoQuantizedLayer
 
-from echoatt_hf import EchoAttConfig, EchoAttForCausalLM, SharingPlan, convert, count_kv_bytes_per_token
+from echoatt_hf import (
+    EchoAttConfig,
+    EchoAttForCausalLM,
+    SharingPlan,
+    convert,
+    count_cache_bytes,
+    count_kv_bytes_per_token,
+)
 
 
 TINYLLAMA = {
@@ -38,8 +47,35 @@ def test_savings_at_the_size_of_tinyllama(ratio, echo_layers, kv_saved, paramete
     assert 1 - count_kv_bytes_per_token(student) / count_kv_bytes_per_token(teacher) == pytest.approx(
         kv_saved, abs=5e-4
     )
+    for make_cache in (DynamicCache, functools.partial(StaticCache, max_cache_len=64)):
+        caches = [make_cache(config=model.config) for model in (teacher, student)]
+        for model, cache in zip((teacher, student), caches, strict=True):
+            model(torch.zeros(2, 64, dtype=torch.long, device="meta"), past_key_values=cache)
+            assert count_cache_bytes(cache) == 2 * 64 * count_kv_bytes_per_token(model)
     assert teacher.num_parameters() - student.num_parameters() == echo_layers * 2048 * (2048 + 256)
     assert 1 - student.num_parameters() / teacher.num_parameters() == pytest.approx(parameters_saved, abs=5e-4)
+
+
+def test_cache_bytes_of_sliding_windows():
+    """Layers with a window hold one token less than the window, as the token to come fills it."""
+    teacher, plan = make_teacher("gemma3_text"), plan_of("gemma3_text")
+    caches = []
+    for model in (teacher, EchoAttForCausalLM.from_teacher(teacher, plan)):
+        caches.append(DynamicCache(config=model.config))
+        assert count_cache_bytes(caches[-1]) == 0
+        model(make_batch(2, 20)["input_ids"], past_key_values=caches[-1])
+    # Layers of each type, in rows x heads x head size x bytes, once for keys and once for values.
+    tokens = 3 * 7 + 3 * 20
+    assert count_cache_bytes(caches[0]) == 2 * tokens * 2 * 2 * 8 * 4
+    # Layer 2 has a window, 3 and 5 have none.
+    assert count_cache_bytes(caches[1]) == (2 * tokens - 7 - 20 - 20) * 2 * 2 * 8 * 4
+
+
+def test_quantized_cache_is_not_counted():
+    cache = DynamicCache()
+    cache.layers.append(QuantoQuantizedLayer.__new__(QuantoQuantizedLayer))
+    with pytest.raises(ValueError, match="cannot count a quantized cache"):
+        count_cache_bytes(cache)
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])

@@ -242,6 +242,25 @@ def test_cache(subject, assert_like_oracle, variant):
     assert_like_oracle(check)
 
 
+def test_cache_bytes(subject):
+    """Measured in memory: what the teacher's cache holds, without the keys of echo layers."""
+
+    def bytes_of(states: torch.Tensor) -> int:
+        return states.untyped_storage().nbytes() if states.numel() else 0
+
+    for make_cache in CACHES.values():
+        caches = []
+        for model in (subject.teacher, subject.student):
+            caches.append(make_cache(model.config))
+            with torch.no_grad():
+                model(make_batch(2, 20)["input_ids"], past_key_values=caches[-1], use_cache=True)
+        for layer, source in enumerate(subject.family.plan):
+            before, after = (cache.layers[layer] for cache in caches)
+            saved = bytes_of(before.keys) if layer != source else 0
+            assert bytes_of(before.keys) == bytes_of(before.values) > 0
+            assert bytes_of(after.keys) + bytes_of(after.values) == 2 * bytes_of(before.values) - saved
+
+
 # Generation
 
 EIGHT_TOKENS = {"max_new_tokens": 8, "min_new_tokens": 8}
@@ -349,7 +368,9 @@ def test_output(subject, assert_like_oracle, variant):
 
 def test_save_and_load(subject, tmp_path):
     subject.student.save_pretrained(tmp_path)
-    loaded, info = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    loaded, info = AutoModelForCausalLM.from_pretrained(
+        tmp_path, attn_implementation=subject.student.config._attn_implementation, output_loading_info=True
+    )
     assert type(loaded) is EchoAttForCausalLM
     assert not any(info.values()), info
     assert loaded.config.echo_sources == list(subject.family.plan)
