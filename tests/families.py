@@ -6,6 +6,7 @@ from transformers import CONFIG_MAPPING
 
 
 VOCAB_SIZE = 97
+# Of families without grouped heads `num_key_value_heads` is set to what they have: paged caches read it where it is.
 SIZES = {
     "vocab_size": VOCAB_SIZE,
     "hidden_size": 32,
@@ -30,6 +31,9 @@ MIXED = {**WINDOW, "layer_types": ["sliding_attention", "full_attention"] * 3}
 # Low enough to matter. Older transformers let these families have sdpa, which ignores the cap.
 SOFT_CAP = {"attn_logit_softcapping": 1.0}
 NO_SOFT_CAP = dict.fromkeys(("logits sdpa", "gradients sdpa"), "its sdpa ignores the soft cap of the family")
+NO_FLEX_SINKS = {"logits flex_attention": "flex attention with sinks needs an accelerator"}
+MIXED_UP_ROWS = {"packed_rows": "packed rows see each other"}
+NO_DROPOUT = {"attn_pdrop": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0}
 
 PLAN = (0, 1, 1, 3, 3, 5)
 # Two blocks that interleave, as an echo has the type of its source.
@@ -186,13 +190,36 @@ _ALL = [
     Family("rwkv", {"attention_hidden_size": 32}, refused=SEPARATE),
     Family("stablelm", refused="do not hand keyword arguments on to their attention"),
     # Refused as yet.
-    Family("biogpt", refused=MODULES.format("out_proj")),
-    Family("gpt2", {"attn_pdrop": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0}, refused=SEPARATE),
-    Family("gpt_bigcode", {"attn_pdrop": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0}, refused=SEPARATE),
-    Family("gpt_neox", refused=SEPARATE),
-    Family("gpt_oss", {**LOCAL_EXPERTS, **HEADS, **MIXED}, MIXED_PLAN, refused=PARAMETERS.format("sinks")),
-    Family("granite_swa", {**HEADS, **MIXED}, MIXED_PLAN, refused=PARAMETERS.format("sinks")),
-    Family("granitemoe_swa", {**LOCAL_EXPERTS, **HEADS, **MIXED}, MIXED_PLAN, refused=PARAMETERS.format("sinks")),
+    Family(
+        "biogpt",
+        {"num_key_value_heads": 4, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0},
+        refused=MODULES.format("out_proj"),
+        lacks=MIXED_UP_ROWS,
+    ),
+    Family("gpt2", {"num_key_value_heads": 4, **NO_DROPOUT}, refused=SEPARATE, representative=True),
+    Family("gpt_bigcode", {"num_key_value_heads": 1, **NO_DROPOUT}, refused=SEPARATE),
+    Family("gpt_neox", {"num_key_value_heads": 4}, refused=SEPARATE, representative=True),
+    Family(
+        "gpt_oss",
+        {**LOCAL_EXPERTS, **HEADS, **MIXED},
+        MIXED_PLAN,
+        refused=PARAMETERS.format("sinks"),
+        lacks={**MIXED_UP_ROWS, **NO_FLEX_SINKS},
+    ),
+    Family(
+        "granite_swa",
+        {**HEADS, **MIXED},
+        MIXED_PLAN,
+        refused=PARAMETERS.format("sinks"),
+        lacks=NO_FLEX_SINKS,
+    ),
+    Family(
+        "granitemoe_swa",
+        {**LOCAL_EXPERTS, **HEADS, **MIXED},
+        MIXED_PLAN,
+        refused=PARAMETERS.format("sinks"),
+        lacks=NO_FLEX_SINKS,
+    ),
     Family("olmo with clip_qkv", {"clip_qkv": 0.1}, model_type="olmo", refused="clips queries, keys and values"),
     Family(
         "olmoe with clip_qkv",
@@ -200,10 +227,20 @@ _ALL = [
         model_type="olmoe",
         refused="clips queries, keys and values",
     ),
-    Family("opt", {"ffn_dim": 48, "word_embed_proj_dim": 32, "dropout": 0.0}, refused=MODULES.format("out_proj")),
-    Family("persimmon", refused=SEPARATE),
+    Family(
+        "opt",
+        {"num_key_value_heads": 4, "ffn_dim": 48, "word_embed_proj_dim": 32, "dropout": 0.0},
+        refused=MODULES.format("out_proj"),
+        lacks=MIXED_UP_ROWS,
+    ),
+    Family("persimmon", {"num_key_value_heads": 4}, refused=SEPARATE),
     Family("phi3", WINDOW, refused=SEPARATE),
-    Family("xglm", {"d_model": 32, "ffn_dim": 48, "dropout": 0.0}, refused=MODULES.format("out_proj")),
+    Family(
+        "xglm",
+        {"num_key_value_heads": 4, "d_model": 32, "ffn_dim": 48, "dropout": 0.0, "attention_dropout": 0.0},
+        refused=MODULES.format("out_proj"),
+        lacks=MIXED_UP_ROWS,
+    ),
 ]
 FAMILIES = {family.name: family for family in _ALL}
 SUPPORTED = [family for family in _ALL if family.refused is None]

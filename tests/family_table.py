@@ -119,7 +119,7 @@ class FamilyTable:
         if transformers.__version__ != newest:
             return f"the README tells the results with transformers {newest}"
         columns = {feature for group in README_COLUMNS.values() for feature in group}
-        if any(columns - set(self.cells[family.name]) for family in SUPPORTED) or set(self.cells) != set(FAMILIES):
+        if set(self.cells) != set(FAMILIES) or any(columns - set(self.cells[each.name]) for each in SUPPORTED):
             return "the README tells the results of all families: -m families"
         return None
 

@@ -175,10 +175,12 @@ def gradients_of(model: nn.Module, batch: dict) -> dict[str, torch.Tensor]:
 
 
 def assert_same_gradients(found: dict, expected: dict) -> None:
+    """Some are nothing but rounding errors: without rotary embedding a bias of keys does not change the weights."""
     assert set(found) == set(expected)
+    total = torch.stack([gradient.norm() for gradient in expected.values()]).norm()
     for name, gradient in expected.items():
-        error = (found[name] - gradient).norm() / gradient.norm().clamp(min=1e-3)
-        assert error <= 1e-5, f"{name}: {error:.2e}"
+        error = (found[name] - gradient).norm()
+        assert error <= 1e-5 * gradient.norm() + 1e-7 * total, f"{name}: {error:.2e} of {gradient.norm():.2e}"
 
 
 @pytest.mark.parametrize("variant", ["eager", "sdpa", "checkpointed"])
@@ -318,6 +320,7 @@ def test_continuous_batching(subject, assert_like_oracle):
             continuous_batching_config=ContinuousBatchingConfig(num_blocks=16, max_batch_tokens=32),
             progress_bar=False,
         )
+        assert [result.error for result in found.values()] == [None, None]
         found = {tuple(result.prompt_ids): result.generated_tokens for result in found.values()}
         for prompt in prompts:
             expected = oracle.generate(prompt, generation_config=config, use_cache=False)
