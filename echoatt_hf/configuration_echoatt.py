@@ -70,7 +70,7 @@ def check_base_family(config: PreTrainedConfig) -> None:
             Configuration of a teacher.
 
     Raises:
-        `ValueError`: it is an encoder, an encoder-decoder, or has no causal language model in transformers.
+        `ValueError`: it is an encoder, an encoder-decoder, has no causal language model in transformers, or no attention.
     """
     # Encoders have a causal language model too, for use inside of encoder-decoders.
     is_encoder = type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False)
@@ -84,6 +84,11 @@ def check_base_family(config: PreTrainedConfig) -> None:
         raise ValueError(
             f"The model is of type {config.model_type!r}, which holds a language model of type {inner.model_type!r} "
             "beside others: give that one."
+        )
+    layer_types = getattr(config, "layer_types", None)
+    if layer_types and {*layer_types} <= {*TYPES_WITHOUT_ATTENTION}:
+        raise ValueError(
+            f"The model is of type {config.model_type!r}, none of whose layers has attention weights to share."
         )
     if getattr(config, "is_heterogeneous", False):
         raise ValueError(

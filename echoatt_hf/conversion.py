@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
-from transformers import PreTrainedModel
+from transformers import Cache, PreTrainedModel
+from transformers.cache_utils import QuantizedLayer
 
 from .modeling_echoatt import (
     FUSED_MODULES,
@@ -15,7 +16,7 @@ from .modeling_echoatt import (
 from .sharing import SharingPlan
 
 
-__all__ = ["ConversionReport", "convert", "count_kv_bytes_per_token"]
+__all__ = ["ConversionReport", "convert", "count_cache_bytes", "count_kv_bytes_per_token"]
 
 
 @dataclass(frozen=True)
@@ -114,6 +115,38 @@ def count_kv_bytes_per_token(model: PreTrainedModel) -> int:
     for attention in find_attention_modules(model).values():
         features += count_value_features(attention) * (1 if isinstance(attention, EchoAttention) else 2)
     return features * model.dtype.itemsize
+
+
+def count_cache_bytes(cache: Cache) -> int:
+    """
+    Bytes of the keys and values that a cache holds: what [`count_kv_bytes_per_token`] foresees, for a cache in use.
+
+    Args:
+        cache (`Cache`):
+            A cache of transformers, such as the `past_key_values` that a model returns. A static one has its full size
+            from the first token on.
+
+    Returns:
+        `int`: bytes of all rows and tokens.
+
+    Raises:
+        `ValueError`: the cache is quantized.
+
+    Example:
+
+    ```python
+    >>> from transformers import DynamicCache
+    >>> from echoatt_hf import count_cache_bytes
+
+    >>> cache = DynamicCache(config=student.config)
+    >>> tokens = student.generate(**inputs, past_key_values=cache, max_new_tokens=100)
+    >>> print(count_cache_bytes(cache))
+    ```
+    """
+    if any(isinstance(layer, QuantizedLayer) for layer in cache.layers):
+        raise ValueError("count_cache_bytes cannot count a quantized cache: its backend packs keys and values.")
+    states = [states for layer in cache.layers if layer.is_initialized for states in (layer.keys, layer.values)]
+    return sum(tensor.numel() * tensor.element_size() for tensor in states)
 
 
 def _name_of_kept(name: str) -> str:

@@ -12,6 +12,7 @@ Source: EchoAtt, arXiv 2409.14595, section 3 (shared attention layers inherit al
 
 import copy
 import functools
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -416,6 +417,18 @@ def _share_attention(model: PreTrainedModel, config: EchoAttConfig) -> None:
         _make_echo(attention, source.layer_idx)
 
 
+def _extend_tp_plan(model: PreTrainedModel) -> None:
+    """Shard what echo layers keep of fused projections like the whole."""
+    names = {re.sub(r"\.\d+\.", ".*.", name) for name, _ in model.named_modules()}
+    kept = {}
+    for rule, style in model.tp_plan.items():
+        path, _, name = rule.rpartition(".")
+        if name in FUSED_MODULES and f"{path}.{FUSED_MODULES[name][0]}" in names:
+            kept[f"{path}.{FUSED_MODULES[name][0]}"] = style
+    if kept:
+        model.tp_plan = {**model.tp_plan, **kept}
+
+
 def _make_echo(attention: nn.Module, source: int) -> None:
     """Turn a family's attention module into that of an echo of layer `source`, in place."""
     attention.eager_attention = _eager_attention(attention)
@@ -438,9 +451,12 @@ def _make_echo(attention: nn.Module, source: int) -> None:
         delattr(attention, name)
     gates = [name for name in _GATE_MODULES if getattr(attention, name, None) is not None]
     attention.echo_gate = gates[0] if gates else None
+    parameters = [name for name, _ in attention.named_parameters(recurse=False)]
     for name in _QUERY_KEY_MODULES:
         if hasattr(attention, name):
             delattr(attention, name)
+        if name in parameters:  # the family still initializes it
+            setattr(attention, name, torch.empty(0))
     attention.__class__ = _echo_attention_class(type(attention))
 
 
@@ -499,6 +515,11 @@ def _check_same_heads(echo: nn.Module, source: nn.Module) -> None:
         )
 
 
+# What generation asks a model about its cache, under names private to transformers: whether it cannot go back, as that of
+# recurrent layers, and whether it is one of transformers' own.
+_GENERATION_TRAITS = ("_is_stateful", "_supports_default_dynamic_cache")
+
+
 class EchoAttPreTrainedModel(PreTrainedModel):
     """What the EchoAtt models have in common."""
 
@@ -523,11 +544,21 @@ class EchoAttPreTrainedModel(PreTrainedModel):
 
     def _share(self, model: PreTrainedModel) -> PreTrainedModel:
         _share_attention(model, self.config)
-        # Generation asks the model whether its cache can go back; that of recurrent layers cannot.
-        self._is_stateful = model._is_stateful
+        _extend_tp_plan(model)
+        for name in _GENERATION_TRAITS:
+            if hasattr(model, name):
+                setattr(self, name, getattr(model, name))
         # The family decides which implementation is its default.
         self.config._attn_implementation = model.config._attn_implementation
         return model
+
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """
+        `False`: weights are initialized by code of transformers alone. Of custom code it takes modules for initialized
+        that have no weights themselves, and some families initialize buffers of their layers from there.
+        """
+        return False
 
     # transformers' one place through which every way to enable gradient checkpointing goes.
     def _set_gradient_checkpointing(self, enable: bool = True, gradient_checkpointing_func=checkpoint, **kwargs):
@@ -560,8 +591,16 @@ class EchoAttModel(EchoAttPreTrainedModel):
 
     def __init__(self, config: EchoAttConfig):
         super().__init__(config)
-        self.model = self._share(AutoModel.from_config(config.text_config))
+        model = self._share(AutoModel.from_config(config.text_config))
+        # Under the name that it has in the family's causal language model, so that one checkpoint serves both.
+        self._model_name = model.base_model_prefix
+        self.add_module(self._model_name, model)
         self.post_init()
+
+    @property
+    def family_model(self) -> PreTrainedModel:
+        """`PreTrainedModel`: the base family's headless model."""
+        return getattr(self, self._model_name)
 
     def forward(
         self,
@@ -574,7 +613,7 @@ class EchoAttModel(EchoAttPreTrainedModel):
         **kwargs,
     ) -> BaseModelOutputWithPast:
         """As the forward pass of the base family: `input_ids` `(B, T)`, `attention_mask` `(B, S)` with 1 = keep."""
-        return self.model(
+        return self.family_model(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
@@ -585,10 +624,10 @@ class EchoAttModel(EchoAttPreTrainedModel):
         )
 
     def get_input_embeddings(self) -> nn.Module:
-        return self.model.get_input_embeddings()
+        return self.family_model.get_input_embeddings()
 
     def set_input_embeddings(self, value: nn.Module) -> None:
-        self.model.set_input_embeddings(value)
+        self.family_model.set_input_embeddings(value)
 
 
 class EchoAttForCausalLM(EchoAttPreTrainedModel, GenerationMixin):
@@ -692,6 +731,10 @@ class EchoAttForCausalLM(EchoAttPreTrainedModel, GenerationMixin):
             logits_to_keep=logits_to_keep,
             **self._shared_kwargs(kwargs),
         )
+
+    def prepare_inputs_for_generation(self, *args, **kwargs) -> dict[str, Any]:
+        """As the base family does it. See [`~GenerationMixin.prepare_inputs_for_generation`]."""
+        return self.language_model.prepare_inputs_for_generation(*args, **kwargs)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.language_model.get_input_embeddings()

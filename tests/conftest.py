@@ -11,6 +11,8 @@ from pathlib import Path  # noqa: E402
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from families import FAMILIES, SIZES, VOCAB_SIZE  # noqa: E402
+from family_table import FamilyTable, is_always_run  # noqa: E402
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers  # noqa: E402
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel  # noqa: E402
 
@@ -28,37 +30,6 @@ CHECKPOINTING = (
 
 # The one table of tolerances, for outputs of order one.
 FP32_TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}
-
-VOCAB_SIZE = 97
-SIZES = {
-    "vocab_size": VOCAB_SIZE,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 128,
-    "initializer_range": 0.12,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-# Two blocks each. `gemma3_text` mixes two types of layers, so that its blocks interleave.
-FAMILIES = {
-    "llama": ({"tie_word_embeddings": True}, [0, 1, 1, 1, 4, 4]),
-    "mistral": ({"sliding_window": 8, "head_dim": 8}, [0, 0, 2, 2, 2, 5]),
-    "qwen2": ({}, [0, 1, 1, 3, 3, 5]),
-    "qwen3": ({"head_dim": 16, "tie_word_embeddings": True}, [0, 1, 2, 1, 2, 2]),
-    "gemma3_text": (
-        {
-            "head_dim": 8,
-            "query_pre_attn_scalar": 8,
-            "sliding_window": 8,
-            "layer_types": ["sliding_attention", "full_attention"] * 3,
-        },
-        [0, 1, 0, 1, 4, 1],
-    ),
-    "phi": ({"tie_word_embeddings": False, "partial_rotary_factor": 0.5}, [0, 1, 1, 3, 3, 5]),
-}
 
 
 def process_environment(**changes: str) -> dict[str, str]:
@@ -84,21 +55,35 @@ def train_byte_level_bpe(
     return tokenizer
 
 
+def pytest_addoption(parser):
+    parser.addoption("--update-readme", action="store_true", help="write the table of families into the README")
+
+
+def pytest_configure(config):
+    config.pluginmanager.register(FamilyTable(), "family_table")
+
+
 def pytest_collection_modifyitems(config, items):
-    """Leave slow tests out unless `-m` says which tests to run."""
-    if not config.option.markexpr:
+    """Leave slow tests out unless `-m` says which tests to run, and most of the families unless it names those."""
+    expression = config.option.markexpr
+    if not expression:
         for item in items:
             if item.get_closest_marker("slow"):
                 item.add_marker(pytest.mark.skip(reason="slow: ask for it with -m slow"))
+    if "families" not in expression:
+        left_out = {item for item in items if item.get_closest_marker("families") and not is_always_run(item)}
+        config.hook.pytest_deselected(items=list(left_out))
+        items[:] = [item for item in items if item not in left_out]
 
 
 def make_config(family: str = "llama", **overrides):
     """Configuration of a tiny model of `family`, six layers unless `num_hidden_layers` is given."""
-    return AutoConfig.for_model(family, **{**SIZES, "num_hidden_layers": 6, **FAMILIES[family][0], **overrides})
+    known = FAMILIES[family]
+    return AutoConfig.for_model(known.config_type, **{**SIZES, **known.overrides, **overrides})
 
 
-def make_teacher(family: str = "llama", attention: str = "sdpa", **overrides):
-    """A tiny random teacher in float32, all of its parameters random, biases and norms too."""
+def make_teacher(family: str = "llama", attention: str | None = "sdpa", **overrides):
+    """A tiny random teacher in float32, all of its parameters random, biases and norms too; `None` for its default."""
     torch.manual_seed(sum(map(ord, family)))
     model = AutoModelForCausalLM.from_config(make_config(family, **overrides), attn_implementation=attention)
     with torch.no_grad():
@@ -110,7 +95,7 @@ def make_teacher(family: str = "llama", attention: str = "sdpa", **overrides):
 
 def plan_of(family: str) -> list[int]:
     """The sharing plan with two blocks that the tests use for `family`."""
-    return list(FAMILIES[family][1])
+    return list(FAMILIES[family].plan)
 
 
 def make_batch(rows: int = 2, length: int = 12, padding: tuple[int, ...] = (), seed: int = 0, side: str = "left"):
@@ -139,6 +124,12 @@ def tiny_teacher(_tiny_teacher):
 def teacher_of():
     """The factory of tiny teachers: `teacher_of(family, attention="sdpa", **config_overrides)`."""
     return make_teacher
+
+
+@pytest.fixture
+def family_table(request) -> FamilyTable:
+    """What the tests of families found so far."""
+    return request.config.pluginmanager.get_plugin("family_table")
 
 
 @pytest.fixture(scope="session")

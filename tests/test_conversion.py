@@ -1,21 +1,31 @@
 """What a conversion reports, and what it saves at the paper's size."""
 
+import functools
 import json
 
 import pytest
 import torch
-from conftest import SIZES, make_teacher, plan_of
+from conftest import make_batch, make_teacher, plan_of
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
+    DynamicCache,
     LlamaConfig,
     LlamaForCausalLM,
     Phi3Config,
     Phi3ForCausalLM,
+    StaticCache,
 )
+from transformers.cache_utils import QuantoQuantizedLayer
 from transformers.models.llama.modeling_llama import LlamaAttention
 
-from echoatt_hf import EchoAttConfig, EchoAttForCausalLM, SharingPlan, convert, count_kv_bytes_per_token
+from echoatt_hf import (
+    EchoAttConfig,
+    EchoAttForCausalLM,
+    SharingPlan,
+    convert,
+    count_cache_bytes,
+    count_kv_bytes_per_token,
+)
 from echoatt_hf.teachers import builtin_teacher_path
 
 
@@ -47,8 +57,35 @@ def test_savings_at_the_size_of_tinyllama(ratio, echo_layers, kv_saved, paramete
     assert 1 - count_kv_bytes_per_token(student) / count_kv_bytes_per_token(teacher) == pytest.approx(
         kv_saved, abs=5e-4
     )
+    for make_cache in (DynamicCache, functools.partial(StaticCache, max_cache_len=64)):
+        caches = [make_cache(config=model.config) for model in (teacher, student)]
+        for model, cache in zip((teacher, student), caches, strict=True):
+            model(torch.zeros(2, 64, dtype=torch.long, device="meta"), past_key_values=cache)
+            assert count_cache_bytes(cache) == 2 * 64 * count_kv_bytes_per_token(model)
     assert teacher.num_parameters() - student.num_parameters() == echo_layers * 2048 * (2048 + 256)
     assert 1 - student.num_parameters() / teacher.num_parameters() == pytest.approx(parameters_saved, abs=5e-4)
+
+
+def test_cache_bytes_of_sliding_windows():
+    """Layers with a window hold one token less than the window, as the token to come fills it."""
+    teacher, plan = make_teacher("gemma3_text"), plan_of("gemma3_text")
+    caches = []
+    for model in (teacher, EchoAttForCausalLM.from_teacher(teacher, plan)):
+        caches.append(DynamicCache(config=model.config))
+        assert count_cache_bytes(caches[-1]) == 0
+        model(make_batch(2, 20)["input_ids"], past_key_values=caches[-1])
+    # Layers of each type, in rows x heads x head size x bytes, once for keys and once for values.
+    tokens = 3 * 7 + 3 * 20
+    assert count_cache_bytes(caches[0]) == 2 * tokens * 2 * 2 * 8 * 4
+    # Layer 2 has a window, 3 and 5 have none.
+    assert count_cache_bytes(caches[1]) == (2 * tokens - 7 - 20 - 20) * 2 * 2 * 8 * 4
+
+
+def test_quantized_cache_is_not_counted():
+    cache = DynamicCache()
+    cache.layers.append(QuantoQuantizedLayer.__new__(QuantoQuantizedLayer))
+    with pytest.raises(ValueError, match="cannot count a quantized cache"):
+        count_cache_bytes(cache)
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
@@ -77,12 +114,6 @@ def test_report_as_text_and_json(tiny_teacher):
     assert json.loads(json.dumps(report.to_dict()))["echo_sources"] == [0, 1, 1, 1, 4]
 
 
-def make_fused_teacher(family: str, **overrides):
-    torch.manual_seed(0)
-    config = AutoConfig.for_model(family, **SIZES, num_hidden_layers=6, **overrides)
-    return AutoModelForCausalLM.from_config(config).eval()
-
-
 @pytest.mark.parametrize(
     ("family", "fused"),
     [
@@ -94,7 +125,7 @@ def make_fused_teacher(family: str, **overrides):
     ],
 )
 def test_values_are_cut_out_of_fused_projections(family, fused):
-    teacher, plan = make_fused_teacher(family), [0, 1, 1, 1, 4, 4]
+    teacher, plan = make_teacher(family), [0, 1, 1, 1, 4, 4]
     student, report = convert(teacher, plan)
     names = dict(teacher.named_parameters())
     assert sorted(report.copied + report.cut + report.dropped) == sorted(names)
@@ -158,12 +189,12 @@ def test_attention_that_an_echo_cannot_take_over_is_refused(monkeypatch):
 def test_fused_projection_in_another_order_is_refused():
     """Without multi-query attention GPTBigCode puts query, key and value of a head together; c_attn stands for GPT-2."""
     with pytest.raises(ValueError, match="'gpt_bigcode' yet: its attention does more than an echo layer takes over"):
-        convert(make_fused_teacher("gpt_bigcode", multi_query=False), [0, 1, 1, 1, 4, 4])
+        convert(make_teacher("gpt_bigcode", multi_query=False), [0, 1, 1, 1, 4, 4])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_passes_the_check(dtype):
-    student, _ = convert(make_fused_teacher("gpt_neox").to(dtype), [0, 1, 1, 1, 4, 4])
+    student, _ = convert(make_teacher("gpt_neox").to(dtype), [0, 1, 1, 1, 4, 4])
     assert {parameter.dtype for parameter in student.parameters()} == {dtype}
 
 

@@ -4,7 +4,7 @@ import weakref
 
 import pytest
 import torch
-from conftest import SIZES, make_batch, make_teacher
+from conftest import make_batch, make_teacher
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -65,23 +65,13 @@ def test_equals_slow_reference(family):
 
 def test_hybrid_measures_its_attention_layers():
     """Recurrent layers have no attention weights: nothing is measured for them."""
-    torch.manual_seed(0)
-    config = AutoConfig.for_model(
-        "qwen3_5_text",
-        **SIZES,
-        num_hidden_layers=4,
-        layer_types=["linear_attention", "full_attention"] * 2,
-        head_dim=8,
-        **dict.fromkeys(("linear_num_key_heads", "linear_num_value_heads"), 2),
-        **dict.fromkeys(("linear_key_head_dim", "linear_value_head_dim"), 8),
-    )
-    model = AutoModelForCausalLM.from_config(config)
+    model = make_teacher("qwen3_5_text", num_hidden_layers=4, layer_types=["linear_attention", "full_attention"] * 2)
     found = measure_attention_similarity(model, BATCHES[:1])
     expected, _ = similarity_by_loops(model, BATCHES[:1])
     assert expected.shape == (2, 2, 4, 4)
     torch.testing.assert_close(found.heads[1::2, 1::2], expected, rtol=1e-5, atol=1e-6)
     assert not found.heads[::2].any() and not found.heads[:, ::2].any()
-    plan = plan_from_similarity(found.layers, ratio=0.25, protected_layers=0, layer_types=config.layer_types)
+    plan = plan_from_similarity(found.layers, ratio=0.25, protected_layers=0, layer_types=model.config.layer_types)
     assert list(plan) == [0, 1, 2, 1]
 
 
