@@ -78,7 +78,7 @@ def layers_of(model: nn.Module) -> nn.ModuleList:
 
 
 def echoes_of(model: nn.Module) -> list[nn.Module]:
-    return [layers_of(model)[layer].self_attn for layer in model.config.echo_layers]
+    return [module for module in model.modules() if hasattr(module, "echo_source")]
 
 
 @torch.no_grad()
