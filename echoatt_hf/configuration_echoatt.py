@@ -162,6 +162,9 @@ class EchoAttConfig(PreTrainedConfig):
             self.echo_sources, self.text_config.num_hidden_layers, getattr(self.text_config, "layer_types", None)
         )
 
+    def validate_layer_type(self) -> None:
+        """The base family's configuration checks its layers itself; done here, it would rename some of them."""
+
     @property
     def echo_layers(self) -> list[int]:
         """`list[int]`: indices of the layers that reuse the attention weights of another layer."""

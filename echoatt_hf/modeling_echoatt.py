@@ -425,8 +425,7 @@ def _extend_tp_plan(model: PreTrainedModel) -> None:
         path, _, name = rule.rpartition(".")
         if name in FUSED_MODULES and f"{path}.{FUSED_MODULES[name][0]}" in names:
             kept[f"{path}.{FUSED_MODULES[name][0]}"] = style
-    if kept:
-        model.tp_plan = {**model.tp_plan, **kept}
+    model.tp_plan.update(kept)
 
 
 def _make_echo(attention: nn.Module, source: int) -> None:

@@ -316,3 +316,12 @@ def test_model_of_the_configuration_has_its_own_text_config():
     sdpa = AutoModelForCausalLM.from_config(copy.deepcopy(config), attn_implementation="sdpa")
     assert eager.config.text_config._attn_implementation == "eager"
     assert sdpa.config.text_config._attn_implementation == "sdpa"
+
+
+def test_layer_types_of_the_base_family_are_left_alone():
+    """Old names of types, which transformers renames where it checks a configuration, are what the family reads."""
+    text_config = AutoConfig.for_model("lfm2", num_hidden_layers=4, full_attn_idxs=[1, 3])
+    before = list(text_config.layer_types)
+    config = EchoAttConfig(text_config=text_config, echo_sources=[0, 1, 2, 1])
+    config.validate()
+    assert config.layer_types == text_config.layer_types == before

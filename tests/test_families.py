@@ -333,8 +333,12 @@ def test_continuous_batching(subject, assert_like_oracle):
             assert found[tuple(prompt[0].tolist())] == expected[0, prompt.shape[1] :].tolist()
 
     before = subject.student.config._attn_implementation
-    assert_like_oracle(check)
-    assert subject.student.config._attn_implementation == before
+    try:
+        assert_like_oracle(check)
+        assert subject.student.config._attn_implementation == before
+    finally:  # where it fails, for one that lacks it, transformers leaves the paged implementation behind
+        for model in (subject.student, subject.teacher):
+            model.set_attn_implementation(before)
 
 
 # Outputs
