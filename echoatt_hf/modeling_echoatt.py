@@ -63,7 +63,7 @@ FUSED_MODULES = {
     "query_key_value": ("v_proj", lambda rows, attention: _part_of_heads(rows, attention, 3)),
     "q_proj": ("gate_proj", lambda rows, attention: _part_of_heads(rows, attention, 2)),
 }
-_VALUE_MODULES = ("v_proj", *(name for name, (kept, _) in FUSED_MODULES.items() if kept == "v_proj"))
+_PROJECTIONS = ("v_proj", *FUSED_MODULES)
 _OUTPUT_MODULES = ("o_proj", "dense", "out_proj", "c_proj")
 _GATE_MODULES = ("gate_proj", "g_proj")
 _DROPOUT_MODULES = ("attn_dropout", "attention_dropout", "resid_dropout")
@@ -311,7 +311,7 @@ def find_attention_modules(model: nn.Module, needed: Iterable[int] = ()) -> dict
     """
     found, reasons = {}, {}
     for module in model.modules():
-        if hasattr(module, "layer_idx") and any(hasattr(module, name) for name in (*_VALUE_MODULES, *FUSED_MODULES)):
+        if hasattr(module, "layer_idx") and any(hasattr(module, name) for name in _PROJECTIONS):
             reason = _unsupported_reason(module)
             if reason is None:
                 found.setdefault(module.layer_idx, module)
@@ -334,7 +334,7 @@ def _unsupported_reason(attention: nn.Module) -> str | None:
     """Why an attention module does more than an echo layer can take over, or `None` if it does not."""
     if _eager_attention(attention) is None:
         return "does not call the attention interface of transformers"
-    known = {*_QUERY_KEY_MODULES, *FUSED_MODULES, *_VALUE_MODULES, *_OUTPUT_MODULES, *_GATE_MODULES, *_DROPOUT_MODULES}
+    known = {*_QUERY_KEY_MODULES, *_PROJECTIONS, *_OUTPUT_MODULES, *_GATE_MODULES, *_DROPOUT_MODULES}
     unknown = [name for name, _ in attention.named_children() if name not in known]
     if unknown:
         return f"has the modules {', '.join(unknown)}"
@@ -343,7 +343,7 @@ def _unsupported_reason(attention: nn.Module) -> str | None:
     parameters = [name for name, _ in attention.named_parameters(recurse=False) if name not in known]
     if parameters:
         return f"has parameters of its own: {', '.join(parameters)}"
-    if not any(hasattr(attention, name) for name in _VALUE_MODULES):
+    if all(name == "q_proj" for name in _PROJECTIONS if hasattr(attention, name)):
         return "has no value projection"
     return None
 

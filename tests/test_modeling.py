@@ -453,6 +453,29 @@ def test_generation_of_a_padded_row_equals_the_row_alone(family):
         assert torch.equal(together[row : row + 1, padding:], alone)
 
 
+def test_generation_with_inputs_prepared_by_the_family():
+    """Phi-3 computes its cache anew where its rotary frequencies change, at 16 tokens here."""
+    frequencies = {"rope_type": "longrope", "rope_theta": 100.0, "original_max_position_embeddings": 16}
+    factors = {"short_factor": [1.0] * 4, "long_factor": [4.0, 5.0, 6.0, 9.0]}
+    teacher = make_teacher("phi3", rope_parameters=frequencies | factors, original_max_position_embeddings=16)
+    tokens = make_batch(1, 12)["input_ids"]
+
+    def cache_changes_nothing(model) -> bool:
+        options = {"max_new_tokens": 16, "min_new_tokens": 16, "do_sample": False}
+        return torch.equal(*(model.generate(tokens, **options, use_cache=use_cache) for use_cache in (True, False)))
+
+    if not cache_changes_nothing(teacher):
+        pytest.skip("older transformers do not get this right")
+    assert cache_changes_nothing(EchoAttForCausalLM.from_teacher(teacher, plan_of("phi3")))
+
+
+def test_recurrent_layers_cannot_take_drafts_back():
+    """Only what the family says of itself makes transformers refuse it."""
+    student = make_student("qwen3_5_text")
+    with pytest.raises(ValueError, match="not supported with stateful models, such as EchoAttForCausalLM"):
+        student.generate(make_batch(1, 8)["input_ids"], max_new_tokens=4, prompt_lookup_num_tokens=2)
+
+
 def test_no_state_stays_on_the_modules():
     student = make_student("llama")
     before = {name: set(vars(module)) for name, module in student.named_modules()}
