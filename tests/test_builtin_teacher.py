@@ -95,6 +95,6 @@ def test_a_few_steps_bring_its_student_closer(teacher, rows, tmp_path):
         model=student, teacher=teacher, args=args, train_dataset=train_rows, data_collator=collate_rows
     ).train()
     distilled = evaluate_model(student, held_out_rows, teacher=teacher)
-    assert distilled["kl"] < 0.9 * converted["kl"]  # 0.72 to 0.81, as the text is that of the Python at hand
+    assert distilled["kl"] < 0.9 * converted["kl"]  # 0.77 to 0.80: the text is that of the Python at hand
     assert distilled["agreement"] > converted["agreement"]
     assert distilled["perplexity"] < converted["perplexity"]
