@@ -53,6 +53,7 @@ _QUERY_KEY_MODULES = (
     "k_layernorm",
     "query_layernorm",
     "key_layernorm",
+    "qk_norm",
     "sinks",
 )
 # Projections that make several things at once: the projection that an echo layer keeps of them, and its rows among those
@@ -685,6 +686,7 @@ class EchoAttForCausalLM(EchoAttPreTrainedModel, GenerationMixin):
         )
         with torch.device("meta"):
             student = cls._from_config(config)
+            _check_initialization(student)
         student.language_model.load_state_dict(_inherited_state(student, teacher), strict=True, assign=True)
         buffers = dict(teacher.named_buffers())
         for name, buffer in student.language_model.named_buffers():
@@ -800,6 +802,19 @@ def _inherited_state(student: EchoAttForCausalLM, teacher: PreTrainedModel) -> d
             for key, tensor in _kept_parameters(attention, fused).items():
                 state[f"{names[attention]}.{FUSED_MODULES[fused][0]}.{key}"] = tensor.detach().clone().contiguous()
     return state
+
+
+def _check_initialization(student: EchoAttForCausalLM) -> None:
+    """Check that the family can initialize echo layers, as it does with what a checkpoint lacks when it is loaded."""
+    echoes = [module for module in student.modules() if isinstance(module, EchoAttention)]
+    try:
+        for echo in echoes:
+            student.language_model._init_weights(echo)
+    except AttributeError as error:
+        raise ValueError(
+            f"EchoAtt does not support the family {student.config.text_config.model_type!r} yet: it initializes what an "
+            f"echo layer does without ({error})."
+        ) from error
 
 
 def _check_conversion(student: EchoAttForCausalLM, teacher: PreTrainedModel) -> None:

@@ -180,6 +180,12 @@ _ALL = [
     ),
     Family("persimmon", {"num_key_value_heads": 4}),
     Family("phi3", WINDOW),
+    Family(
+        "llama4_text",
+        {**LOCAL_EXPERTS, **HEADS},
+        FOURTH_PLAN,
+        lacks={"continuous_batching": "paged caches have no chunked attention"},
+    ),
     # Sinks, clipping, output gates.
     Family("afmoe", {**EXPERTS, **HEADS}, FOURTH_PLAN, lacks=MIXED_UP_ROWS),
     Family("gpt_oss", {**LOCAL_EXPERTS, **HEADS, **MIXED}, MIXED_PLAN, lacks={**MIXED_UP_ROWS, **NO_FLEX_SINKS}),
@@ -257,7 +263,10 @@ _ALL = [
         refused="layers have configurations of their own",
     ),
     Family("gptj", {"rotary_dim": 4}, refused=NO_INTERFACE),
-    Family("llama4_text", {**LOCAL_EXPERTS, **HEADS}, FOURTH_PLAN, refused=MODULES.format("qk_norm")),
+    # Its initialization reaches for the query projection of each layer by name.
+    Family(
+        "modernbert-decoder", {**MIXED, "num_key_value_heads": 4}, MIXED_PLAN, refused=MODULES.format("Wo, out_drop")
+    ),
     Family("mamba", refused=NO_ATTENTION),
     Family(
         "mimo_v2_flash",

@@ -16,7 +16,7 @@ from transformers import (
     StaticCache,
 )
 from transformers.cache_utils import QuantoQuantizedLayer
-from transformers.models.llama.modeling_llama import LlamaAttention
+from transformers.models.llama.modeling_llama import LlamaAttention, LlamaPreTrainedModel
 
 from echoatt_hf import (
     EchoAttConfig,
@@ -184,6 +184,21 @@ def test_attention_that_an_echo_cannot_take_over_is_refused(monkeypatch):
     monkeypatch.setattr(LlamaAttention, "forward", forward)
     with pytest.raises(ValueError, match=r"'llama' yet: .* differs from layer \d by 1\.0%"):
         convert(make_teacher("llama"), plan_of("llama"))
+
+
+def test_family_that_initializes_queries_by_name_is_refused(monkeypatch):
+    """Its students could be made but not loaded."""
+    family_init = LlamaPreTrainedModel._init_weights
+
+    def init_weights(self, module):
+        family_init(self, module)
+        if isinstance(module, LlamaAttention):
+            module.q_proj.weight.zero_()
+
+    teacher = make_teacher("llama")
+    monkeypatch.setattr(LlamaPreTrainedModel, "_init_weights", init_weights)
+    with pytest.raises(ValueError, match="'llama' yet: it initializes what an echo layer does without .*'q_proj'"):
+        convert(teacher, plan_of("llama"))
 
 
 def test_fused_projection_in_another_order_is_refused():
