@@ -32,13 +32,16 @@ AutoModelForSequenceClassification.register(EchoAttConfig, EchoAttForSequenceCla
 AutoModelForTokenClassification.register(EchoAttConfig, EchoAttForTokenClassification, exist_ok=True)
 
 _MODULES = {
+    "alignment": ["align_heads", "match_heads", "permute_heads"],
     "conversion": ["ConversionReport", "convert", "count_cache_bytes", "count_kv_bytes_per_token"],
     "data": ["collate_rows", "load_documents", "pack_rows", "split_documents"],
     "distillation": ["EchoAttTrainer", "EchoAttTrainingArguments"],
     "evaluation": ["compute_agreement", "compute_perplexity", "evaluate_model", "metric_path"],
     "pipeline": ["compress"],
     "planning": ["plan_from_similarity"],
-    "settings": ["CompressionSettings", "DataSettings", "DistillationSettings", "PlanSettings"],
+    "refit": ["refit_outputs"],
+    "search": ["PlanSearch", "search_plan"],
+    "settings": ["CalibrationSettings", "CompressionSettings", "DataSettings", "DistillationSettings", "PlanSettings"],
     "sharing": ["SharingPlan"],
     "similarity": ["AttentionSimilarity", "measure_attention_similarity"],
     "teachers": ["builtin_teacher_path", "load_model", "load_tokenizer"],

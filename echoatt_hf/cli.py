@@ -12,7 +12,14 @@ from typing import Annotated, get_type_hints
 
 import typer
 
-from .settings import CompressionSettings, DataSettings, DistillationSettings, PlanSettings, default_of
+from .settings import (
+    CalibrationSettings,
+    CompressionSettings,
+    DataSettings,
+    DistillationSettings,
+    PlanSettings,
+    default_of,
+)
 
 
 app = typer.Typer(
@@ -27,7 +34,8 @@ app = typer.Typer(
 Teacher = Annotated[str, typer.Argument(help="'builtin', a folder, or a repository of the Hub.")]
 Output = Annotated[Path, typer.Option(help="What to write.", show_default=False)]
 Similarity = Annotated[
-    Path | None, typer.Option(help="similarity.json of `echoatt analyze`, for the plan 'similarity'.")
+    Path | None,
+    typer.Option(help="similarity.json of `echoatt analyze`; measured anew where it is needed and not given."),
 ]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an output that is there.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with an unfinished run.")]
@@ -58,7 +66,7 @@ def with_settings(**groups: type) -> Callable:
 
         @functools.wraps(command)
         def run(**values):
-            with one_line_errors(can_resume="resume" in signature.parameters):
+            with one_line_errors(can_resume="resume" in values and values["output"] is not None):
                 for parameter, group in groups.items():
                     values[parameter] = group(**{field.name: values.pop(field.name) for field in fields(group)})
                 command(**values)
@@ -73,14 +81,19 @@ def with_settings(**groups: type) -> Callable:
 
 
 def _option(field, kind: type):
-    names = ["--" + field.name.replace("_", "-")] if kind is bool else []
+    name, names = field.name.replace("_", "-"), []
+    if kind is bool:
+        names = [f"--{name}/--no-{name}" if default_of(field) else f"--{name}"]
     return typer.Option(*names, help=field.metadata["help"])
 
 
 @app.command()
-@with_settings(plan=PlanSettings, data=DataSettings, distillation=DistillationSettings)
+@with_settings(
+    plan=PlanSettings, calibration=CalibrationSettings, data=DataSettings, distillation=DistillationSettings
+)
 def compress(
     plan: PlanSettings,
+    calibration: CalibrationSettings,
     data: DataSettings,
     distillation: DistillationSettings,
     output: Output,
@@ -92,7 +105,9 @@ def compress(
     from .pipeline import compress, format_table
     from .sharing import SharingPlan
 
-    settings = CompressionSettings(teacher=teacher, plan=plan, data=data, distillation=distillation)
+    settings = CompressionSettings(
+        teacher=teacher, plan=plan, calibration=calibration, data=data, distillation=distillation
+    )
     report = compress(settings, output, overwrite=overwrite, resume=resume)
     print(
         f"\n{SharingPlan(report['plan']['echo_sources'])}\n\n{format_table(report['results'])}\n\nwritten to {output}"
@@ -105,19 +120,20 @@ def analyze(
     data: DataSettings,
     output: Output,
     teacher: Teacher = "builtin",
-    calibration_rows: Annotated[int, typer.Option(help="Rows on which similarity is measured.")] = 32,
+    calibration_rows: Annotated[int, typer.Option(help="Rows on which similarity is measured.")] = 64,
     overwrite: Overwrite = False,
 ) -> None:
     """Measure how similarly the layers of a model attend: similarity.json and a heat map, similarity.png."""
     from .outputs import check_output_folder, whole_folder, write_whole
-    from .pipeline import analyze, load_rows
+    from .pipeline import analyze, load_calibration_rows
     from .teachers import load_model, load_tokenizer
 
     check_output_folder(output, overwrite)
-    PlanSettings(calibration_rows=calibration_rows)
+    calibration = CalibrationSettings(calibration_rows=calibration_rows)
     model = load_model(teacher)
-    rows, _ = load_rows(data, load_tokenizer(teacher, model), model)
-    similarity = analyze(model, rows, calibration_rows)
+    settings = CompressionSettings(teacher=teacher, calibration=calibration, data=data)
+    rows = load_calibration_rows(settings, load_tokenizer(teacher, model), model)
+    similarity = analyze(model, rows)
     with whole_folder(output, overwrite) as folder:
         write_whole(folder / "similarity.json", similarity.to_json())
         similarity.plot(folder / "similarity.png")
@@ -130,23 +146,27 @@ def analyze(
 
 
 @app.command()
-@with_settings(plan=PlanSettings)
+@with_settings(plan=PlanSettings, calibration=CalibrationSettings, data=DataSettings)
 def plan(
     plan: PlanSettings,
+    calibration: CalibrationSettings,
+    data: DataSettings,
     teacher: Teacher = "builtin",
     similarity: Similarity = None,
     output: Annotated[Path | None, typer.Option(help="JSON file to write the plan to.")] = None,
     overwrite: Overwrite = False,
+    resume: Resume = False,
 ) -> None:
     """Choose which layers echo which. Prints the plan as a line of layers and as JSON."""
     from .outputs import check_output_file, write_whole
-    from .pipeline import make_plan
-    from .similarity import AttentionSimilarity
-    from .teachers import load_config
+    from .pipeline import plan_teacher, resumable_search
 
     check_output_file(output, overwrite)
-    measured = AttentionSimilarity.from_json(similarity) if similarity is not None else None
-    made = make_plan(plan, load_config(teacher), measured)
+    settings = CompressionSettings(teacher=teacher, plan=plan, calibration=calibration, data=data)
+    with resumable_search(settings, output, overwrite, resume) as state:
+        made, search = plan_teacher(settings, similarity, state)
+    if search is not None:
+        print(f"{search}\n")
     print(made)
     if output is None:
         print(made.to_json(), end="")
@@ -156,31 +176,28 @@ def plan(
 
 
 @app.command()
-@with_settings(plan=PlanSettings)
+@with_settings(plan=PlanSettings, calibration=CalibrationSettings, data=DataSettings)
 def convert(
     plan: PlanSettings,
+    calibration: CalibrationSettings,
+    data: DataSettings,
     output: Output,
     teacher: Teacher = "builtin",
     similarity: Similarity = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Make a student that inherits the teacher's weights, without training it."""
-    from .conversion import convert
+    """Make a student that inherits the teacher's weights, tuned to it but not trained."""
     from .outputs import check_output_folder, whole_folder, write_whole
-    from .pipeline import make_plan
-    from .similarity import AttentionSimilarity
-    from .teachers import load_model, load_tokenizer
+    from .pipeline import convert_teacher
+    from .sharing import SharingPlan
 
     check_output_folder(output, overwrite)
-    measured = AttentionSimilarity.from_json(similarity) if similarity is not None else None
-    model = load_model(teacher, dtype="auto")
-    tokenizer = load_tokenizer(teacher, model)
-    made = make_plan(plan, model.config, measured)
-    student, report = convert(model, made)
+    settings = CompressionSettings(teacher=teacher, plan=plan, calibration=calibration, data=data)
+    student, report, tokenizer = convert_teacher(settings, similarity)
     with whole_folder(output, overwrite) as folder:
         student.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-        write_whole(folder / "sharing_plan.json", made.to_json())
+        write_whole(folder / "sharing_plan.json", SharingPlan(report.echo_sources).to_json())
         write_whole(folder / "conversion.json", json.dumps(report.to_dict(), indent=2) + "\n")
     print(f"{report}\n\nwritten to {output}")
 

@@ -1,11 +1,14 @@
 """Teacher and plan to student: what is inherited, what is dropped, and what that saves."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 
 from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import QuantizedLayer
 
+from .alignment import align_heads, get_parameters, set_parameters
+from .data import collate_rows
+from .evaluation import evaluate_model
 from .modeling_echoatt import (
     FUSED_MODULES,
     EchoAttention,
@@ -13,7 +16,9 @@ from .modeling_echoatt import (
     count_value_features,
     find_attention_modules,
 )
+from .refit import hold_out, refit_outputs
 from .sharing import SharingPlan
+from .similarity import AttentionSimilarity, measure_attention_similarity
 
 
 __all__ = ["ConversionReport", "convert", "count_cache_bytes", "count_kv_bytes_per_token"]
@@ -31,6 +36,12 @@ class ConversionReport:
         dropped (`list[str]`): parameters of the teacher that the student does without.
         teacher_parameters, student_parameters (`int`): number of parameters, tied ones counted once.
         teacher_kv_bytes_per_token, student_kv_bytes_per_token (`int`): bytes of KV cache for each token.
+        kl (`dict[str, float]`): KL(teacher || student) on calibration rows held out, in nats per token: `"copied"`, and
+            `"aligned"` and `"refitted"` if they were tried. Each was kept if it lowered it.
+        aligned (`dict[int, list[int]]`): for each echo layer whose heads were aligned, the head of the teacher that is now
+            in each place.
+        refitted (`dict[int, float]`): for each echo layer, if they were refitted, the squared error of the attention
+            output that is left, as a share of what it was before.
     """
 
     echo_sources: list[int]
@@ -41,6 +52,9 @@ class ConversionReport:
     student_parameters: int
     teacher_kv_bytes_per_token: int
     student_kv_bytes_per_token: int
+    kl: dict[str, float] = field(default_factory=dict)
+    aligned: dict[int, list[int]] = field(default_factory=dict)
+    refitted: dict[int, float] = field(default_factory=dict)
 
     def to_dict(self) -> dict:
         """The report as JSON can hold it."""
@@ -56,31 +70,69 @@ class ConversionReport:
                 f"dropped      {_name_modules(self.dropped)}",
                 f"parameters   {_change(self.teacher_parameters, self.student_parameters)}",
                 f"KV bytes     {_change(self.teacher_kv_bytes_per_token, self.student_kv_bytes_per_token)} per token",
+                *self._describe_tuning(),
             ]
         )
 
+    def _describe_tuning(self) -> list[str]:
+        names = {"copied": "", "aligned": "heads aligned", "refitted": "outputs refitted"}
+        kept = {"copied": True, "aligned": bool(self.aligned), "refitted": bool(self.refitted)}
+        parts = [
+            f"{value:.4f} {names[name]}{'' if kept[name] else ' (not kept)'}".rstrip()
+            for name, value in self.kl.items()
+        ]
+        return [f"KL           {' → '.join(parts)} nats per token"] if parts else []
 
-def convert(teacher: PreTrainedModel | str, plan: Sequence[int]) -> tuple[EchoAttForCausalLM, ConversionReport]:
+
+def convert(
+    teacher: PreTrainedModel | str,
+    plan: Sequence[int],
+    rows: Sequence[dict] | None = None,
+    *,
+    similarity: AttentionSimilarity | None = None,
+    align: bool = True,
+    refit: bool = True,
+    progress: bool = False,
+) -> tuple[EchoAttForCausalLM, ConversionReport]:
     """
     Convert a teacher into a student, and report what was done.
+
+    Without rows of text the weights are copied. With them the echo layers are brought closer to the teacher before any
+    training: their heads are aligned with those of their sources, and their output projections refitted in closed form.
+    Each is kept only if it lowers KL(teacher || student) on the last quarter of the rows.
 
     Args:
         teacher (`PreTrainedModel` or `str`):
             A causal language model of a supported family, or the name or path of one. It is left untouched.
         plan (`SharingPlan` or sequence of `int`):
             For each layer the index of the layer whose attention weights it uses.
+        rows (sequence of `dict`, *optional*):
+            Calibration text: rows with `input_ids` of T tokens, as returned by [`pack_rows`]. 64 rows of 256 tokens serve
+            small models; a refit wants a few times as many tokens as the model's hidden size.
+        similarity ([`AttentionSimilarity`], *optional*):
+            Of the teacher, for the alignment; measured on the rows if not given.
+        align (`bool`, *optional*, defaults to `True`):
+            Align heads, see [`align_heads`].
+        refit (`bool`, *optional*, defaults to `True`):
+            Refit output projections, see [`refit_outputs`].
+        progress (`bool`, *optional*, defaults to `False`):
+            Show progress bars.
 
     Returns:
         `tuple`: [`EchoAttForCausalLM`] and [`ConversionReport`].
 
     Raises:
-        `ValueError`: the teacher is not a plain decoder language model, or the plan does not fit it.
+        `ValueError`: the teacher is not a plain decoder language model, the plan does not fit it, or there is only one
+            row.
     """
     if not isinstance(teacher, PreTrainedModel):
         from .teachers import load_model
 
         teacher = load_model(teacher)
     student = EchoAttForCausalLM.from_teacher(teacher, plan)
+    tuning = {}
+    if rows is not None and student.config.echo_layers:
+        tuning = _tune(student, teacher, rows, similarity, align, refit, progress)
     inherited = dict(student.language_model.named_parameters())
     names = [name for name, _ in teacher.named_parameters()]
     missing = [name for name in names if name not in inherited]
@@ -95,8 +147,48 @@ def convert(teacher: PreTrainedModel | str, plan: Sequence[int]) -> tuple[EchoAt
         student_parameters=student.num_parameters(),
         teacher_kv_bytes_per_token=count_kv_bytes_per_token(teacher),
         student_kv_bytes_per_token=count_kv_bytes_per_token(student),
+        **tuning,
     )
     return student, report
+
+
+def _tune(
+    student: EchoAttForCausalLM,
+    teacher: PreTrainedModel,
+    rows: Sequence[dict],
+    similarity: AttentionSimilarity | None,
+    align: bool,
+    refit: bool,
+    progress: bool,
+) -> dict[str, dict]:
+    """Align and refit, and keep what helps. Returns what the report says of it."""
+    train, held_out = hold_out(rows)
+    echoes = find_attention_modules(student.language_model)
+
+    def measure() -> float:
+        return evaluate_model(student, held_out, teacher=teacher)["kl"]
+
+    tuning = {"kl": {"copied": measure()}, "aligned": {}, "refitted": {}}
+    for name, change in (
+        ("aligned", lambda: align_heads(student, similarity or _measure_similarity(teacher, train, progress))),
+        ("refitted", lambda: refit_outputs(student, teacher, train, held_out, progress=progress)),
+    ):
+        if not {"aligned": align, "refitted": refit}[name]:
+            continue
+        before = {layer: get_parameters(echoes[layer]) for layer in student.config.echo_layers}
+        least, facts = min(tuning["kl"].values()), change()
+        tuning["kl"][name] = measure()
+        if tuning["kl"][name] < least:
+            tuning[name] = facts
+        else:
+            for layer, parameters in before.items():
+                set_parameters(echoes[layer], parameters)
+    return tuning
+
+
+def _measure_similarity(teacher: PreTrainedModel, rows: Sequence[dict], progress: bool) -> AttentionSimilarity:
+    batches = [collate_rows(list(rows[start : start + 4])) for start in range(0, len(rows), 4)]
+    return measure_attention_similarity(teacher, batches, progress=progress)
 
 
 def count_kv_bytes_per_token(model: PreTrainedModel) -> int:

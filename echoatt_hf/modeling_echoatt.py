@@ -331,6 +331,17 @@ def find_attention_modules(model: nn.Module, needed: Iterable[int] = ()) -> dict
     return dict(sorted(found.items()))
 
 
+def find_output_projection(attention: nn.Module) -> nn.Module:
+    """
+    The output projection of an attention module.
+
+    Args:
+        attention (`nn.Module`):
+            Attention module, as returned by [`find_attention_modules`].
+    """
+    return getattr(attention, next(name for name in _OUTPUT_MODULES if hasattr(attention, name)))
+
+
 def _unsupported_reason(attention: nn.Module) -> str | None:
     """Why an attention module does more than an echo layer can take over, or `None` if it does not."""
     if _eager_attention(attention) is None:
@@ -475,7 +486,7 @@ def recording(attentions: Iterable[nn.Module]) -> Iterator[None]:
     configs = [attention.config for attention in attentions]
     for attention in attentions:
         if isinstance(attention, EchoAttention) or isinstance(attention.config, SourceConfig):
-            raise ValueError("The model already shares attention: analyze the model it was made from.")
+            raise ValueError("The model is already an EchoAtt student: give the model it was made from.")
     for attention in attentions:
         attention.eager_attention = _eager_attention(attention)
         attention.config = SourceConfig(attention.config)
@@ -654,7 +665,9 @@ class EchoAttForCausalLM(EchoAttPreTrainedModel, GenerationMixin):
         self.post_init()
 
     @classmethod
-    def from_teacher(cls, teacher: "PreTrainedModel | str", plan: Sequence[int]) -> "EchoAttForCausalLM":
+    def from_teacher(
+        cls, teacher: "PreTrainedModel | str", plan: Sequence[int], share_weights: bool = False
+    ) -> "EchoAttForCausalLM":
         """
         Make a student that inherits every weight it has from a teacher. The teacher is left untouched.
 
@@ -665,6 +678,9 @@ class EchoAttForCausalLM(EchoAttPreTrainedModel, GenerationMixin):
                 A causal language model of a supported family, or the name or path of one.
             plan (`SharingPlan` or `list[int]`):
                 For each layer the index of the layer whose attention weights it uses.
+            share_weights (`bool`, *optional*, defaults to `False`):
+                Give the student the teacher's own weights, frozen, in place of copies: for training adapters, with one
+                copy of the weights in memory. Parts of fused projections are copied where they are no view.
 
         Returns:
             `EchoAttForCausalLM`: the student, in evaluation mode, on the teacher's device and in its dtypes.
@@ -687,7 +703,9 @@ class EchoAttForCausalLM(EchoAttPreTrainedModel, GenerationMixin):
         with torch.device("meta"):
             student = cls._from_config(config)
             _check_initialization(student)
-        student.language_model.load_state_dict(_inherited_state(student, teacher), strict=True, assign=True)
+        student.language_model.load_state_dict(
+            _inherited_state(student, teacher, share_weights), strict=True, assign=True
+        )
         buffers = dict(teacher.named_buffers())
         for name, buffer in student.language_model.named_buffers():
             if buffer.is_meta:  # not part of the state, such as rotary frequencies
@@ -701,7 +719,7 @@ class EchoAttForCausalLM(EchoAttPreTrainedModel, GenerationMixin):
         student.tie_weights()
         if teacher.generation_config is not None:
             student.generation_config = copy.deepcopy(teacher.generation_config)
-        student.requires_grad_(True).eval()
+        student.requires_grad_(not share_weights).eval()
         _check_conversion(student, teacher)
         return student
 
@@ -791,16 +809,24 @@ class EchoAttForTokenClassification(GenericForTokenClassification, EchoAttPreTra
         self.post_init()
 
 
-def _inherited_state(student: EchoAttForCausalLM, teacher: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """The state of the student's language model, copied from the teacher."""
+def _inherited_state(
+    student: EchoAttForCausalLM, teacher: PreTrainedModel, share_weights: bool
+) -> dict[str, torch.Tensor]:
+    """The state of the student's language model: copies of the teacher's, or its parameters themselves."""
     inherited = student.language_model.state_dict()
-    state = {name: tensor.detach().clone() for name, tensor in teacher.state_dict().items() if name in inherited}
+    shared = {name for name, _ in teacher.named_parameters(remove_duplicate=False)} if share_weights else ()
+    state = {
+        name: tensor.detach() if name in shared else tensor.detach().clone()
+        for name, tensor in teacher.state_dict().items()
+        if name in inherited
+    }
     names = {module: name for name, module in teacher.named_modules()}
     attentions = find_attention_modules(teacher) if student.config.echo_layers else {}
     for attention in (attentions[layer] for layer in student.config.echo_layers):
         for fused in _fused_modules(attention):
             for key, tensor in _kept_parameters(attention, fused).items():
-                state[f"{names[attention]}.{FUSED_MODULES[fused][0]}.{key}"] = tensor.detach().clone().contiguous()
+                kept = tensor.detach() if share_weights else tensor.detach().clone()
+                state[f"{names[attention]}.{FUSED_MODULES[fused][0]}.{key}"] = kept.contiguous()
     return state
 
 
@@ -930,5 +956,6 @@ __all__ = [
     "compute_attention_weights",
     "count_value_features",
     "find_attention_modules",
+    "find_output_projection",
     "recording",
 ]

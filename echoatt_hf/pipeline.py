@@ -24,30 +24,50 @@ from transformers import (
 )
 
 from .configuration_echoatt import ECHOATT_VERSION
-from .conversion import convert, count_kv_bytes_per_token
+from .conversion import ConversionReport, convert, count_kv_bytes_per_token
 from .data import collate_rows, load_documents, pack_rows, split_documents
 from .distillation import EchoAttTrainer, EchoAttTrainingArguments
 from .evaluation import evaluate_model
 from .hub import write_model_card
 from .modeling_echoatt import EchoAttForCausalLM
-from .outputs import check_output_folder, last_complete_checkpoint, replace_folder, write_whole
+from .outputs import (
+    check_output_file,
+    check_output_folder,
+    last_complete_checkpoint,
+    replace_folder,
+    whole_folder,
+    write_whole,
+)
 from .planning import plan_from_similarity
-from .settings import CompressionSettings, DataSettings, DistillationSettings, PlanSettings, StudentSettings
+from .search import PlanSearch, search_plan
+from .settings import (
+    CalibrationSettings,
+    CompressionSettings,
+    DataSettings,
+    DistillationSettings,
+    PlanSettings,
+    StudentSettings,
+)
 from .sharing import SharingPlan
 from .similarity import AttentionSimilarity, measure_attention_similarity
-from .teachers import default_device, load_model, load_tokenizer
+from .teachers import default_device, load_config, load_model, load_tokenizer
 
 
 __all__ = [
     "DistillationInterrupted",
     "analyze",
+    "choose_plan",
     "compress",
+    "convert_teacher",
     "distill",
     "distill_student",
     "format_table",
+    "load_calibration_rows",
     "load_held_out_rows",
     "load_rows",
     "make_plan",
+    "plan_teacher",
+    "resumable_search",
 ]
 
 
@@ -88,19 +108,41 @@ def compress(
         teacher = load_model(settings.teacher).to(default_device())
         tokenizer = load_tokenizer(settings.teacher, teacher)
         train_rows, held_out_rows = load_rows(settings.data, tokenizer, teacher)
+        rows = list(train_rows.take(settings.calibration.calibration_rows))
         similarity_file = work / "similarity.json"
         if not similarity_file.exists():
-            write_whole(similarity_file, analyze(teacher, train_rows, settings.plan.calibration_rows).to_json())
+            write_whole(similarity_file, analyze(teacher, rows).to_json())
         similarity = AttentionSimilarity.from_json(similarity_file)
-        plan = make_plan(settings.plan, teacher.config, similarity)
-        student, conversion = convert(teacher, plan)
+        if not (work / "converted").exists():
+            plan, search = choose_plan(
+                settings.plan, settings.calibration, teacher, rows, similarity, work / "measured.json", progress=True
+            )
+            _convert_and_write(work / "converted", teacher, plan, search, rows, similarity, settings.calibration)
+        student = load_model(work / "converted").to(default_device())
+        facts = json.loads((work / "converted" / "conversion.json").read_text())
+        plan = SharingPlan(student.config.echo_sources)
         models = _Models(teacher, student, tokenizer)
-        report = _distill_and_write(
-            work, models, train_rows, held_out_rows, settings, {"conversion": conversion.to_dict()}
-        )
+        report = _distill_and_write(work, models, train_rows, held_out_rows, settings, facts)
         write_whole(work / "student" / "similarity.json", similarity.to_json())
         similarity.plot(work / "student" / "similarity.png", plan)
     return report
+
+
+def _convert_and_write(
+    folder: Path,
+    teacher: PreTrainedModel,
+    plan: SharingPlan,
+    search: PlanSearch | None,
+    rows: list[dict],
+    similarity: AttentionSimilarity,
+    calibration: CalibrationSettings,
+) -> None:
+    """Convert, and keep the student with the facts for the report, so that a resumed run need not do it again."""
+    student, conversion = _convert(teacher, plan, rows, similarity, calibration)
+    facts = {"search": search.to_dict()} if search is not None else {}
+    with whole_folder(folder) as unfinished:
+        student.save_pretrained(unfinished)
+        write_whole(unfinished / "conversion.json", json.dumps(facts | {"conversion": conversion.to_dict()}))
 
 
 def distill_student(
@@ -301,25 +343,186 @@ def _check_row_length(settings: DataSettings, model: PreTrainedModel) -> None:
         )
 
 
-def analyze(model: PreTrainedModel, rows: Dataset | IterableDataset, calibration_rows: int) -> AttentionSimilarity:
+def load_calibration_rows(
+    settings: CompressionSettings, tokenizer: PreTrainedTokenizerBase, teacher: PreTrainedModel
+) -> list[dict]:
     """
-    Measure the attention similarity of a model's layers on its first rows, with a progress bar.
+    The first training rows: those on which [`compress`] analyzes, plans and tunes.
+
+    Args:
+        settings ([`CompressionSettings`]): which text, how long a row is, and how many rows.
+        tokenizer (`PreTrainedTokenizerBase`): the teacher's tokenizer.
+        teacher (`PreTrainedModel`): the model the rows are for, whose context they must fit.
+
+    Raises:
+        `ValueError`: the row is longer than the model's context, or the text does not fill a row.
+    """
+    _check_row_length(settings.data, teacher)
+    documents, _ = _load_both(settings.data)
+    return list(pack_rows(documents, tokenizer, settings.data.row_length).take(settings.calibration.calibration_rows))
+
+
+def analyze(model: PreTrainedModel, rows: list[dict]) -> AttentionSimilarity:
+    """
+    Measure the attention similarity of a model's layers, with a progress bar.
 
     Args:
         model (`PreTrainedModel`): the teacher.
-        rows (`Dataset` or `IterableDataset`): packed rows.
-        calibration_rows (`int`): number of rows to measure on.
+        rows (`list[dict]`): packed rows.
     """
-    first = list(rows.take(calibration_rows))
-    batches = [collate_rows(first[start : start + 4]) for start in range(0, len(first), 4)]
+    batches = [collate_rows(rows[start : start + 4]) for start in range(0, len(rows), 4)]
     return measure_attention_similarity(model, batches, progress=True)
+
+
+def plan_teacher(
+    settings: CompressionSettings, similarity: Path | None = None, state: Path | None = None
+) -> tuple[SharingPlan, PlanSearch | None]:
+    """
+    The sharing plan that [`compress`] would choose. The teacher is loaded only if something has to be measured.
+
+    Args:
+        settings ([`CompressionSettings`]): what to make; the distillation does not matter.
+        similarity (`Path`, *optional*): `similarity.json` of the teacher, measured anew if it is needed and not given.
+        state (`Path`, *optional*): file that keeps what a search has measured.
+
+    Returns:
+        `tuple`: [`SharingPlan`], and [`PlanSearch`] if there was a search.
+    """
+    measured = AttentionSimilarity.from_json(similarity) if similarity is not None else None
+    if not _needs_text(settings.plan, measured):
+        return make_plan(settings.plan, load_config(settings.teacher), measured), None
+    teacher = load_model(settings.teacher).to(default_device())
+    rows = load_calibration_rows(settings, load_tokenizer(settings.teacher, teacher), teacher)
+    measured = measured or analyze(teacher, rows)
+    return choose_plan(settings.plan, settings.calibration, teacher, rows, measured, state, progress=True)
+
+
+def convert_teacher(
+    settings: CompressionSettings, similarity: Path | None = None
+) -> tuple[EchoAttForCausalLM, ConversionReport, PreTrainedTokenizerBase]:
+    """
+    The student that [`compress`] would distil, in the dtype its teacher is stored in.
+
+    Args:
+        settings ([`CompressionSettings`]): what to make; the distillation does not matter.
+        similarity (`Path`, *optional*): `similarity.json` of the teacher, measured anew if it is needed and not given.
+
+    Returns:
+        `tuple`: the student, [`ConversionReport`], and the tokenizer.
+    """
+    calibration = settings.calibration
+    measured = AttentionSimilarity.from_json(similarity) if similarity is not None else None
+    teacher = load_model(settings.teacher, dtype="auto").to(default_device())
+    tokenizer, rows = load_tokenizer(settings.teacher, teacher), None
+    if calibration.align or calibration.refit or _needs_text(settings.plan, measured):
+        rows = load_calibration_rows(settings, tokenizer, teacher)
+        measured = measured or analyze(teacher, rows)
+    plan, _ = choose_plan(settings.plan, calibration, teacher, rows, measured, progress=True)
+    return *_convert(teacher, plan, rows, measured, calibration), tokenizer
+
+
+def _needs_text(settings: PlanSettings, measured: AttentionSimilarity | None) -> bool:
+    return settings.plan == "effect" or settings.plan == "similarity" and measured is None
+
+
+def _convert(
+    teacher: PreTrainedModel,
+    plan: SharingPlan,
+    rows: list[dict] | None,
+    similarity: AttentionSimilarity | None,
+    calibration: CalibrationSettings,
+) -> tuple[EchoAttForCausalLM, ConversionReport]:
+    is_tuned = calibration.align or calibration.refit
+    return convert(
+        teacher,
+        plan,
+        rows if is_tuned else None,
+        similarity=similarity,
+        align=calibration.align,
+        refit=calibration.refit,
+        progress=True,
+    )
+
+
+@contextmanager
+def resumable_search(
+    settings: CompressionSettings, output: Path | None, overwrite: bool, resume: bool
+) -> Iterator[Path | None]:
+    """The file beside `output` in which a search keeps what it has measured; it goes when the block ends well."""
+    if output is None or settings.plan.plan != "effect":
+        yield None
+        return
+    work = _open_work_folder(output, settings.to_json(), overwrite, resume, check_output_file)
+    state = work / "measured.json"
+    try:
+        yield state
+    except Exception:
+        if not state.exists():
+            shutil.rmtree(work, ignore_errors=True)
+        raise
+    shutil.rmtree(work)
+
+
+def choose_plan(
+    settings: PlanSettings,
+    calibration: CalibrationSettings,
+    teacher: PreTrainedModel,
+    rows: list[dict] | None,
+    similarity: AttentionSimilarity | None,
+    state: Path | None = None,
+    *,
+    progress: bool = False,
+) -> tuple[SharingPlan, PlanSearch | None]:
+    """
+    The sharing plan for a teacher, by any rule.
+
+    Args:
+        settings ([`PlanSettings`]):
+            The rule, indices or file.
+        calibration ([`CalibrationSettings`]):
+            How students are tuned.
+        teacher (`PreTrainedModel`):
+            The model that is to be converted.
+        rows (`list[dict]`, *optional*):
+            Calibration rows, needed for the plan `"effect"`.
+        similarity ([`AttentionSimilarity`], *optional*):
+            Of the teacher, needed for the plans `"effect"` and `"similarity"`.
+        state (`Path`, *optional*):
+            File that keeps what a search has measured.
+        progress (`bool`, *optional*, defaults to `False`):
+            Show progress bars.
+
+    Returns:
+        `tuple`: [`SharingPlan`], and [`PlanSearch`] if there was a search.
+
+    Raises:
+        `ValueError`: the plan cannot be read, or does not fit the model.
+    """
+    if settings.plan != "effect":
+        return make_plan(settings, teacher.config, similarity), None
+    _check_rule(settings)
+    search = search_plan(
+        teacher,
+        rows,
+        similarity,
+        ratio=settings.ratio,
+        protected_layers=settings.protected_layers,
+        block_size=settings.block_size,
+        search_rows=settings.search_rows,
+        width=settings.search_width,
+        align=calibration.align,
+        refit=calibration.refit,
+        state=state,
+        progress=progress,
+    )
+    return search.plan, search
 
 
 def make_plan(
     settings: PlanSettings, config: PreTrainedConfig, similarity: AttentionSimilarity | None = None
 ) -> SharingPlan:
     """
-    The sharing plan for a model, from what a user gives.
+    The sharing plan for a model that need not be loaded: by any rule but `"effect"`.
 
     Args:
         settings ([`PlanSettings`]):
@@ -334,8 +537,12 @@ def make_plan(
     """
     config = config.get_text_config()
     num_layers, layer_types = config.num_hidden_layers, getattr(config, "layer_types", None)
-    if settings.threshold is not None and settings.plan != "similarity":
-        raise ValueError("A threshold needs the plan 'similarity'.")
+    _check_rule(settings)
+    constraints = {
+        "protected_layers": settings.protected_layers,
+        "block_size": settings.block_size,
+        "layer_types": layer_types,
+    }
     if settings.plan == "similarity":
         if similarity is None:
             raise ValueError("The plan 'similarity' needs a measured similarity: run `echoatt analyze` first.")
@@ -343,15 +550,20 @@ def make_plan(
             similarity.layers.tolist(),
             ratio=settings.ratio if settings.threshold is None else None,
             threshold=settings.threshold,
-            layer_types=layer_types,
+            **constraints,
         )
     if settings.plan == "blocks":
-        return SharingPlan.from_ratio(num_layers, settings.ratio, layer_types=layer_types)
+        return SharingPlan.from_ratio(num_layers, settings.ratio, **constraints)
     is_file = settings.plan.endswith(".json")
     sources = list(SharingPlan.from_json(settings.plan)) if is_file else parse_sources(settings.plan)
     if len(sources) != num_layers:
         raise ValueError(f"The plan has {len(sources)} layers and the model {num_layers}: give one source per layer.")
     return SharingPlan(sources, layer_types)
+
+
+def _check_rule(settings: PlanSettings) -> None:
+    if settings.threshold is not None and settings.plan != "similarity":
+        raise ValueError("A threshold needs the plan 'similarity'.")
 
 
 def parse_sources(text: str) -> list[int]:
@@ -360,7 +572,7 @@ def parse_sources(text: str) -> list[int]:
         return [int(part) for part in text.split(",")]
     except ValueError:
         raise ValueError(
-            f"The plan {text!r} is not understood: give 'similarity', 'blocks', source indices such as 0,1,1,1,4, or "
+            f"The plan {text!r} is not understood: give 'effect', 'similarity', 'blocks', source indices such as 0,1,1,1,4, or "
             "a .json file."
         ) from None
 
@@ -537,9 +749,15 @@ def _unfinished_run(output: Path, settings: str, overwrite: bool, resume: bool) 
     shutil.rmtree(work)
 
 
-def _open_work_folder(output: Path, settings: str, overwrite: bool, resume: bool) -> Path:
+def _open_work_folder(
+    output: Path,
+    settings: str,
+    overwrite: bool,
+    resume: bool,
+    check_output: Callable[[Path, bool], None] = check_output_folder,
+) -> Path:
     """The folder of an unfinished run: a new one, or the one to resume, which must have been made by equal settings."""
-    check_output_folder(output, overwrite or resume)
+    check_output(output, overwrite or resume)
     work = output.with_name(output.name + ".partial")
     file = work / "settings.json"
     if file.exists() and resume:
@@ -554,7 +772,7 @@ def _open_work_folder(output: Path, settings: str, overwrite: bool, resume: bool
             f"{str(work)!r} holds an unfinished run: continue it with --resume, or start anew with --overwrite."
         )
     if resume:
-        check_output_folder(output, overwrite)
+        check_output(output, overwrite)
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
     write_whole(file, settings)

@@ -1,5 +1,6 @@
 """From a similarity matrix to a sharing plan."""
 
+import math
 from collections.abc import Sequence
 
 from .sharing import SharingPlan, count_echo_layers, inner_groups
@@ -15,6 +16,7 @@ def plan_from_similarity(
     threshold: float | None = None,
     protected_layers: int = 1,
     layer_types: Sequence[str] | None = None,
+    block_size: int | None = None,
 ) -> SharingPlan:
     """
     The plan of consecutive blocks whose echoes are most similar to their sources.
@@ -35,6 +37,8 @@ def plan_from_similarity(
             Layers kept plain at either end.
         layer_types (sequence of `str`, *optional*):
             Attention type of each layer. In families that mix them, blocks are consecutive among those of one type.
+        block_size (`int`, *optional*):
+            Most layers in a block, its source included.
 
     Returns:
         [`SharingPlan`]
@@ -45,14 +49,16 @@ def plan_from_similarity(
     """
     if (ratio is None) == (threshold is None):
         raise ValueError("Give either a ratio or a threshold.")
+    if block_size is not None and block_size < 2:
+        raise ValueError(f"block_size is {block_size}; it must be at least 2, a source and one echo.")
     num_layers = len(similarity)
     groups = inner_groups(num_layers, protected_layers, layer_types)
-    capacity = sum(len(group) - 1 for group in groups)
+    capacity = sum(_capacity(len(group), block_size) for group in groups)
     offset = 0.0 if threshold is None else threshold
     # best[e]: largest total and its blocks with e echo layers in the groups seen so far.
     best: dict[int, tuple[float, list[list[int]]]] = {0: (0.0, [])}
     for group in groups:
-        options = _best_blocks(group, similarity, offset, only_positive=threshold is not None)
+        options = _best_blocks(group, similarity, offset, threshold is not None, block_size)
         merged: dict[int, tuple[float, list[list[int]]]] = {}
         for done, (total, blocks) in best.items():
             for more, (gain, added) in options.items():
@@ -82,8 +88,17 @@ def plan_from_similarity(
     return SharingPlan(sources, layer_types)
 
 
+def _capacity(layers: int, block_size: int | None) -> int:
+    """Most echo layers in a group of layers."""
+    return layers - math.ceil(layers / min(block_size or layers, layers))
+
+
 def _best_blocks(
-    group: list[int], similarity: Sequence[Sequence[float]], offset: float, only_positive: bool
+    group: list[int],
+    similarity: Sequence[Sequence[float]],
+    offset: float,
+    only_positive: bool,
+    block_size: int | None,
 ) -> dict[int, tuple[float, list[list[int]]]]:
     """For each possible number of echo layers in `group`: the largest total gain and the blocks that give it."""
     # tails[i]: the same for the layers group[i:].
@@ -91,7 +106,7 @@ def _best_blocks(
     for start in reversed(range(len(group))):
         here = dict(tails[start + 1])  # group[start] stays plain
         gain = 0.0
-        for end in range(start + 1, len(group)):
+        for end in range(start + 1, min(len(group), start + (block_size or len(group)))):
             step = float(similarity[group[end]][group[start]]) - offset
             if only_positive and step < 0:
                 break

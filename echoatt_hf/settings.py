@@ -8,7 +8,14 @@ from .data import STDLIB
 from .teachers import BUILTIN_TEACHER
 
 
-__all__ = ["CompressionSettings", "DataSettings", "DistillationSettings", "PlanSettings", "StudentSettings"]
+__all__ = [
+    "CalibrationSettings",
+    "CompressionSettings",
+    "DataSettings",
+    "DistillationSettings",
+    "PlanSettings",
+    "StudentSettings",
+]
 
 
 def setting(default: Any, text: str) -> Any:
@@ -41,22 +48,44 @@ class DataSettings:
 
 
 @dataclass(frozen=True)
+class CalibrationSettings:
+    """How a student is tuned to its teacher before any training. Each field's `metadata["help"]` says what it is for."""
+
+    calibration_rows: int = setting(
+        64, "Rows on which similarity is measured, plans are compared and students tuned; a quarter is held out."
+    )
+    align: bool = setting(True, "Align the heads of echo layers with those of their sources.")
+    refit: bool = setting(True, "Refit the output projections of echo layers in closed form.")
+
+    def __post_init__(self):
+        _check_at_least_one(self, "calibration_rows")
+
+
+@dataclass(frozen=True)
 class PlanSettings:
     """Which layers share. Each field's `metadata["help"]` says what it is for."""
 
     plan: str = setting(
-        "similarity",
-        "'similarity' (the blocks whose attention is most similar), 'blocks' (the paper's rule), source indices such "
-        "as 0,1,1,1,4, or a .json file that `echoatt plan` wrote.",
+        "effect",
+        "'effect' (searched: what changes the predictions least), 'similarity' (the blocks whose attention is most "
+        "similar), 'blocks' (the paper's rule), source indices such as 0,1,1,1,4, or a .json file that `echoatt plan` "
+        "wrote.",
     )
-    ratio: float = setting(0.41, "Sharing ratio, echo layers / layers, for 'similarity' and 'blocks'.")
+    ratio: float = setting(0.41, "Sharing ratio, echo layers / layers, for 'effect', 'similarity' and 'blocks'.")
     threshold: float | None = setting(
         None, "With 'similarity': least similarity of an echo to its source, in place of the ratio."
     )
-    calibration_rows: int = setting(32, "Rows on which similarity is measured.")
+    protected_layers: int = setting(
+        1, "Layers at either end that do not echo, for 'effect', 'similarity' and 'blocks'."
+    )
+    block_size: int | None = setting(
+        None, "Most layers in a block, its source included, for 'effect' and 'similarity'; their number for 'blocks'."
+    )
+    search_rows: int = setting(8, "With 'effect': rows on which a plan is measured.")
+    search_width: int = setting(16, "With 'effect': candidates measured for each echo layer but the first.")
 
     def __post_init__(self):
-        _check_at_least_one(self, "calibration_rows")
+        _check_at_least_one(self, "search_rows", "search_width")
 
 
 @dataclass(frozen=True)
@@ -114,6 +143,7 @@ class CompressionSettings(_RunSettings):
     teacher: str = BUILTIN_TEACHER
     data: DataSettings = field(default_factory=DataSettings)
     plan: PlanSettings = field(default_factory=PlanSettings)
+    calibration: CalibrationSettings = field(default_factory=CalibrationSettings)
     distillation: DistillationSettings = field(default_factory=DistillationSettings)
 
 

@@ -156,13 +156,19 @@ def test_steps_one_by_one_equal_the_pipeline(compressed, workplace):
     run = {"cwd": workplace}
     echoatt("analyze", "teacher", "--data", "text", *FAST[:6], "--output", "analysis", **run)
     result = echoatt(
-        "plan", "teacher", "--similarity", "analysis/similarity.json", "--ratio", 0.34, "--output", "plan.json", **run
-    )
-    assert "layers echo" in result.stdout
+        "plan", "teacher", "--similarity", "analysis/similarity.json", "--ratio", 0.34, "--data", "text", *FAST[:6],
+        "--output", "plan.json", **run,
+    )  # fmt: skip
+    assert "layers echo" in result.stdout and "KL of plans by effect" in result.stdout
     plan = json.loads((workplace / "plan.json").read_text())
     assert plan == json.loads((folder / "sharing_plan.json").read_text())
-    result = echoatt("convert", "teacher", "--plan", "plan.json", "--output", "converted", **run)
-    assert "dropped" in result.stdout and "parameters" in result.stdout
+    result = echoatt(
+        "convert", "teacher", "--plan", "plan.json", "--similarity", "analysis/similarity.json", "--data", "text", *FAST[:6],
+        "--output", "converted", **run,
+    )  # fmt: skip
+    assert "dropped" in result.stdout and "parameters" in result.stdout and "outputs refitted" in result.stdout
+    conversion = json.loads((workplace / "converted" / "conversion.json").read_text())
+    assert conversion == json.loads((folder / "report.json").read_text())["conversion"]
     echoatt(
         "distill", "converted", "--teacher", "teacher", "--data", "text", "--steps", 24, "--learning-rate", 3e-3, "--warmup-steps", 1, *FAST[:4],
         "--batch-size", 4, "--output", "distilled", **run,
@@ -268,7 +274,11 @@ BAD_INPUT = {
     "plan that chains": (["--plan", "0,1,1,2,4,5"], "itself an echo"),
     "plan file that is none": (["--plan", "plan-broken.json"], "not a sharing plan"),
     "plan file that is missing": (["--plan", "plan-missing.json"], "plan-missing.json"),
-    "threshold nobody reaches": (["--threshold", "2"], "Lower the threshold"),
+    "threshold nobody reaches": (["--plan", "similarity", "--threshold", "2"], "Lower the threshold"),
+    "threshold without similarity": (["--threshold", "0.5"], "needs the plan 'similarity'"),
+    "one row to calibrate on": (["--calibration-rows", "1"], "at least 2 rows"),
+    "no row to search on": (["--search-rows", "0"], "search_rows is 0"),
+    "block of one": (["--block-size", "1"], "block_size is 1"),
     "row longer than the context": (["--row-length", "65"], "context is 64"),
     "no steps": (["--steps", "0"], "steps is 0"),
     "batch that cannot be split": (["--batch-size", "4", "--accumulation-steps", "3"], "does not divide"),
@@ -336,13 +346,14 @@ def test_tokenizer_that_does_not_fit_is_refused(workplace, tmp_path, run_in_proc
 def test_overwrite_replaces_and_a_student_cannot_be_a_teacher(compressed, workplace, tmp_path, run_in_process):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine.txt").write_text("keep")
-    convert = ["convert", workplace / "teacher", "--plan", "blocks", "--ratio", "0.34", "--output", tmp_path / "out"]
+    blocks = ["--plan", "blocks", "--ratio", "0.34", "--data", workplace / "text", *FAST[:6]]
+    convert = ["convert", workplace / "teacher", *blocks, "--output", tmp_path / "out"]
     assert_one_line_error(run_in_process(*convert), "--overwrite")
     assert (tmp_path / "out" / "mine.txt").read_text() == "keep"
     assert run_in_process(*convert, "--overwrite").returncode == 0
     assert not (tmp_path / "out" / "mine.txt").exists()
     assert (tmp_path / "out" / "config.json").exists()
-    again = ["convert", tmp_path / "out", "--plan", "blocks", "--ratio", "0.34", "--output", tmp_path / "again"]
+    again = ["convert", tmp_path / "out", *blocks, "--output", tmp_path / "again"]
     assert_one_line_error(run_in_process(*again), "already an EchoAtt student")
 
 
@@ -405,7 +416,10 @@ def test_full_disk_while_saving_keeps_the_old_student(workplace, tmp_path, monke
     from echoatt_hf import EchoAttForCausalLM
 
     output = tmp_path / "out"
-    convert = ["convert", workplace / "teacher", "--plan", "blocks", "--ratio", "0.34", "--output", output]
+    convert = [
+        "convert", workplace / "teacher", "--plan", "blocks", "--ratio", "0.34", "--no-align", "--no-refit",
+        "--output", output,
+    ]  # fmt: skip
     assert run_in_process(*convert).returncode == 0
     before = files_of(output)
 

@@ -187,7 +187,7 @@ def test_measures_in_evaluation_mode(measured):
 def test_student_is_refused(tiny_teacher):
     student = EchoAttForCausalLM.from_teacher(tiny_teacher, [0, 1, 1, 1, 4]).train()
     logits = student(**BATCHES[0]).logits
-    with pytest.raises(ValueError, match="already shares attention: analyze the model it was made from"):
+    with pytest.raises(ValueError, match="already an EchoAtt student: give the model it was made from"):
         measure_attention_similarity(student, BATCHES)
     assert student.config._attn_implementation == "sdpa"
     assert student.training

@@ -1,0 +1,282 @@
+"""Closed-form refit: the output projections of echo layers, by ridge regression on the teacher's attention output."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from .alignment import EchoParameters, align_layer, get_parameters, set_parameters
+from .data import collate_rows
+from .evaluation import inference
+from .modeling_echoatt import (
+    EchoAttention,
+    EchoAttForCausalLM,
+    EchoRecords,
+    find_attention_modules,
+    find_output_projection,
+    recording,
+)
+from .similarity import AttentionSimilarity
+
+
+__all__ = ["refit_outputs"]
+
+# Regularisation that is tried, in units of the mean eigenvalue of the normal equations.
+RIDGES = tuple(10.0**exponent for exponent in range(-6, 3))
+
+
+def refit_outputs(
+    student: EchoAttForCausalLM,
+    teacher: PreTrainedModel,
+    rows: Sequence[dict],
+    held_out_rows: Sequence[dict],
+    *,
+    batch_size: int = 8,
+    progress: bool = False,
+) -> dict[int, float]:
+    """
+    Refit the output projections of the echo layers, in place: what the heads of a layer put out with the attention
+    weights of another is combined so that it comes as close as possible to what the teacher's layer puts out.
+
+    Layer by layer from below, as each layer sees what the refitted ones below it give. Ridge regression of what is
+    missing on the head outputs, so that strong regularisation gives back the weights that were copied. Its strength is
+    chosen on rows held out; where none lowers the error there, the layer keeps its weights.
+
+    Args:
+        student ([`EchoAttForCausalLM`]):
+            A student that has just been converted. Parameters that change are replaced, not written to.
+        teacher (`PreTrainedModel`):
+            The model it was made from.
+        rows (sequence of `dict`):
+            Rows with `input_ids` of T tokens, as returned by [`pack_rows`]. A few times as many tokens as a layer has
+            head features are needed.
+        held_out_rows (sequence of `dict`):
+            Other rows, on which the regularisation is chosen.
+        batch_size (`int`, *optional*, defaults to 8):
+            Rows in a forward pass.
+        progress (`bool`, *optional*, defaults to `False`):
+            Show a progress bar.
+
+    Returns:
+        `dict[int, float]`: for each echo layer the squared error of its attention output on the rows held out, as a
+        share of what it was before; 1 where the weights are kept.
+
+    Raises:
+        `ValueError`: there are no rows, or none held out.
+    """
+    if not rows or not held_out_rows:
+        raise ValueError(f"A refit needs rows and held-out rows; there are {len(rows)} and {len(held_out_rows)}.")
+    errors = {}
+    with inference(student, teacher):
+        for layer in tqdm(student.config.echo_layers, desc="refit", disable=not progress, leave=False):
+            projection = find_output_projection(find_attention_modules(student.language_model)[layer])
+            target = find_output_projection(find_attention_modules(teacher)[layer])
+            train, held_out = (
+                _accumulate((student, projection), (teacher, target), _batches(part, batch_size))
+                for part in (rows, held_out_rows)
+            )
+            change, errors[layer] = _solve(train, held_out)
+            if change is not None:
+                _add(projection, change)
+    return errors
+
+
+def tune_pairs(
+    teacher: PreTrainedModel,
+    similarity: AttentionSimilarity,
+    pairs: Sequence[tuple[int, int]],
+    rows: Sequence[dict],
+    held_out_rows: Sequence[dict],
+    *,
+    align: bool = True,
+    refit: bool = True,
+    batch_size: int = 8,
+    progress: bool = False,
+) -> dict[tuple[int, int], EchoParameters]:
+    """
+    Align and refit layers for every source they may echo, each by itself: with the inputs that it has in the teacher.
+
+    Args:
+        teacher (`PreTrainedModel`):
+            A causal language model of a supported family.
+        similarity ([`AttentionSimilarity`]):
+            Of the teacher.
+        pairs (sequence of `tuple[int, int]`):
+            Pairs of an echo and its source.
+        rows, held_out_rows, batch_size, progress:
+            As in [`refit_outputs`].
+        align, refit (`bool`, *optional*, defaults to `True`):
+            What to do.
+
+    Returns:
+        `dict`: for each pair the parameters of the echo's attention. Those that stay as they are are the teacher's own.
+    """
+    sources = {echo: [source for other, source in pairs if other == echo] for echo, _ in pairs}
+    plan = [sources.get(layer, [layer])[0] for layer in range(len(similarity.heads))]
+    student = EchoAttForCausalLM.from_teacher(teacher, plan, share_weights=True)
+    echoes, tuned = find_attention_modules(student.language_model), {}
+    for layer in tqdm(sources, desc="tune pairs", disable=not progress, leave=False):
+        original = get_parameters(echoes[layer])
+        for source in sources[layer]:
+            set_parameters(echoes[layer], original)
+            if align:
+                align_layer(echoes[layer], similarity.heads[source, layer])
+            tuned[layer, source] = get_parameters(echoes[layer])
+        if refit:
+            with inference(teacher, student):
+                _refit_pairs(teacher, echoes[layer], sources[layer], tuned, (rows, held_out_rows), batch_size)
+    return tuned
+
+
+def _refit_pairs(
+    teacher: PreTrainedModel,
+    echo: EchoAttention,
+    sources: list[int],
+    tuned: dict[tuple[int, int], EchoParameters],
+    parts: tuple[Sequence[dict], Sequence[dict]],
+    batch_size: int,
+) -> None:
+    """Refit one echo for each of its sources, in `tuned`."""
+    layer, projection = echo.layer_idx, find_output_projection(echo)
+    equations = {source: (_NormalEquations(), _NormalEquations()) for source in sources}
+    for part, rows in enumerate(parts):
+        for input_ids in _batches(rows, batch_size):
+            records, (args, kwargs), expected = _record_layer(teacher, layer, input_ids)
+            for source in sources:
+                set_parameters(echo, tuned[layer, source])
+                own = EchoRecords()
+                own.record(echo.echo_source, records.get(source, expected.device))
+                kwargs["echo_records"] = own
+                inputs, output = run_until(projection, partial(echo, *args, **kwargs))
+                equations[source][part].add(projection, inputs, expected - output)
+    for source in sources:
+        set_parameters(echo, tuned[layer, source])
+        change, _ = _solve(*equations[source])
+        if change is not None:
+            _add(projection, change)
+        tuned[layer, source] = get_parameters(echo)
+
+
+def _record_layer(teacher: PreTrainedModel, layer: int, input_ids: torch.Tensor):
+    """Records of the layers up to `layer`, the arguments of its attention, and what its output projection puts out."""
+    attentions, call, records = find_attention_modules(teacher), [], EchoRecords()
+
+    def remember(module, args, kwargs):
+        call.extend((args, dict(kwargs)))
+
+    handle = attentions[layer].register_forward_pre_hook(remember, with_kwargs=True)
+    try:
+        with recording(attentions.values()):
+            _, expected = run_until(
+                find_output_projection(attentions[layer]),
+                partial(teacher, input_ids=input_ids.to(teacher.device), use_cache=False, echo_records=records),
+            )
+    finally:
+        handle.remove()
+    return records, call, expected
+
+
+def hold_out(rows: Sequence[dict]) -> tuple[Sequence[dict], Sequence[dict]]:
+    """Calibration rows to fit on, and the last quarter, to judge by. Raises `ValueError` if there are not two rows."""
+    if len(rows) < 2:
+        raise ValueError(f"Calibration needs at least 2 rows, some of them held out; there are {len(rows)}.")
+    count = max(len(rows) // 4, 1)
+    return rows[:-count], rows[-count:]
+
+
+@dataclass
+class _NormalEquations:
+    """Sums over tokens for the regression of what is missing, R `(N, O)`, on head outputs X `(N, I)`, in float64."""
+
+    gram: torch.Tensor | float = 0.0  # Xᵀ X
+    cross: torch.Tensor | float = 0.0  # Xᵀ R
+    squares: torch.Tensor | float = 0.0  # sum of R²
+
+    def add(self, projection: nn.Module, inputs: torch.Tensor, missing: torch.Tensor) -> None:
+        """Add the tokens of a batch: inputs of the projection and what its output lacks."""
+        inputs, missing = inputs.double(), missing.double()
+        if getattr(projection, "bias", None) is not None:
+            inputs = torch.cat([inputs, inputs.new_ones(len(inputs), 1)], dim=-1)
+        self.gram = self.gram + inputs.T @ inputs
+        self.cross = self.cross + inputs.T @ missing
+        self.squares = self.squares + missing.square().sum()
+
+    def error(self, change: torch.Tensor) -> float:
+        """Squared error with the change `(I, O)`, as a share of that without."""
+        error = self.squares - 2 * (change * self.cross).sum() + (change * (self.gram @ change)).sum()
+        return (error / self.squares.clamp_min(torch.finfo(torch.float64).tiny)).item()
+
+
+def _accumulate(
+    student: tuple[PreTrainedModel, nn.Module],
+    teacher: tuple[PreTrainedModel, nn.Module],
+    batches: Iterable[torch.Tensor],
+) -> _NormalEquations:
+    """Normal equations of one layer; models come with the output projection of that layer."""
+    equations = _NormalEquations()
+    for input_ids in batches:
+        (inputs, output), (_, expected) = (
+            run_until(module, partial(model, input_ids=input_ids.to(model.device), use_cache=False))
+            for model, module in (student, teacher)
+        )
+        equations.add(student[1], inputs, expected.to(output.device) - output)
+    return equations
+
+
+def _solve(train: _NormalEquations, held_out: _NormalEquations) -> tuple[torch.Tensor | None, float]:
+    """The change `(I, O)` of the best ridge and its error on what is held out; `None` if no change lowers it."""
+    values, vectors = torch.linalg.eigh(train.gram)
+    rotated, scale = vectors.T @ train.cross, values.mean()
+    best, least = None, 1.0
+    for ridge in RIDGES:
+        change = vectors @ (rotated / (values.clamp_min(0) + ridge * scale)[:, None])
+        error = held_out.error(change)
+        if error < least:
+            best, least = change, error
+    return best, least
+
+
+def _add(projection: nn.Module, change: torch.Tensor) -> None:
+    """Add a change `(I, O)`, with a last row for the bias if there is one, to an output projection."""
+    features = change[: projection.weight.shape[0 if isinstance(projection, Conv1D) else 1]]
+    changes = {"weight": features if isinstance(projection, Conv1D) else features.T, "bias": change[-1]}
+    for name, parameter in list(projection.named_parameters()):
+        changed = (parameter.double() + changes[name].to(parameter.device)).to(parameter.dtype)
+        setattr(projection, name, nn.Parameter(changed.contiguous(), requires_grad=parameter.requires_grad))
+
+
+class _Reached(Exception):
+    """A forward pass has come to the module that was asked for."""
+
+
+def run_until(module: nn.Module, forward: Callable[[], object]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Run a forward pass no further than `module`. Returns its inputs `(N, I)` and outputs `(N, O)` for all tokens."""
+    found = []
+
+    def stop(module, args, output):
+        found.extend(tensor.detach().flatten(0, -2) for tensor in (args[0], output))
+        raise _Reached
+
+    with _hooked(module, stop), suppress(_Reached):
+        forward()
+    return found[0], found[1]
+
+
+@contextmanager
+def _hooked(module: nn.Module, hook) -> Iterator[None]:
+    handle = module.register_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _batches(rows: Sequence[dict], batch_size: int) -> Iterator[torch.Tensor]:
+    for start in range(0, len(rows), batch_size):
+        yield collate_rows(list(rows[start : start + batch_size]))["input_ids"]

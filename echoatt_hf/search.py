@@ -1,0 +1,267 @@
+"""Plan search by effect: which layers echo which, by what it does to the model's predictions."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from .alignment import EchoParameters, set_parameters
+from .data import collate_rows
+from .evaluation import inference
+from .losses import kl_divergence
+from .modeling_echoatt import EchoAttForCausalLM, find_attention_modules
+from .outputs import write_whole
+from .planning import plan_from_similarity
+from .refit import hold_out, tune_pairs
+from .sharing import SharingPlan, count_echo_layers, inner_groups
+from .similarity import AttentionSimilarity
+
+
+__all__ = ["PlanSearch", "search_plan"]
+
+
+@dataclass(frozen=True)
+class PlanSearch:
+    """
+    A plan found by its measured effect, and how.
+
+    Args:
+        plan ([`SharingPlan`]): the plan.
+        rounds (`list[dict]`): the echo layer that each round added, its source, and the KL of the plan so far.
+        kl (`dict[str, float]`): KL(teacher || student) without training, in nats per token, of this plan (`"effect"`), of
+            the one that similarity chooses (`"similarity"`) and of the paper's blocks (`"blocks"`), where they exist.
+        forwards (`int`): students that were measured.
+        tokens (`int`): tokens in each of these forward passes.
+    """
+
+    plan: SharingPlan
+    rounds: list[dict]
+    kl: dict[str, float]
+    forwards: int
+    tokens: int
+
+    def to_dict(self) -> dict:
+        """Everything as JSON can hold it."""
+        return {
+            "rounds": self.rounds,
+            "kl": self.kl,
+            "forwards": self.forwards,
+            "tokens": self.tokens,
+        }
+
+    def __str__(self) -> str:
+        lines = ["echo  source  KL (nats)"]
+        lines += [f"{each['echo']:4}  {each['source']:6}  {each['kl']:.4f}" for each in self.rounds]
+        others = ", ".join(f"{name} {value:.4f}" for name, value in self.kl.items())
+        return "\n".join([*lines, f"KL of plans by {others}; {self.forwards} forwards of {self.tokens:,} tokens"])
+
+
+def search_plan(
+    teacher: PreTrainedModel,
+    rows: Sequence[dict],
+    similarity: AttentionSimilarity,
+    *,
+    ratio: float,
+    protected_layers: int = 1,
+    block_size: int | None = None,
+    search_rows: int = 8,
+    width: int = 16,
+    align: bool = True,
+    refit: bool = True,
+    state: Path | None = None,
+    progress: bool = False,
+) -> PlanSearch:
+    """
+    Search for the plan that changes a model's predictions least.
+
+    Greedy: each round adds the echo layer, with the source, that raises KL(teacher || student) least. The first round
+    measures every pair of an echo and an earlier layer of its type, the following ones the `width` pairs that looked
+    best when they were last measured. Students are measured without training, with each echo layer tuned to its source
+    by itself, see [`tune_pairs`].
+
+    Args:
+        teacher (`PreTrainedModel`):
+            A causal language model of a supported family.
+        rows (sequence of `dict`):
+            Calibration text: rows with `input_ids` of T tokens, as returned by [`pack_rows`]. Layers are refitted on the
+            first three quarters, plans are measured on the rest.
+        similarity ([`AttentionSimilarity`]):
+            Of the teacher, for the alignment of heads.
+        ratio (`float`):
+            Sharing ratio, echo layers / layers.
+        protected_layers (`int`, *optional*, defaults to 1):
+            Layers at either end that do not echo. They may be sources, which changes nothing about them.
+        block_size (`int`, *optional*):
+            Most layers in a block, its source included.
+        search_rows (`int`, *optional*, defaults to 8):
+            Most rows to measure plans on, whose teacher logits are kept in memory. 8 rows of 256 tokens tell pairs apart.
+        width (`int`, *optional*, defaults to 16):
+            Pairs measured in each round but the first.
+        align, refit (`bool`, *optional*, defaults to `True`):
+            Measure with aligned heads, with refitted output projections.
+        state (`Path`, *optional*):
+            JSON file that keeps what was measured. If it is there, nothing in it is measured again.
+        progress (`bool`, *optional*, defaults to `False`):
+            Show a progress bar.
+
+    Returns:
+        [`PlanSearch`]
+
+    Raises:
+        `ValueError`: the family is not supported, a number is out of range, or the ratio is impossible for the model.
+    """
+    _check_numbers(search_rows, width, block_size)
+    train, held_out = hold_out(rows)
+    config = teacher.config.get_text_config()
+    layer_types = getattr(config, "layer_types", None)
+    space = _Space(config.num_hidden_layers, protected_layers, layer_types, block_size)
+    count = count_echo_layers(config.num_hidden_layers, ratio, space.capacity)
+    pairs = space.pairs(list(range(config.num_hidden_layers)))
+    tuned = tune_pairs(teacher, similarity, pairs, train, held_out, align=align, refit=refit, progress=progress)
+    bar = tqdm(total=len(pairs) + (count - 1) * width, desc="search", disable=not progress, leave=False)
+    with bar, inference(teacher):
+        measure = _Measure(teacher, held_out[:search_rows], tuned, state, bar)
+        plan, rounds = list(range(config.num_hidden_layers)), []
+        increase = dict.fromkeys(pairs, 0.0)  # of KL by each pair, when last measured
+        current = 0.0
+        for _ in range(count):
+            allowed = sorted(space.pairs(plan), key=increase.__getitem__)
+            results = {}
+            for echo, source in allowed if not rounds else allowed[:width]:
+                results[echo, source] = measure(_with(plan, echo, source))
+                increase[echo, source] = results[echo, source] - current
+            if not results:
+                raise ValueError(
+                    f"Blocks of at most {block_size} layers leave no room for {count} echo layers: {len(rounds)} fit on "
+                    "the way of this search. Allow larger blocks or a smaller ratio."
+                )
+            echo, source = min(results, key=results.get)
+            plan, current = _with(plan, echo, source), results[echo, source]
+            rounds.append({"echo": echo, "source": source, "kl": current})
+        found = {"effect": (SharingPlan(plan, layer_types), current)}
+        for name, other in space.other_plans(similarity, ratio).items():
+            found[name] = (other, measure(list(other)))
+    best = min(found.values(), key=lambda item: item[1])[0]
+    kl = {name: value for name, (_, value) in found.items()}
+    return PlanSearch(best, rounds, kl, len(measure.known), measure.tokens)
+
+
+class _Space:
+    """The plans that are allowed."""
+
+    def __init__(
+        self, num_layers: int, protected_layers: int, layer_types: Sequence[str] | None, block_size: int | None
+    ):
+        self._num_layers, self._protected, self._types = num_layers, protected_layers, layer_types
+        self._block_size = block_size
+        inner = inner_groups(num_layers, protected_layers, layer_types)
+        types = layer_types or [None] * num_layers
+        self._sources = {
+            echo: [layer for layer in range(echo) if types[layer] == types[echo]] for group in inner for echo in group
+        }
+
+    @property
+    def capacity(self) -> int:
+        """Most layers that can echo, in blocks of any size."""
+        return sum(bool(sources) for sources in self._sources.values())
+
+    def pairs(self, plan: list[int]) -> list[tuple[int, int]]:
+        """The pairs of an echo and a source that may be added to a plan."""
+        most = self._block_size or len(plan)
+        return [
+            (echo, source)
+            for echo, sources in self._sources.items()
+            if plan[echo] == echo
+            for source in sources
+            if plan[source] == source and plan.count(source) + plan.count(echo) <= most
+        ]
+
+    def other_plans(self, similarity: AttentionSimilarity, ratio: float) -> dict[str, SharingPlan]:
+        """What the other rules choose, where they can."""
+        rules = {
+            "similarity": lambda: plan_from_similarity(
+                similarity.layers.tolist(),
+                ratio=ratio,
+                protected_layers=self._protected,
+                layer_types=self._types,
+                block_size=self._block_size,
+            ),
+            "blocks": lambda: SharingPlan.from_ratio(
+                self._num_layers,
+                ratio,
+                protected_layers=self._protected,
+                layer_types=self._types,
+                block_size=self._block_size,
+            ),
+        }
+        plans = {}
+        for name, rule in rules.items():
+            try:
+                plans[name] = rule()
+            except ValueError:  # a ratio that only scattered blocks can reach
+                continue
+        return plans
+
+
+class _Measure:
+    """KL(teacher || student) of plans, in nats per token; what was measured once is remembered."""
+
+    def __init__(
+        self,
+        teacher: PreTrainedModel,
+        rows: Sequence[dict],
+        tuned: dict[tuple[int, int], EchoParameters],
+        state: Path | None,
+        bar: tqdm,
+    ):
+        self._teacher, self._tuned, self._state, self._bar = teacher, tuned, state, bar
+        self._batches = [
+            collate_rows(list(rows[start : start + 8]))["input_ids"].to(teacher.device)
+            for start in range(0, len(rows), 8)
+        ]
+        self.tokens = sum(batch.numel() for batch in self._batches)
+        self._logits: list[torch.Tensor] = []  # the teacher's, made when they are needed
+        self.known: dict[str, float] = json.loads(state.read_text()) if state is not None and state.exists() else {}
+
+    def __call__(self, plan: list[int]) -> float:
+        key = ",".join(map(str, plan))
+        if key not in self.known:
+            self.known[key] = self._measure(plan)
+            if self._state is not None:
+                write_whole(self._state, json.dumps(self.known))
+        self._bar.update()
+        return self.known[key]
+
+    def _measure(self, plan: list[int]) -> float:
+        if not self._logits:
+            self._logits = [self._teacher(input_ids=batch, use_cache=False).logits for batch in self._batches]
+        student = EchoAttForCausalLM.from_teacher(self._teacher, plan, share_weights=True)
+        echoes = find_attention_modules(student.language_model)
+        for layer in student.config.echo_layers:
+            set_parameters(echoes[layer], self._tuned[layer, plan[layer]])
+        total = tokens = 0
+        for batch, expected in zip(self._batches, self._logits, strict=True):
+            logits = student(input_ids=batch, use_cache=False).logits
+            for row in range(len(batch)):  # float32 logits of a batch may not fit
+                part = slice(row, row + 1)
+                total += kl_divergence(logits[part], expected[part], batch[part], 1).item()
+            tokens += batch[:, 1:].numel()
+        return total / tokens
+
+
+def _with(plan: list[int], echo: int, source: int) -> list[int]:
+    """The plan with one more echo layer. What echoed it echoes its source now."""
+    return [source if other == echo else other for other in plan]
+
+
+def _check_numbers(search_rows: int, width: int, block_size: int | None) -> None:
+    if search_rows < 1:
+        raise ValueError(f"search_rows is {search_rows}; it must be at least 1.")
+    if width < 1:
+        raise ValueError(f"width is {width}; it must be at least 1, the pairs measured in a round.")
+    if block_size is not None and block_size < 2:
+        raise ValueError(f"block_size is {block_size}; it must be at least 2, a source and one echo.")

@@ -1,0 +1,134 @@
+"""Plan search by effect: greedy, within its constraints, resumable."""
+
+import json
+
+import pytest
+import torch
+from conftest import make_batch, make_teacher
+
+from echoatt_hf import EchoAttForCausalLM, evaluate_model, measure_attention_similarity, search_plan
+from echoatt_hf import search as search_module
+
+
+UNTUNED = {"align": False, "refit": False}
+
+
+@pytest.fixture(scope="module")
+def rows():
+    return [{"input_ids": row.tolist()} for row in make_batch(16, 16)["input_ids"]]
+
+
+def similarity_of(teacher, rows):
+    return measure_attention_similarity(teacher, [{"input_ids": torch.tensor([row["input_ids"] for row in rows])}])
+
+
+@pytest.fixture(scope="module")
+def llama(rows):
+    teacher = make_teacher("llama", num_hidden_layers=7)
+    return teacher, similarity_of(teacher, rows)
+
+
+def kl_of(teacher, plan, rows):
+    return evaluate_model(EchoAttForCausalLM.from_teacher(teacher, plan), rows, teacher=teacher)["kl"]
+
+
+def test_greedy_as_by_hand(llama, rows):
+    teacher, similarity = llama
+    plan, measured = list(range(7)), rows[12:]
+    for _ in range(3):
+        options = [
+            (echo, source)
+            for echo in range(1, 6)
+            for source in range(echo)
+            if plan[echo] == echo and plan[source] == source
+        ]
+        candidates = [[source if each == echo else each for each in plan] for echo, source in options]
+        plan = min(candidates, key=lambda candidate: kl_of(teacher, candidate, measured))
+    found = search_plan(teacher, rows, similarity, ratio=0.43, width=100, **UNTUNED)
+    assert found.kl["effect"] == pytest.approx(kl_of(teacher, plan, measured), rel=1e-4)
+    assert found.rounds[-1]["kl"] == found.kl["effect"]
+    greedy = list(range(7))
+    for each in found.rounds:
+        greedy = [each["source"] if source == each["echo"] else source for source in greedy]
+    assert greedy == plan
+    assert found.tokens == 4 * 16
+    # The best of all rules wins, and each value is the measured one.
+    assert min(found.kl, key=found.kl.get) == "effect" or list(found.plan) != plan
+    assert kl_of(teacher, list(found.plan), measured) == pytest.approx(min(found.kl.values()), rel=1e-4)
+
+
+def test_tuning_is_part_of_what_is_measured(llama, rows):
+    teacher, similarity = llama
+    copied = search_plan(teacher, rows, similarity, ratio=0.15, width=1, **UNTUNED)
+    tuned = search_plan(teacher, rows, similarity, ratio=0.15, width=1)
+    assert tuned.kl["effect"] < copied.kl["effect"]
+
+
+def test_width_bounds_the_cost(llama, rows):
+    teacher, similarity = llama
+    found = search_plan(teacher, rows, similarity, ratio=0.43, width=2, **UNTUNED)
+    pairs = 1 + 2 + 3 + 4 + 5
+    assert found.forwards <= pairs + 2 * 2 + 2  # two more rounds, two other rules
+    assert f"{found.forwards} forwards of 64 tokens" in str(found)
+
+
+@pytest.mark.parametrize("protected", [0, 1, 2])
+def test_protected_layers_do_not_echo(llama, rows, protected):
+    teacher, similarity = llama
+    found = search_plan(teacher, rows, similarity, ratio=0.29, width=2, protected_layers=protected, **UNTUNED)
+    assert all(protected <= each["echo"] < 7 - protected for each in found.rounds)
+    assert len(found.plan.echo_layers) == 2
+
+
+def test_blocks_are_no_longer_than_allowed(llama, rows):
+    teacher, similarity = llama
+    found = search_plan(teacher, rows, similarity, ratio=0.43, width=3, block_size=2, **UNTUNED)
+    assert len(found.plan.echo_layers) == 3
+    assert all(len(block) == 2 for block in found.plan.blocks)
+    with pytest.raises(ValueError, match="Blocks of at most 2 layers leave no room for 5 echo layers"):
+        search_plan(teacher, rows, similarity, ratio=0.71, width=3, block_size=2, **UNTUNED)
+
+
+def test_echoes_have_the_type_of_their_source(rows):
+    teacher = make_teacher("gemma3_text")
+    found = search_plan(teacher, rows, similarity_of(teacher, rows), ratio=0.5, width=3)
+    types = teacher.config.layer_types
+    assert len(found.plan.echo_layers) == 3
+    assert all(types[echo] == types[source] for echo, source in enumerate(found.plan))
+
+
+def test_what_was_measured_is_not_measured_again(llama, rows, tmp_path, monkeypatch):
+    teacher, similarity = llama
+    options = {"ratio": 0.43, "width": 3, "state": tmp_path / "measured.json", **UNTUNED}
+    whole = search_plan(teacher, rows, similarity, **{**options, "state": None})
+    measure, measured = search_module._Measure._measure, []
+
+    def stop_after(self, plan, count):
+        if len(measured) == count:
+            raise KeyboardInterrupt
+        measured.append(plan)
+        return measure(self, plan)
+
+    monkeypatch.setattr(search_module._Measure, "_measure", lambda self, plan: stop_after(self, plan, 9))
+    with pytest.raises(KeyboardInterrupt):
+        search_plan(teacher, rows, similarity, **options)
+    assert len(json.loads((tmp_path / "measured.json").read_text())) == 9
+    monkeypatch.setattr(search_module._Measure, "_measure", lambda self, plan: stop_after(self, plan, 1000))
+    resumed = search_plan(teacher, rows, similarity, **options)
+    assert resumed == whole
+    assert len(measured) == whole.forwards
+
+
+def test_impossible_numbers_are_refused(llama, rows):
+    teacher, similarity = llama
+    for options, message in (
+        ({"ratio": 0.99}, "at most 0.714, 5 layers can echo"),
+        ({"ratio": 0.43, "width": 0}, "width is 0"),
+        ({"ratio": 0.43, "search_rows": 0}, "search_rows is 0"),
+        ({"ratio": 0.43, "block_size": 1}, "block_size is 1"),
+        ({"ratio": 0.43, "protected_layers": 3}, "two are needed"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            search_plan(teacher, rows, similarity, **options)
+    with pytest.raises(ValueError, match="at least 2 rows"):
+        search_plan(teacher, rows[:1], similarity, ratio=0.43)
