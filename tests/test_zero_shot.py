@@ -1,17 +1,21 @@
-"""Zero-shot tasks against a reference that takes one token at a time."""
+"""Zero-shot tasks against a reference that takes one token at a time, and against lm-eval where it is installed."""
 
 import copy
 import functools
+import importlib.util
 import json
 import math
 import random
 import re
+import shlex
 import statistics
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import train_byte_level_bpe
+from conftest import process_environment, train_byte_level_bpe
 from tokenizers import AddedToken
 from tokenizers.processors import TemplateProcessing
 from transformers import (
@@ -603,3 +607,37 @@ def test_the_real_teacher_knows_some_grammar(stories260k, zero_shot_data):
     model, tokenizer = AutoModelForCausalLM.from_pretrained(stories260k), AutoTokenizer.from_pretrained(stories260k)
     result = evaluate_zero_shot(model, tokenizer, {"blimp": zero_shot_data / "blimp"}, limit=200)["blimp"]
     assert result["tasks"]["irregular_past_participle_verbs"]["acc"] > 0.8
+
+
+@pytest.mark.real_weights
+def test_lm_eval_gives_the_same_numbers(real_student, zero_shot_data):
+    """The command of the README with the task files of the repository, on the first questions of each file."""
+    if importlib.util.find_spec("lm_eval") is None:
+        pytest.skip("lm-eval is not installed")
+    folder = zero_shot_data.parent
+    command = re.search(r"<!-- lm-eval command -->\n```bash\n(.*)\n```", (ROOT / "README.md").read_text()).group(1)
+    command = command.replace("pretrained=student", f"pretrained={real_student}").removeprefix("lm_eval")
+    present = [path.stem for path in (zero_shot_data / "blimp").iterdir()]
+    (folder / "tasks").mkdir()
+    for path in (ROOT / "examples/lm_eval_tasks").glob("*.yaml"):
+        lines = path.read_text().splitlines(keepends=True)
+        kept = [line for line in lines if "{task: " not in line or any(f"{{task: {name}," in line for name in present)]
+        (folder / "tasks" / path.name).write_text("".join(kept))
+    limited = f"{command} --limit 300 --device cpu --output_path {folder / 'lm_eval.json'}"
+    result = subprocess.run(
+        [sys.executable, "-m", "lm_eval", *shlex.split(limited.replace("examples/lm_eval_tasks", "tasks"))],
+        cwd=folder, env=process_environment(HF_DATASETS_CACHE=str(folder / "cache")), capture_output=True, text=True,
+        timeout=900,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    (written,) = folder.glob("lm_eval*.json")
+    theirs = json.loads(written.read_text())["results"]
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(real_student), AutoTokenizer.from_pretrained(real_student)
+    ours = evaluate_zero_shot(model, tokenizer, real_tasks(zero_shot_data), limit=300)
+    ours |= {f"blimp::{name}": part for name, part in ours["blimp"].pop("tasks").items()}
+    assert {f"local_{name}" for name in ours} == set(theirs)
+    for name, metrics in ours.items():
+        metrics.pop("count")
+        metrics.pop("perplexity_stderr", None)  # bootstrap samples there, the delta method here
+        for metric, value in metrics.items():
+            assert theirs[f"local_{name}"][f"{metric},none"] == pytest.approx(value, rel=TOLERANCE), (name, metric)
