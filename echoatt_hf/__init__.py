@@ -45,6 +45,7 @@ _MODULES = {
     "sharing": ["SharingPlan"],
     "similarity": ["AttentionSimilarity", "measure_attention_similarity"],
     "teachers": ["builtin_teacher_path", "load_model", "load_tokenizer"],
+    "zero_shot": ["evaluate_zero_shot"],
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 

@@ -252,6 +252,51 @@ def evaluate(
 
 
 @app.command()
+@with_settings()
+def zero_shot(
+    model: Annotated[str, typer.Argument(help="Folder or repository of a student or any causal language model.")],
+    task: Annotated[
+        list[str],
+        typer.Option(
+            help="NAME=FILE of JSON lines, or NAME=FOLDER of such files, whose mean is taken. May be repeated.",
+            show_default=False,
+        ),
+    ],
+    limit: Annotated[int | None, typer.Option(help="Questions to take of each file, the first ones.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Texts in a forward pass.")] = 16,
+    output: Annotated[Path | None, typer.Option(help="JSON file to write the results to.")] = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Evaluate a model on multiple choice, last words and minimal pairs, by the rules of lm-evaluation-harness."""
+    from .outputs import check_output_file, write_whole
+    from .teachers import default_device, load_model, load_tokenizer
+    from .zero_shot import evaluate_zero_shot, format_zero_shot, read_zero_shot_tasks
+
+    check_output_file(output, overwrite)
+    tasks = _parse_tasks(task)
+    read_zero_shot_tasks(tasks, limit)  # what is wrong in a file is said before a model is loaded
+    loaded = load_model(model, dtype="auto").to(default_device())
+    tokenizer = load_tokenizer(model, loaded)
+    results = evaluate_zero_shot(loaded, tokenizer, tasks, batch_size=batch_size, limit=limit, progress=True)
+    print(format_zero_shot(results))
+    if output is not None:
+        write_whole(output, json.dumps({"model": model, "limit": limit, "results": results}, indent=2) + "\n")
+        print(f"\nwritten to {output}")
+
+
+def _parse_tasks(arguments: list[str]) -> dict[str, str]:
+    tasks = {}
+    for argument in arguments:
+        name, _, path = argument.partition("=")
+        if not name or not path:
+            raise ValueError(f"--task is {argument!r}; give NAME=FILE or NAME=FOLDER, such as piqa=piqa.jsonl.")
+        if name in tasks:
+            raise ValueError(f"--task names {name!r} twice: give each file or folder a name of its own.")
+        tasks[name] = path
+    return tasks
+
+
+@app.command()
 def env() -> None:
     """Print versions and hardware, to paste into an issue."""
     from importlib.metadata import version
