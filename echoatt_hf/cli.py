@@ -120,7 +120,7 @@ def analyze(
     data: DataSettings,
     output: Output,
     teacher: Teacher = "builtin",
-    calibration_rows: Annotated[int, typer.Option(help="Rows on which similarity is measured.")] = 64,
+    calibration_rows: Annotated[int, typer.Option(help="Rows on which similarity is measured.")] = 48,
     overwrite: Overwrite = False,
 ) -> None:
     """Measure how similarly the layers of a model attend: similarity.json and a heat map, similarity.png."""

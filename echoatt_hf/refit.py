@@ -15,7 +15,6 @@ from .alignment import EchoParameters, align_layer, get_parameters, set_paramete
 from .data import collate_rows
 from .evaluation import inference
 from .modeling_echoatt import (
-    EchoAttention,
     EchoAttForCausalLM,
     EchoRecords,
     find_attention_modules,
@@ -87,20 +86,10 @@ def refit_outputs(
     return errors
 
 
-def tune_pairs(
-    teacher: PreTrainedModel,
-    similarity: AttentionSimilarity,
-    pairs: Sequence[tuple[int, int]],
-    rows: Sequence[dict],
-    held_out_rows: Sequence[dict],
-    *,
-    align: bool = True,
-    refit: bool = True,
-    batch_size: int = 8,
-    progress: bool = False,
-) -> dict[tuple[int, int], EchoParameters]:
+class TunedEchoes:
     """
-    Align and refit layers for every source they may echo, each by itself: with the inputs that it has in the teacher.
+    Every layer as an echo of every source it may have: aligned and refitted by itself, with the inputs that it has in
+    the teacher.
 
     Args:
         teacher (`PreTrainedModel`):
@@ -113,54 +102,93 @@ def tune_pairs(
             As in [`refit_outputs`].
         align, refit (`bool`, *optional*, defaults to `True`):
             What to do.
-
-    Returns:
-        `dict`: for each pair the parameters of the echo's attention. Those that stay as they are are the teacher's own.
     """
-    sources = {echo: [source for other, source in pairs if other == echo] for echo, _ in pairs}
-    plan = [sources.get(layer, [layer])[0] for layer in range(len(similarity.heads))]
-    student = EchoAttForCausalLM.from_teacher(teacher, plan, share_weights=True)
-    echoes, tuned = find_attention_modules(student.language_model), {}
-    for layer in tqdm(sources, desc="tune pairs", disable=not progress, leave=False):
-        original = get_parameters(echoes[layer])
-        for source in sources[layer]:
-            set_parameters(echoes[layer], original)
-            if align:
-                align_layer(echoes[layer], similarity.heads[source, layer])
-            tuned[layer, source] = get_parameters(echoes[layer])
-        if refit:
-            with inference(teacher, student):
-                _refit_pairs(teacher, echoes[layer], sources[layer], tuned, (rows, held_out_rows), batch_size)
-    return tuned
 
+    def __init__(
+        self,
+        teacher: PreTrainedModel,
+        similarity: AttentionSimilarity,
+        pairs: Sequence[tuple[int, int]],
+        rows: Sequence[dict],
+        held_out_rows: Sequence[dict],
+        *,
+        align: bool = True,
+        refit: bool = True,
+        batch_size: int = 8,
+        progress: bool = False,
+    ):
+        sources = {echo: [source for other, source in pairs if other == echo] for echo, _ in pairs}
+        plan = [sources.get(layer, [layer])[0] for layer in range(len(similarity.heads))]
+        student = EchoAttForCausalLM.from_teacher(teacher, plan, share_weights=True)
+        self._modules = find_attention_modules(student.language_model)
+        self.parameters: dict[tuple[int, int], EchoParameters] = {}
+        for echo in tqdm(sources, desc="tune pairs", disable=not progress, leave=False):
+            original = get_parameters(self._modules[echo])
+            for source in sources[echo]:
+                set_parameters(self._modules[echo], original)
+                if align:
+                    align_layer(self._modules[echo], similarity.heads[source, echo])
+                self.parameters[echo, source] = get_parameters(self._modules[echo])
+            if refit:
+                with inference(teacher, student):
+                    self._refit(teacher, echo, sources[echo], (rows, held_out_rows), batch_size)
+        student.eval()
 
-def _refit_pairs(
-    teacher: PreTrainedModel,
-    echo: EchoAttention,
-    sources: list[int],
-    tuned: dict[tuple[int, int], EchoParameters],
-    parts: tuple[Sequence[dict], Sequence[dict]],
-    batch_size: int,
-) -> None:
-    """Refit one echo for each of its sources, in `tuned`."""
-    layer, projection = echo.layer_idx, find_output_projection(echo)
-    equations = {source: (_NormalEquations(), _NormalEquations()) for source in sources}
-    for part, rows in enumerate(parts):
-        for input_ids in _batches(rows, batch_size):
-            records, (args, kwargs), expected = _record_layer(teacher, layer, input_ids)
-            for source in sources:
-                set_parameters(echo, tuned[layer, source])
-                own = EchoRecords()
-                own.record(echo.echo_source, records.get(source, expected.device))
-                kwargs["echo_records"] = own
-                inputs, output = run_until(projection, partial(echo, *args, **kwargs))
-                equations[source][part].add(projection, inputs, expected - output)
-    for source in sources:
-        set_parameters(echo, tuned[layer, source])
-        change, _ = _solve(*equations[source])
-        if change is not None:
-            _add(projection, change)
-        tuned[layer, source] = get_parameters(echo)
+    def _refit(
+        self,
+        teacher: PreTrainedModel,
+        layer: int,
+        sources: list[int],
+        parts: tuple[Sequence[dict], Sequence[dict]],
+        batch_size: int,
+    ) -> None:
+        """Refit one layer for each of its sources."""
+        echo = self._modules[layer]
+        projection = find_output_projection(echo)
+        equations = {source: (_NormalEquations(), _NormalEquations()) for source in sources}
+        for part, rows in enumerate(parts):
+            for input_ids in _batches(rows, batch_size):
+                records, (args, kwargs), expected = _record_layer(teacher, layer, input_ids)
+                for source in sources:
+                    self._become(layer, source)
+                    call = partial(echo, *args, **kwargs | {"echo_records": records})
+                    inputs, output = run_until(projection, call)
+                    equations[source][part].add(projection, inputs, expected - output)
+        for source in sources:
+            self._become(layer, source)
+            change, _ = _solve(*equations[source])
+            if change is not None:
+                _add(projection, change)
+            self.parameters[layer, source] = get_parameters(echo)
+
+    def _become(self, layer: int, source: int) -> nn.Module:
+        """The attention module of a layer, as an echo of `source`."""
+        echo = self._modules[layer]
+        echo.echo_source = source
+        set_parameters(echo, self.parameters[layer, source])
+        return echo
+
+    @contextmanager
+    def in_place_of(self, teacher: PreTrainedModel, plan: Sequence[int]) -> Iterator[None]:
+        """
+        Make a teacher the student of a plan, while the context lasts. Forward passes must be given
+        `echo_records=EchoRecords()`.
+
+        Args:
+            teacher (`PreTrainedModel`): the model these are the echoes of.
+            plan (sequence of `int`): for each layer the layer it echoes, or itself.
+        """
+        attentions = find_attention_modules(teacher)
+        echo_layers = [layer for layer, source in enumerate(plan) if layer != source]
+        names = {module: name for name, module in teacher.named_modules()}
+        try:
+            for layer in echo_layers:
+                teacher.set_submodule(names[attentions[layer]], self._become(layer, plan[layer]))
+            with recording(attentions[source] for source in {plan[layer] for layer in echo_layers}):
+                yield
+        finally:
+            for layer in echo_layers:
+                teacher.set_submodule(names[attentions[layer]], attentions[layer])
 
 
 def _record_layer(teacher: PreTrainedModel, layer: int, input_ids: torch.Tensor):

@@ -9,14 +9,13 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from .alignment import EchoParameters, set_parameters
 from .data import collate_rows
 from .evaluation import inference
 from .losses import kl_divergence
-from .modeling_echoatt import EchoAttForCausalLM, find_attention_modules
+from .modeling_echoatt import EchoRecords
 from .outputs import write_whole
 from .planning import plan_from_similarity
-from .refit import hold_out, tune_pairs
+from .refit import TunedEchoes, hold_out
 from .sharing import SharingPlan, count_echo_layers, inner_groups
 from .similarity import AttentionSimilarity
 
@@ -69,7 +68,7 @@ def search_plan(
     protected_layers: int = 1,
     block_size: int | None = None,
     search_rows: int = 8,
-    width: int = 16,
+    width: int = 8,
     align: bool = True,
     refit: bool = True,
     state: Path | None = None,
@@ -81,7 +80,7 @@ def search_plan(
     Greedy: each round adds the echo layer, with the source, that raises KL(teacher || student) least. The first round
     measures every pair of an echo and an earlier layer of its type, the following ones the `width` pairs that looked
     best when they were last measured. Students are measured without training, with each echo layer tuned to its source
-    by itself, see [`tune_pairs`].
+    by itself, see [`TunedEchoes`].
 
     Args:
         teacher (`PreTrainedModel`):
@@ -99,7 +98,7 @@ def search_plan(
             Most layers in a block, its source included.
         search_rows (`int`, *optional*, defaults to 8):
             Most rows to measure plans on, whose teacher logits are kept in memory. 8 rows of 256 tokens tell pairs apart.
-        width (`int`, *optional*, defaults to 16):
+        width (`int`, *optional*, defaults to 8):
             Pairs measured in each round but the first.
         align, refit (`bool`, *optional*, defaults to `True`):
             Measure with aligned heads, with refitted output projections.
@@ -121,10 +120,10 @@ def search_plan(
     space = _Space(config.num_hidden_layers, protected_layers, layer_types, block_size)
     count = count_echo_layers(config.num_hidden_layers, ratio, space.capacity)
     pairs = space.pairs(list(range(config.num_hidden_layers)))
-    tuned = tune_pairs(teacher, similarity, pairs, train, held_out, align=align, refit=refit, progress=progress)
+    echoes = TunedEchoes(teacher, similarity, pairs, train, held_out, align=align, refit=refit, progress=progress)
     bar = tqdm(total=len(pairs) + (count - 1) * width, desc="search", disable=not progress, leave=False)
     with bar, inference(teacher):
-        measure = _Measure(teacher, held_out[:search_rows], tuned, state, bar)
+        measure = _Measure(teacher, held_out[:search_rows], echoes, state, bar)
         plan, rounds = list(range(config.num_hidden_layers)), []
         increase = dict.fromkeys(pairs, 0.0)  # of KL by each pair, when last measured
         current = 0.0
@@ -211,14 +210,9 @@ class _Measure:
     """KL(teacher || student) of plans, in nats per token; what was measured once is remembered."""
 
     def __init__(
-        self,
-        teacher: PreTrainedModel,
-        rows: Sequence[dict],
-        tuned: dict[tuple[int, int], EchoParameters],
-        state: Path | None,
-        bar: tqdm,
+        self, teacher: PreTrainedModel, rows: Sequence[dict], echoes: TunedEchoes, state: Path | None, bar: tqdm
     ):
-        self._teacher, self._tuned, self._state, self._bar = teacher, tuned, state, bar
+        self._teacher, self._echoes, self._state, self._bar = teacher, echoes, state, bar
         self._batches = [
             collate_rows(list(rows[start : start + 8]))["input_ids"].to(teacher.device)
             for start in range(0, len(rows), 8)
@@ -239,17 +233,14 @@ class _Measure:
     def _measure(self, plan: list[int]) -> float:
         if not self._logits:
             self._logits = [self._teacher(input_ids=batch, use_cache=False).logits for batch in self._batches]
-        student = EchoAttForCausalLM.from_teacher(self._teacher, plan, share_weights=True)
-        echoes = find_attention_modules(student.language_model)
-        for layer in student.config.echo_layers:
-            set_parameters(echoes[layer], self._tuned[layer, plan[layer]])
         total = tokens = 0
-        for batch, expected in zip(self._batches, self._logits, strict=True):
-            logits = student(input_ids=batch, use_cache=False).logits
-            for row in range(len(batch)):  # float32 logits of a batch may not fit
-                part = slice(row, row + 1)
-                total += kl_divergence(logits[part], expected[part], batch[part], 1).item()
-            tokens += batch[:, 1:].numel()
+        with self._echoes.in_place_of(self._teacher, plan):
+            for batch, expected in zip(self._batches, self._logits, strict=True):
+                logits = self._teacher(input_ids=batch, use_cache=False, echo_records=EchoRecords()).logits
+                for row in range(len(batch)):  # float32 logits of a batch may not fit
+                    part = slice(row, row + 1)
+                    total += kl_divergence(logits[part], expected[part], batch[part], 1).item()
+                tokens += batch[:, 1:].numel()
         return total / tokens
 
 

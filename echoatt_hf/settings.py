@@ -52,7 +52,7 @@ class CalibrationSettings:
     """How a student is tuned to its teacher before any training. Each field's `metadata["help"]` says what it is for."""
 
     calibration_rows: int = setting(
-        64, "Rows on which similarity is measured, plans are compared and students tuned; a quarter is held out."
+        48, "Rows on which similarity is measured, plans are compared and students tuned; a quarter is held out."
     )
     align: bool = setting(True, "Align the heads of echo layers with those of their sources.")
     refit: bool = setting(True, "Refit the output projections of echo layers in closed form.")
@@ -82,7 +82,7 @@ class PlanSettings:
         None, "Most layers in a block, its source included, for 'effect' and 'similarity'; their number for 'blocks'."
     )
     search_rows: int = setting(8, "With 'effect': rows on which a plan is measured.")
-    search_width: int = setting(16, "With 'effect': candidates measured for each echo layer but the first.")
+    search_width: int = setting(8, "With 'effect': candidates measured for each echo layer but the first.")
 
     def __post_init__(self):
         _check_at_least_one(self, "search_rows", "search_width")

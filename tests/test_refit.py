@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from conftest import make_batch, make_teacher, plan_of
+from conftest import FP32_TOLERANCE, make_batch, make_teacher, plan_of
 from transformers.pytorch_utils import Conv1D
 
 from echoatt_hf import AttentionSimilarity, EchoAttForCausalLM, align_heads, convert, evaluate_model
 from echoatt_hf import refit as refit_module
-from echoatt_hf.modeling_echoatt import find_attention_modules, find_output_projection
-from echoatt_hf.refit import refit_outputs, tune_pairs
+from echoatt_hf.modeling_echoatt import EchoRecords, find_attention_modules, find_output_projection
+from echoatt_hf.refit import TunedEchoes, refit_outputs
 from echoatt_hf.similarity import measure_attention_similarity
 
 
@@ -116,11 +116,32 @@ def test_pairs_are_tuned_as_a_student_with_one_echo_is(family):
     student, _ = convert(teacher, plan)
     align_heads(student, similarity)
     refit_outputs(student, teacher, rows, held_out)
-    tuned = tune_pairs(teacher, similarity, [(echo, source)], rows, held_out)[echo, source]
+    echoes = TunedEchoes(teacher, similarity, [(echo, source)], rows, held_out)
+    tuned = echoes.parameters[echo, source]
     expected = dict(find_attention_modules(student.language_model)[echo].named_parameters())
     assert tuned.keys() == expected.keys()
     for name, parameter in tuned.items():
         torch.testing.assert_close(parameter, expected[name], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3_text", "qwen3_next"])
+def test_teacher_with_echoes_in_place_is_the_student_and_comes_back(family):
+    teacher, plan = make_teacher(family, attention=None), plan_of(family)
+    ids = make_batch()["input_ids"]
+    before = teacher(ids, use_cache=False).logits
+    modules = list(teacher.modules())
+    similarity = measure_attention_similarity(teacher, [{"input_ids": ids}])
+    pairs = [(echo, source) for echo, source in enumerate(plan) if echo != source]
+    echoes = TunedEchoes(teacher, similarity, pairs, [], [], align=False, refit=False)
+    student = EchoAttForCausalLM.from_teacher(teacher, plan)
+    with echoes.in_place_of(teacher, plan):
+        found = teacher(ids, use_cache=False, echo_records=EchoRecords()).logits
+    torch.testing.assert_close(found, student(ids, use_cache=False).logits, **FP32_TOLERANCE)
+    assert list(teacher.modules()) == modules
+    assert torch.equal(teacher(ids, use_cache=False).logits, before)
+    with pytest.raises(KeyError), echoes.in_place_of(teacher, plan):
+        raise KeyError
+    assert list(teacher.modules()) == modules
 
 
 # What `convert` makes of both.
