@@ -8,7 +8,7 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -39,7 +39,7 @@ from .outputs import (
     write_whole,
 )
 from .planning import plan_from_similarity
-from .search import PlanSearch, search_plan
+from .search import PlanSearch, make_space, search_plan
 from .settings import (
     CalibrationSettings,
     CompressionSettings,
@@ -56,6 +56,7 @@ from .teachers import default_device, load_config, load_model, load_tokenizer
 __all__ = [
     "DistillationInterrupted",
     "analyze",
+    "check_plan",
     "choose_plan",
     "compress",
     "convert_teacher",
@@ -107,6 +108,7 @@ def compress(
     with _unfinished_run(Path(output), settings.to_json(), overwrite, resume) as work:
         teacher = load_model(settings.teacher).to(default_device())
         tokenizer = load_tokenizer(settings.teacher, teacher)
+        check_plan(settings.plan, teacher.config)
         train_rows, held_out_rows = load_rows(settings.data, tokenizer, teacher)
         rows = list(train_rows.take(settings.calibration.calibration_rows))
         similarity_file = work / "similarity.json"
@@ -391,6 +393,7 @@ def plan_teacher(
     measured = AttentionSimilarity.from_json(similarity) if similarity is not None else None
     if not _needs_text(settings.plan, measured):
         return make_plan(settings.plan, load_config(settings.teacher), measured), None
+    check_plan(settings.plan, load_config(settings.teacher))
     teacher = load_model(settings.teacher).to(default_device())
     rows = load_calibration_rows(settings, load_tokenizer(settings.teacher, teacher), teacher)
     measured = measured or analyze(teacher, rows)
@@ -411,6 +414,7 @@ def convert_teacher(
         `tuple`: the student, [`ConversionReport`], and the tokenizer.
     """
     calibration = settings.calibration
+    check_plan(settings.plan, load_config(settings.teacher))
     measured = AttentionSimilarity.from_json(similarity) if similarity is not None else None
     teacher = load_model(settings.teacher, dtype="auto").to(default_device())
     tokenizer, rows = load_tokenizer(settings.teacher, teacher), None
@@ -559,6 +563,18 @@ def make_plan(
     if len(sources) != num_layers:
         raise ValueError(f"The plan has {len(sources)} layers and the model {num_layers}: give one source per layer.")
     return SharingPlan(sources, layer_types)
+
+
+def check_plan(settings: PlanSettings, config: PreTrainedConfig) -> None:
+    """Check that a plan is possible for a model, before anything is measured. Raises `ValueError` if it is not."""
+    _check_rule(settings)
+    if settings.plan == "effect":
+        make_space(config, settings.ratio, settings.protected_layers, settings.block_size)
+        return
+    num_layers = config.get_text_config().num_hidden_layers
+    alike = AttentionSimilarity(torch.ones(num_layers, num_layers, 1, 1), 1)
+    threshold = min(settings.threshold, 1.0) if settings.threshold is not None else None
+    make_plan(replace(settings, threshold=threshold), config, alike)
 
 
 def _check_rule(settings: PlanSettings) -> None:

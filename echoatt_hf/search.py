@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from .data import collate_rows
 from .evaluation import inference
@@ -113,18 +113,18 @@ def search_plan(
     Raises:
         `ValueError`: the family is not supported, a number is out of range, or the ratio is impossible for the model.
     """
-    _check_numbers(search_rows, width, block_size)
+    for name, value in (("search_rows", search_rows), ("width", width)):
+        if value < 1:
+            raise ValueError(f"{name} is {value}; it must be at least 1.")
     train, held_out = hold_out(rows)
-    config = teacher.config.get_text_config()
-    layer_types = getattr(config, "layer_types", None)
-    space = _Space(config.num_hidden_layers, protected_layers, layer_types, block_size)
-    count = count_echo_layers(config.num_hidden_layers, ratio, space.capacity)
-    pairs = space.pairs(list(range(config.num_hidden_layers)))
+    space, count = make_space(teacher.config, ratio, protected_layers, block_size)
+    num_layers = teacher.config.get_text_config().num_hidden_layers
+    pairs = space.pairs(list(range(num_layers)))
     echoes = TunedEchoes(teacher, similarity, pairs, train, held_out, align=align, refit=refit, progress=progress)
     bar = tqdm(total=len(pairs) + (count - 1) * width, desc="search", disable=not progress, leave=False)
     with bar, inference(teacher):
         measure = _Measure(teacher, held_out[:search_rows], echoes, state, bar)
-        plan, rounds = list(range(config.num_hidden_layers)), []
+        plan, rounds = list(range(num_layers)), []
         increase = dict.fromkeys(pairs, 0.0)  # of KL by each pair, when last measured
         current = 0.0
         for _ in range(count):
@@ -141,7 +141,7 @@ def search_plan(
             echo, source = min(results, key=results.get)
             plan, current = _with(plan, echo, source), results[echo, source]
             rounds.append({"echo": echo, "source": source, "kl": current})
-        found = {"effect": (SharingPlan(plan, layer_types), current)}
+        found = {"effect": (SharingPlan(plan, space.layer_types), current)}
         for name, other in space.other_plans(similarity, ratio).items():
             found[name] = (other, measure(list(other)))
     best = min(found.values(), key=lambda item: item[1])[0]
@@ -149,13 +149,25 @@ def search_plan(
     return PlanSearch(best, rounds, kl, len(measure.known), measure.tokens)
 
 
-class _Space:
+def make_space(
+    config: PreTrainedConfig, ratio: float, protected_layers: int, block_size: int | None
+) -> tuple["PlanSpace", int]:
+    """The plans that a search may find for a model, and their number of echo layers. Arguments as in [`search_plan`]."""
+    if block_size is not None and block_size < 2:
+        raise ValueError(f"block_size is {block_size}; it must be at least 2, a source and one echo.")
+    config = config.get_text_config()
+    layer_types = getattr(config, "layer_types", None)
+    space = PlanSpace(config.num_hidden_layers, protected_layers, layer_types, block_size)
+    return space, count_echo_layers(config.num_hidden_layers, ratio, space.capacity)
+
+
+class PlanSpace:
     """The plans that are allowed."""
 
     def __init__(
         self, num_layers: int, protected_layers: int, layer_types: Sequence[str] | None, block_size: int | None
     ):
-        self._num_layers, self._protected, self._types = num_layers, protected_layers, layer_types
+        self._num_layers, self._protected, self.layer_types = num_layers, protected_layers, layer_types
         self._block_size = block_size
         inner = inner_groups(num_layers, protected_layers, layer_types)
         types = layer_types or [None] * num_layers
@@ -186,14 +198,14 @@ class _Space:
                 similarity.layers.tolist(),
                 ratio=ratio,
                 protected_layers=self._protected,
-                layer_types=self._types,
+                layer_types=self.layer_types,
                 block_size=self._block_size,
             ),
             "blocks": lambda: SharingPlan.from_ratio(
                 self._num_layers,
                 ratio,
                 protected_layers=self._protected,
-                layer_types=self._types,
+                layer_types=self.layer_types,
                 block_size=self._block_size,
             ),
         }
@@ -247,12 +259,3 @@ class _Measure:
 def _with(plan: list[int], echo: int, source: int) -> list[int]:
     """The plan with one more echo layer. What echoed it echoes its source now."""
     return [source if other == echo else other for other in plan]
-
-
-def _check_numbers(search_rows: int, width: int, block_size: int | None) -> None:
-    if search_rows < 1:
-        raise ValueError(f"search_rows is {search_rows}; it must be at least 1.")
-    if width < 1:
-        raise ValueError(f"width is {width}; it must be at least 1, the pairs measured in a round.")
-    if block_size is not None and block_size < 2:
-        raise ValueError(f"block_size is {block_size}; it must be at least 2, a source and one echo.")

@@ -331,6 +331,17 @@ def test_bad_input_is_one_line_and_nothing_is_written(bad_workplace, monkeypatch
     assert sorted(path.name for path in bad_workplace.iterdir()) == before
 
 
+@pytest.mark.parametrize("rule", ["effect", "similarity", "blocks", "0,1,1"])
+def test_impossible_plans_are_refused_before_anything_is_measured(workplace, monkeypatch, run_in_process, rule):
+    from echoatt_hf import pipeline
+
+    monkeypatch.chdir(workplace)
+    monkeypatch.setattr(pipeline, "measure_attention_similarity", lambda *_, **__: pytest.fail("measured"))
+    for command in ("compress", "plan", "convert"):
+        arguments = [command, "teacher", "--plan", rule, "--ratio", "0.9", "--data", "text", *FAST[:6]]
+        assert_one_line_error(run_in_process(*arguments, "--output", "out"), "3 layers" if "," in rule else "at most")
+
+
 def test_tokenizer_that_does_not_fit_is_refused(workplace, tmp_path, run_in_process):
     model = AutoModelForCausalLM.from_pretrained(workplace / "teacher")
     tokenizer = AutoTokenizer.from_pretrained(workplace / "teacher")
