@@ -125,7 +125,8 @@ def analyze(
 ) -> None:
     """Measure how similarly the layers of a model attend: similarity.json and a heat map, similarity.png."""
     from .outputs import check_output_folder, whole_folder, write_whole
-    from .pipeline import analyze, load_calibration_rows
+    from .pipeline import load_calibration_rows
+    from .similarity import measure_on_rows
     from .teachers import load_model, load_tokenizer
 
     check_output_folder(output, overwrite)
@@ -133,7 +134,7 @@ def analyze(
     model = load_model(teacher)
     settings = CompressionSettings(teacher=teacher, calibration=calibration, data=data)
     rows = load_calibration_rows(settings, load_tokenizer(teacher, model), model)
-    similarity = analyze(model, rows)
+    similarity = measure_on_rows(model, rows, progress=True)
     with whole_folder(output, overwrite) as folder:
         write_whole(folder / "similarity.json", similarity.to_json())
         similarity.plot(folder / "similarity.png")

@@ -7,7 +7,6 @@ from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import QuantizedLayer
 
 from .alignment import align_heads, get_parameters, set_parameters
-from .data import collate_rows
 from .evaluation import evaluate_model
 from .modeling_echoatt import (
     FUSED_MODULES,
@@ -18,7 +17,7 @@ from .modeling_echoatt import (
 )
 from .refit import hold_out, refit_outputs
 from .sharing import SharingPlan
-from .similarity import AttentionSimilarity, measure_attention_similarity
+from .similarity import AttentionSimilarity, measure_on_rows
 
 
 __all__ = ["ConversionReport", "convert", "count_cache_bytes", "count_kv_bytes_per_token"]
@@ -170,7 +169,7 @@ def _tune(
 
     tuning = {"kl": {"copied": measure()}, "aligned": {}, "refitted": {}}
     for name, change in (
-        ("aligned", lambda: align_heads(student, similarity or _measure_similarity(teacher, train, progress))),
+        ("aligned", lambda: align_heads(student, similarity or measure_on_rows(teacher, rows, progress=progress))),
         ("refitted", lambda: refit_outputs(student, teacher, train, held_out, progress=progress)),
     ):
         if not {"aligned": align, "refitted": refit}[name]:
@@ -184,11 +183,6 @@ def _tune(
             for layer, parameters in before.items():
                 set_parameters(echoes[layer], parameters)
     return tuning
-
-
-def _measure_similarity(teacher: PreTrainedModel, rows: Sequence[dict], progress: bool) -> AttentionSimilarity:
-    batches = [collate_rows(list(rows[start : start + 4])) for start in range(0, len(rows), 4)]
-    return measure_attention_similarity(teacher, batches, progress=progress)
 
 
 def count_kv_bytes_per_token(model: PreTrainedModel) -> int:

@@ -49,13 +49,12 @@ from .settings import (
     StudentSettings,
 )
 from .sharing import SharingPlan
-from .similarity import AttentionSimilarity, measure_attention_similarity
+from .similarity import AttentionSimilarity, measure_on_rows
 from .teachers import default_device, load_config, load_model, load_tokenizer
 
 
 __all__ = [
     "DistillationInterrupted",
-    "analyze",
     "check_plan",
     "choose_plan",
     "compress",
@@ -113,7 +112,7 @@ def compress(
         rows = list(train_rows.take(settings.calibration.calibration_rows))
         similarity_file = work / "similarity.json"
         if not similarity_file.exists():
-            write_whole(similarity_file, analyze(teacher, rows).to_json())
+            write_whole(similarity_file, measure_on_rows(teacher, rows, progress=True).to_json())
         similarity = AttentionSimilarity.from_json(similarity_file)
         if not (work / "converted").exists():
             plan, search = choose_plan(
@@ -364,18 +363,6 @@ def load_calibration_rows(
     return list(pack_rows(documents, tokenizer, settings.data.row_length).take(settings.calibration.calibration_rows))
 
 
-def analyze(model: PreTrainedModel, rows: list[dict]) -> AttentionSimilarity:
-    """
-    Measure the attention similarity of a model's layers, with a progress bar.
-
-    Args:
-        model (`PreTrainedModel`): the teacher.
-        rows (`list[dict]`): packed rows.
-    """
-    batches = [collate_rows(rows[start : start + 4]) for start in range(0, len(rows), 4)]
-    return measure_attention_similarity(model, batches, progress=True)
-
-
 def plan_teacher(
     settings: CompressionSettings, similarity: Path | None = None, state: Path | None = None
 ) -> tuple[SharingPlan, PlanSearch | None]:
@@ -396,7 +383,7 @@ def plan_teacher(
     check_plan(settings.plan, load_config(settings.teacher))
     teacher = load_model(settings.teacher).to(default_device())
     rows = load_calibration_rows(settings, load_tokenizer(settings.teacher, teacher), teacher)
-    measured = measured or analyze(teacher, rows)
+    measured = measured or measure_on_rows(teacher, rows, progress=True)
     return choose_plan(settings.plan, settings.calibration, teacher, rows, measured, state, progress=True)
 
 
@@ -420,7 +407,7 @@ def convert_teacher(
     tokenizer, rows = load_tokenizer(settings.teacher, teacher), None
     if calibration.align or calibration.refit or _needs_text(settings.plan, measured):
         rows = load_calibration_rows(settings, tokenizer, teacher)
-        measured = measured or analyze(teacher, rows)
+        measured = measured or measure_on_rows(teacher, rows, progress=True)
     plan, _ = choose_plan(settings.plan, calibration, teacher, rows, measured, progress=True)
     return *_convert(teacher, plan, rows, measured, calibration), tokenizer
 

@@ -17,7 +17,7 @@ from .outputs import write_whole
 from .planning import plan_from_similarity
 from .refit import TunedEchoes, hold_out
 from .sharing import SharingPlan, count_echo_layers, inner_groups
-from .similarity import AttentionSimilarity
+from .similarity import AttentionSimilarity, measure_on_rows
 
 
 __all__ = ["PlanSearch", "search_plan"]
@@ -62,7 +62,7 @@ class PlanSearch:
 def search_plan(
     teacher: PreTrainedModel,
     rows: Sequence[dict],
-    similarity: AttentionSimilarity,
+    similarity: AttentionSimilarity | None = None,
     *,
     ratio: float,
     protected_layers: int = 1,
@@ -88,8 +88,8 @@ def search_plan(
         rows (sequence of `dict`):
             Calibration text: rows with `input_ids` of T tokens, as returned by [`pack_rows`]. Layers are refitted on the
             first three quarters, plans are measured on the rest.
-        similarity ([`AttentionSimilarity`]):
-            Of the teacher, for the alignment of heads.
+        similarity ([`AttentionSimilarity`], *optional*):
+            Of the teacher, for the alignment of heads; measured on the rows if not given.
         ratio (`float`):
             Sharing ratio, echo layers / layers.
         protected_layers (`int`, *optional*, defaults to 1):
@@ -120,6 +120,8 @@ def search_plan(
     space, count = make_space(teacher.config, ratio, protected_layers, block_size)
     num_layers = teacher.config.get_text_config().num_hidden_layers
     pairs = space.pairs(list(range(num_layers)))
+    if similarity is None:
+        similarity = measure_on_rows(teacher, rows, progress=progress)
     echoes = TunedEchoes(teacher, similarity, pairs, train, held_out, align=align, refit=refit, progress=progress)
     bar = tqdm(total=len(pairs) + (count - 1) * width, desc="search", disable=not progress, leave=False)
     with bar, inference(teacher):

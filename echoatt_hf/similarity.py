@@ -1,7 +1,7 @@
 """How similar layers attend: cosine similarity of attention rows between all layers and all heads."""
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,11 +11,12 @@ import torch.nn.functional as F
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from .data import collate_rows
 from .evaluation import inference
 from .modeling_echoatt import EchoRecords, compute_attention_weights, find_attention_modules, recording
 
 
-__all__ = ["AttentionSimilarity", "measure_attention_similarity"]
+__all__ = ["AttentionSimilarity", "measure_attention_similarity", "measure_on_rows"]
 
 
 @dataclass(frozen=True)
@@ -169,6 +170,22 @@ def measure_attention_similarity(
     if rows == 0:
         raise ValueError("There is no attention row to compare: give batches with rows of at least two tokens.")
     return AttentionSimilarity(heads=total / rows, rows=rows)
+
+
+def measure_on_rows(model: PreTrainedModel, rows: Sequence[dict], *, progress: bool = False) -> AttentionSimilarity:
+    """
+    [`measure_attention_similarity`] on packed rows.
+
+    Args:
+        model (`PreTrainedModel`):
+            Causal language model or headless decoder of a supported family.
+        rows (sequence of `dict`):
+            Rows with `input_ids` of T tokens, as returned by [`pack_rows`].
+        progress (`bool`, *optional*, defaults to `False`):
+            Show a progress bar.
+    """
+    batches = [collate_rows(list(rows[start : start + 4])) for start in range(0, len(rows), 4)]
+    return measure_attention_similarity(model, batches, progress=progress)
 
 
 def _unit_rows(module: torch.nn.Module, records: EchoRecords, compared: torch.Tensor) -> torch.Tensor:

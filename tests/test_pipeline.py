@@ -336,7 +336,7 @@ def test_impossible_plans_are_refused_before_anything_is_measured(workplace, mon
     from echoatt_hf import pipeline
 
     monkeypatch.chdir(workplace)
-    monkeypatch.setattr(pipeline, "measure_attention_similarity", lambda *_, **__: pytest.fail("measured"))
+    monkeypatch.setattr(pipeline, "measure_on_rows", lambda *_, **__: pytest.fail("measured"))
     for command in ("compress", "plan", "convert"):
         arguments = [command, "teacher", "--plan", rule, "--ratio", "0.9", "--data", "text", *FAST[:6]]
         assert_one_line_error(run_in_process(*arguments, "--output", "out"), "3 layers" if "," in rule else "at most")
