@@ -73,6 +73,9 @@ class DistillationSettings:
     kl_temperature: float = setting(1.0, "Temperature of the KL.")
     ce_weight: float = setting(0.0, "Weight of the cross-entropy in stage 1.")
     hidden_weight: float = setting(0.0, "Weight of the distance of hidden states in stage 1.")
+    attention_weight: float = setting(
+        0.0, "Weight of the distance of the attention outputs of echo layers in stage 1."
+    )
     batch_size: int = setting(8, "Rows in a step, over all accumulation steps.")
     accumulation_steps: int = setting(1, "Micro-batches in a step.")
     warmup_steps: int = setting(20, "Steps in which the learning rate rises, in each stage.")

@@ -273,6 +273,8 @@ BAD_INPUT = {
     "no steps": (["--steps", "0"], "steps is 0"),
     "batch that cannot be split": (["--batch-size", "4", "--accumulation-steps", "3"], "does not divide"),
     "weight below 0": (["--kl-weight", "-1"], "kl_weight is -1"),
+    "attention weight below 0": (["--attention-weight", "-1"], "attention_weight is -1"),
+    "attention weight without echo layers": (["--plan", "0,1,2,3,4,5", "--attention-weight", "1"], "no echo layers"),
     "output not empty": (["--output", "text"], "--overwrite"),
     "output is a file": (["--output", "empty.txt"], "is a file"),
 }
