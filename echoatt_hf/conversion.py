@@ -60,7 +60,9 @@ class ConversionReport:
         )
 
 
-def convert(teacher: PreTrainedModel | str, plan: Sequence[int]) -> tuple[EchoAttForCausalLM, ConversionReport]:
+def convert(
+    teacher: PreTrainedModel | str, plan: Sequence[int], *, share_weights: bool = False
+) -> tuple[EchoAttForCausalLM, ConversionReport]:
     """
     Convert a teacher into a student, and report what was done.
 
@@ -69,6 +71,8 @@ def convert(teacher: PreTrainedModel | str, plan: Sequence[int]) -> tuple[EchoAt
             A causal language model of a supported family, or the name or path of one. It is left untouched.
         plan (`SharingPlan` or sequence of `int`):
             For each layer the index of the layer whose attention weights it uses.
+        share_weights (`bool`, *optional*, defaults to `False`):
+            Give the student the teacher's own weights, frozen, see [`EchoAttForCausalLM.from_teacher`].
 
     Returns:
         `tuple`: [`EchoAttForCausalLM`] and [`ConversionReport`].
@@ -80,7 +84,7 @@ def convert(teacher: PreTrainedModel | str, plan: Sequence[int]) -> tuple[EchoAt
         from .teachers import load_model
 
         teacher = load_model(teacher)
-    student = EchoAttForCausalLM.from_teacher(teacher, plan)
+    student = EchoAttForCausalLM.from_teacher(teacher, plan, share_weights)
     inherited = dict(student.language_model.named_parameters())
     names = [name for name, _ in teacher.named_parameters()]
     missing = [name for name in names if name not in inherited]

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel, Trainer, TrainingArguments, get_scheduler
+from transformers.pytorch_utils import id_tensor_storage
 
 from .losses import cross_entropy, kl_divergence, relative_distance, target_mask
 from .modeling_echoatt import find_attention_modules
@@ -107,7 +108,7 @@ class EchoAttTrainer(Trainer):
 
     Args:
         model (`PreTrainedModel`):
-            The student, such as an [`EchoAttForCausalLM`].
+            The student, such as an [`EchoAttForCausalLM`], or one with adapters, as [`add_lora`] makes it.
         args ([`EchoAttTrainingArguments`], *optional*):
             Arguments of the run; the defaults if not given.
         teacher (`PreTrainedModel`, *optional*):
@@ -117,8 +118,8 @@ class EchoAttTrainer(Trainer):
 
     Raises:
         `TypeError`: `args` are not `EchoAttTrainingArguments`.
-        `ValueError`: stage 1 has steps but there is no teacher, teacher and student do not fit together, or several
-            GPUs are visible to one process.
+        `ValueError`: stage 1 has steps but there is no teacher, teacher and student do not fit together, the student
+            has nothing to train or would train weights of the teacher, or several GPUs are visible to one process.
 
     Example:
 
@@ -150,6 +151,8 @@ class EchoAttTrainer(Trainer):
             )
         if args.stage1_steps > 0:
             _check_teacher(model, teacher, args)
+        if model is not None:
+            _check_trainable(model, teacher)
         super().__init__(model=model, args=args, **kwargs)
         # `train` counts the target tokens of a batch only for models whose loss they divide.
         self.model_accepts_loss_kwargs = True
@@ -314,3 +317,26 @@ def _check_teacher(student: nn.Module | None, teacher: PreTrainedModel | None, a
         )
     if args.attention_weight > 0:
         find_attention_modules(teacher, echoes)
+
+
+def _check_trainable(student: nn.Module, teacher: nn.Module | None) -> None:
+    trainable = {name: _storage(value) for name, value in student.named_parameters() if value.requires_grad}
+    if not trainable:
+        raise ValueError(
+            "The student has no trainable parameter, as one that shares the teacher's weights: train adapters with "
+            "add_lora(student, rank), or convert without share_weights."
+        )
+    of_teacher = {_storage(value) for value in teacher.parameters()} if teacher is not None else set()
+    shared = [name for name, storage in trainable.items() if storage is not None and storage in of_teacher]
+    if shared:
+        raise ValueError(
+            f"{len(shared)} trainable parameters of the student are the teacher's own, such as {shared[0]}, and training "
+            "would change the teacher: train adapters with add_lora(student, rank), which freezes all else, or convert "
+            "without share_weights."
+        )
+
+
+def _storage(tensor: torch.Tensor) -> tuple | None:
+    """What identifies the memory of a tensor; `None` without memory, as on the meta device."""
+    storage = id_tensor_storage(tensor)
+    return storage if storage[1] else None

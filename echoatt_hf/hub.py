@@ -95,6 +95,8 @@ def _describe_training(settings: dict) -> str:
         sentences.append(
             f"Stage 1 also compared the attention outputs of echo layers, with a weight of {settings['attention_weight']}."
         )
+    if settings["lora_rank"]:
+        sentences.append(f"Adapters (LoRA) of rank {settings['lora_rank']} were trained and merged.")
     return "".join(f"{sentence} " for sentence in sentences)
 
 

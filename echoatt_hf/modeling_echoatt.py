@@ -654,7 +654,9 @@ class EchoAttForCausalLM(EchoAttPreTrainedModel, GenerationMixin):
         self.post_init()
 
     @classmethod
-    def from_teacher(cls, teacher: "PreTrainedModel | str", plan: Sequence[int]) -> "EchoAttForCausalLM":
+    def from_teacher(
+        cls, teacher: "PreTrainedModel | str", plan: Sequence[int], share_weights: bool = False
+    ) -> "EchoAttForCausalLM":
         """
         Make a student that inherits every weight it has from a teacher. The teacher is left untouched.
 
@@ -665,6 +667,9 @@ class EchoAttForCausalLM(EchoAttPreTrainedModel, GenerationMixin):
                 A causal language model of a supported family, or the name or path of one.
             plan (`SharingPlan` or `list[int]`):
                 For each layer the index of the layer whose attention weights it uses.
+            share_weights (`bool`, *optional*, defaults to `False`):
+                Give the student the teacher's own weights, frozen, in place of copies: for training adapters, with one
+                copy of the weights in memory. Parts of fused projections are copied where they are no view.
 
         Returns:
             `EchoAttForCausalLM`: the student, in evaluation mode, on the teacher's device and in its dtypes.
@@ -687,7 +692,9 @@ class EchoAttForCausalLM(EchoAttPreTrainedModel, GenerationMixin):
         with torch.device("meta"):
             student = cls._from_config(config)
             _check_initialization(student)
-        student.language_model.load_state_dict(_inherited_state(student, teacher), strict=True, assign=True)
+        student.language_model.load_state_dict(
+            _inherited_state(student, teacher, share_weights), strict=True, assign=True
+        )
         buffers = dict(teacher.named_buffers())
         for name, buffer in student.language_model.named_buffers():
             if buffer.is_meta:  # not part of the state, such as rotary frequencies
@@ -701,7 +708,7 @@ class EchoAttForCausalLM(EchoAttPreTrainedModel, GenerationMixin):
         student.tie_weights()
         if teacher.generation_config is not None:
             student.generation_config = copy.deepcopy(teacher.generation_config)
-        student.requires_grad_(True).eval()
+        student.requires_grad_(not share_weights).eval()
         _check_conversion(student, teacher)
         return student
 
@@ -791,16 +798,24 @@ class EchoAttForTokenClassification(GenericForTokenClassification, EchoAttPreTra
         self.post_init()
 
 
-def _inherited_state(student: EchoAttForCausalLM, teacher: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """The state of the student's language model, copied from the teacher."""
+def _inherited_state(
+    student: EchoAttForCausalLM, teacher: PreTrainedModel, share_weights: bool
+) -> dict[str, torch.Tensor]:
+    """The state of the student's language model: copies of the teacher's, or its parameters themselves."""
     inherited = student.language_model.state_dict()
-    state = {name: tensor.detach().clone() for name, tensor in teacher.state_dict().items() if name in inherited}
+    shared = {name for name, _ in teacher.named_parameters(remove_duplicate=False)} if share_weights else ()
+    state = {
+        name: tensor.detach() if name in shared else tensor.detach().clone()
+        for name, tensor in teacher.state_dict().items()
+        if name in inherited
+    }
     names = {module: name for name, module in teacher.named_modules()}
     attentions = find_attention_modules(teacher) if student.config.echo_layers else {}
     for attention in (attentions[layer] for layer in student.config.echo_layers):
         for fused in _fused_modules(attention):
             for key, tensor in _kept_parameters(attention, fused).items():
-                state[f"{names[attention]}.{FUSED_MODULES[fused][0]}.{key}"] = tensor.detach().clone().contiguous()
+                kept = tensor.detach() if share_weights else tensor.detach().clone()
+                state[f"{names[attention]}.{FUSED_MODULES[fused][0]}.{key}"] = kept.contiguous()
     return state
 
 

@@ -23,6 +23,7 @@ from transformers import (
     TrainerState,
 )
 
+from .adapters import add_lora, merge_lora
 from .configuration_echoatt import ECHOATT_VERSION
 from .conversion import convert, count_kv_bytes_per_token
 from .data import collate_rows, load_documents, pack_rows, split_documents
@@ -93,7 +94,7 @@ def compress(
             write_whole(similarity_file, analyze(teacher, train_rows, settings.plan.calibration_rows).to_json())
         similarity = AttentionSimilarity.from_json(similarity_file)
         plan = make_plan(settings.plan, teacher.config, similarity)
-        student, conversion = convert(teacher, plan)
+        student, conversion = convert(teacher, plan, share_weights=settings.distillation.lora_rank > 0)
         models = _Models(teacher, student, tokenizer)
         report = _distill_and_write(
             work, models, train_rows, held_out_rows, settings, {"conversion": conversion.to_dict()}
@@ -196,7 +197,8 @@ def distill(
 
     Args:
         student, teacher (`PreTrainedModel`):
-            The models; the student is trained in place.
+            The models; the student is trained in place. With `settings.lora_rank` adapters are trained and merged, and
+            the student may share the teacher's weights.
         train_rows (`Dataset` or `IterableDataset`):
             Packed rows, as returned by [`pack_rows`].
         settings ([`DistillationSettings`]):
@@ -206,7 +208,7 @@ def distill(
         held_out_rows (`list[dict]`, *optional*):
             Rows to log the loss of every `settings.eval_steps` steps.
         evaluate (`Callable`, *optional*):
-            Called with `"stage 1"` and `"stage 2"` and the student at the end of each stage.
+            Called with `"stage 1"` and `"stage 2"` and the student, with its adapters, at the end of each stage.
 
     Returns:
         [`EchoAttTrainer`]: after training.
@@ -216,9 +218,10 @@ def distill(
     """
     transformers.set_seed(settings.seed)
     use_cache = student.config.use_cache
+    model = add_lora(student, settings.lora_rank) if settings.lora_rank else student
     callback = _StageCallback(settings, evaluate)
     trainer = EchoAttTrainer(
-        model=student,
+        model=model,
         teacher=teacher if settings.stage1_steps else None,
         args=_training_arguments(settings, checkpoints),
         train_dataset=train_rows,
@@ -231,6 +234,8 @@ def distill(
     student.config.use_cache = use_cache  # which `Trainer` turns off
     if callback.interrupted:
         raise DistillationInterrupted
+    if settings.lora_rank:
+        merge_lora(model)
     return trainer
 
 
@@ -427,7 +432,7 @@ def write_student(folder: Path, student: PreTrainedModel, tokenizer: PreTrainedT
 def _training_arguments(settings: DistillationSettings, output_dir: Path) -> EchoAttTrainingArguments:
     values = asdict(settings)
     batch_size, accumulation_steps = values.pop("batch_size"), values.pop("accumulation_steps")
-    del values["steps"]
+    del values["steps"], values["lora_rank"]
     values["eval_steps"] = settings.eval_steps or None
     return EchoAttTrainingArguments(
         output_dir=str(output_dir),
@@ -458,6 +463,11 @@ class _Evaluations:
     def __init__(self, file: Path, models: _Models, rows: list[dict]):
         self._file, self._models, self._rows = file, models, rows
         self._done: dict[str, dict] = json.loads(file.read_text()) if file.exists() else {}
+        # Before training, while the student has no adapters, which will be merged.
+        self._sizes = {
+            role: {"parameters": model.num_parameters(), "kv_bytes_per_token": count_kv_bytes_per_token(model)}
+            for role, model in (("teacher", models.teacher), ("student", models.student))
+        }
 
     def run(self, name: str, model: PreTrainedModel) -> None:
         if name in self._done:
@@ -469,8 +479,7 @@ class _Evaluations:
             tokenizer=self._models.tokenizer,
             description=f"evaluate {name}",
         )
-        sizes = {"parameters": model.num_parameters(), "kv_bytes_per_token": count_kv_bytes_per_token(model)}
-        self._done[name] = result | sizes
+        self._done[name] = result | self._sizes["teacher" if model is self._models.teacher else "student"]
         write_whole(self._file, json.dumps(self._done))
 
     def results(self) -> list[dict]:

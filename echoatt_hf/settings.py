@@ -76,6 +76,11 @@ class DistillationSettings:
     attention_weight: float = setting(
         0.0, "Weight of the distance of the attention outputs of echo layers in stage 1."
     )
+    lora_rank: int = setting(
+        0,
+        "Rank of adapters (LoRA) on all linear layers: they are trained in place of the weights and merged at the end. "
+        "0 to train all weights.",
+    )
     batch_size: int = setting(8, "Rows in a step, over all accumulation steps.")
     accumulation_steps: int = setting(1, "Micro-batches in a step.")
     warmup_steps: int = setting(20, "Steps in which the learning rate rises, in each stage.")
@@ -86,8 +91,9 @@ class DistillationSettings:
 
     def __post_init__(self):
         _check_at_least_one(self, "steps", "batch_size", "accumulation_steps", "save_steps")
-        if self.eval_steps < 0:
-            raise ValueError(f"eval_steps is {self.eval_steps}; it must be 0 or more.")
+        for name in ("eval_steps", "lora_rank"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be 0 or more.")
         if self.stage2_steps is None:
             object.__setattr__(self, "stage2_steps", self.steps // 6)
         if not 0 <= self.stage2_steps <= self.steps:

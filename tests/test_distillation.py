@@ -6,11 +6,14 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import CHECKPOINTING
+from conftest import CHECKPOINTING, FP32_TOLERANCE, make_batch, make_teacher, plan_of
 from datasets import Dataset
+from families import FAMILIES
 from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.pytorch_utils import Conv1D
 
 from echoatt_hf import EchoAttForCausalLM
+from echoatt_hf.adapters import add_lora, merge_lora
 from echoatt_hf.data import collate_rows
 from echoatt_hf.distillation import EchoAttTrainer, EchoAttTrainingArguments
 from echoatt_hf.losses import cross_entropy, kl_divergence, relative_distance, target_mask
@@ -56,6 +59,11 @@ def lively_teacher():
 @pytest.fixture
 def lively_student(lively_teacher):
     return EchoAttForCausalLM.from_teacher(lively_teacher, PLAN)
+
+
+@pytest.fixture
+def shared_student(lively_teacher):
+    return EchoAttForCausalLM.from_teacher(lively_teacher, PLAN, share_weights=True)
 
 
 def make_rows(number=16, length=12, seed=0):
@@ -232,7 +240,7 @@ def test_first_loss_is_the_weighted_sum_of_the_parts(teacher, student, tmp_path)
     assert float(entry["loss"]) == pytest.approx(0.7 * kl.item() + 0.2 * ce.item() + 3 * hidden.item(), rel=1e-3)
 
 
-# The distance of attention outputs.
+# The distance of attention outputs, and adapters.
 
 
 def without_dropout(student):
@@ -360,6 +368,117 @@ def test_attention_loss_without_echo_layers_is_refused(lively_teacher, tmp_path)
     for student in (plain, copy.deepcopy(lively_teacher)):
         with pytest.raises(ValueError, match="attention_weight is 0.5, but the student has no echo layers"):
             make_trainer(student, lively_teacher, tmp_path, attention_weight=0.5)
+
+
+def assert_same_logits(found, expected):
+    scale = expected.abs().max()
+    torch.testing.assert_close(found / scale, expected / scale, **FP32_TOLERANCE)
+
+
+def test_adapters_learn_and_the_teacher_stays_as_it_is(lively_teacher, shared_student, tmp_path):
+    before = {name: value.clone() for name, value in lively_teacher.state_dict().items()}
+    adapted = add_lora(shared_student, 4)
+    rows = make_rows(4)
+    trainer = make_trainer(
+        adapted, lively_teacher, tmp_path, rows, stage1_steps=30, stage2_steps=2, attention_weight=0.1
+    )
+    trainer.train()
+    losses = [entry["kl_loss"] for entry in log_of(trainer) if "kl_loss" in entry]
+    assert losses[-1] < 0.7 * losses[0]
+    adapted.eval()
+    ids = torch.arange(1, 9)[None]
+    with torch.no_grad():
+        expected = adapted(ids).logits
+        merged = merge_lora(adapted)
+        assert merged is shared_student and type(merged) is EchoAttForCausalLM
+        assert_same_logits(merged(ids).logits, expected)
+    assert not any("lora" in name for name in merged.state_dict())
+    assert all(parameter.requires_grad for parameter in merged.parameters())
+    # Merging, and training on, leave the teacher as it was.
+    make_trainer(merged, lively_teacher, tmp_path, stage1_steps=1).train()
+    for name, value in lively_teacher.state_dict().items():
+        assert torch.equal(value, before[name]), f"teacher's {name} changed"
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointed"])
+def test_attention_loss_reaches_the_adapters(lively_teacher, tmp_path, checkpointing):
+    student = without_dropout(EchoAttForCausalLM.from_teacher(lively_teacher, PLAN, share_weights=True))
+    torch.manual_seed(0)
+    adapted = add_lora(student, 4)
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    trainer = make_trainer(adapted, lively_teacher, tmp_path, kl_weight=0.0, attention_weight=1.0)
+    if checkpointing:
+        getattr(adapted, f"{CHECKPOINTING}_enable")({"use_reentrant": False})
+    gradients = attention_gradients(trainer, adapted, collate_rows(list(make_rows(4))))
+    assert all("lora_" in name for name in gradients)
+    echo = [gradient for name, gradient in gradients.items() if ".layers.2.self_attn." in name]
+    assert len(echo) == 4 and all(gradient.any() for gradient in echo)  # A and B of v_proj and o_proj
+
+
+def test_checkpoint_holds_adapters_only_and_resumes(lively_teacher, tmp_path):
+    from safetensors import safe_open
+
+    def run(folder, resume=None):
+        torch.manual_seed(7)
+        adapted = add_lora(EchoAttForCausalLM.from_teacher(lively_teacher, PLAN, share_weights=True), 4)
+        trainer = make_trainer(
+            adapted, lively_teacher, folder, stage1_steps=4, stage2_steps=3, save_strategy="steps", save_steps=5
+        )
+        trainer.train(resume_from_checkpoint=resume)
+        return merge_lora(adapted).state_dict()
+
+    whole = run(tmp_path / "whole")
+    checkpoint = tmp_path / "whole" / "checkpoint-5"
+    assert not (checkpoint / "model.safetensors").exists()
+    with safe_open(checkpoint / "adapter_model.safetensors", framework="pt") as file:
+        assert all("lora_" in name for name in file.keys())  # noqa: SIM118
+    resumed = run(tmp_path / "resumed", resume=str(checkpoint))
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_student_that_would_train_its_teacher_is_refused(lively_teacher, shared_student, tmp_path):
+    with pytest.raises(ValueError, match=r"no trainable parameter.*add_lora"):
+        make_trainer(shared_student, lively_teacher, tmp_path)
+    shared_student.get_parameter("language_model.model.layers.2.self_attn.v_proj.weight").requires_grad_(True)
+    message = "1 trainable parameters of the student are the teacher's own, such as .*layers.2.self_attn.v_proj.weight"
+    with pytest.raises(ValueError, match=message):
+        make_trainer(shared_student, lively_teacher, tmp_path)
+    with pytest.raises(ValueError, match="convert without share_weights"):
+        make_trainer(shared_student, lively_teacher, tmp_path, stage1_steps=0, stage2_steps=1)
+    assert all(parameter.requires_grad for parameter in lively_teacher.parameters())
+
+
+@pytest.mark.parametrize("rank", [0, -4])
+def test_rank_below_one_is_refused(student, rank):
+    with pytest.raises(ValueError, match=f"rank is {rank}"):
+        add_lora(student, rank)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "phi3", "gpt_neox", "mixtral", "phimoe", "qwen3_next"])
+def test_adapters_reach_every_linear_layer_but_the_head(family):
+    teacher = make_teacher(family, attention=FAMILIES[family].attention)
+    before = {name: value.clone() for name, value in teacher.state_dict().items()}
+    student = EchoAttForCausalLM.from_teacher(teacher, plan_of(family), share_weights=True)
+    head = student.get_output_embeddings()
+    linear = {name for name, module in student.named_modules() if type(module) in (torch.nn.Linear, Conv1D)}
+    linear -= {name for name, module in student.named_modules() if module is head}
+    adapted = add_lora(student, 2)
+    batch = make_batch(rows=4)
+    found = [name for name, _ in adapted.named_parameters() if "lora_A" in name]
+    assert {name.removeprefix("base_model.model.").split(".lora_A")[0] for name in found} == linear
+    assert any(".v_proj" in name for name in linear)
+    for name, parameter in adapted.named_parameters():
+        assert parameter.requires_grad is ("lora_" in name)
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    adapted(**batch, labels=batch["input_ids"]).loss.backward()
+    assert all(parameter.grad.any() for parameter in adapted.parameters() if parameter.requires_grad)
+    with torch.no_grad():
+        expected = adapted(**batch).logits
+        assert_same_logits(merge_lora(adapted)(**batch).logits, expected)
+    assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
 
 
 def test_stages_have_their_own_steps_rates_and_losses(teacher, student, tmp_path):
