@@ -211,7 +211,8 @@ class EchoAttTrainer(Trainer):
             parts["kl"] = kl_divergence(
                 outputs.logits, teacher_outputs.logits, labels, num_tokens, temperature=args.kl_temperature
             )
-        if args.ce_weight > 0:
+        # Where attention outputs are all that counts, DDP still waits for a gradient of what else made the logits: zero.
+        if args.ce_weight > 0 or not (args.kl_weight > 0 or with_hidden):
             parts["ce"] = cross_entropy(outputs.logits, labels, num_tokens)
         if with_hidden:  # the first entry is the embeddings, which no layer has touched
             states = outputs.hidden_states[1:], teacher_outputs.hidden_states[1:]

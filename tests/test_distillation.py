@@ -324,14 +324,17 @@ def attention_gradients(trainer, model, batch):
     return gradients
 
 
-def test_attention_loss_of_a_wrapped_student(lively_teacher, lively_student, tmp_path):
-    trainer = make_trainer(without_dropout(lively_student), lively_teacher, tmp_path, attention_weight=1.0)
+@pytest.mark.parametrize("kl_weight", [1.0, 0.0])
+def test_attention_loss_of_a_wrapped_student(lively_teacher, lively_student, tmp_path, kl_weight):
+    trainer = make_trainer(
+        without_dropout(lively_student), lively_teacher, tmp_path, kl_weight=kl_weight, attention_weight=1.0
+    )
     batch = masked_collator(list(make_rows(4)))
     expected = attention_gradients(trainer, lively_student, batch)
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     try:
         wrapped = torch.nn.parallel.DistributedDataParallel(lively_student, find_unused_parameters=True)
-        for _ in range(2):
+        for _ in range(3):
             found = attention_gradients(trainer, wrapped, batch)
     finally:
         torch.distributed.destroy_process_group()
