@@ -65,7 +65,7 @@ class DistillationSettings:
 
     steps: int = setting(360, "Steps of both stages: from the teacher, then on the text alone.")
     stage2_steps: int | None = setting(None, "How many of the steps are stage 2; a sixth if not given.")
-    learning_rate: float = setting(2e-3, "Peak learning rate of stage 1.")
+    learning_rate: float = setting(2e-3, "Peak learning rate of stage 1; adapters need another than weights.")
     stage2_learning_rate: float | None = setting(
         None, "Peak learning rate of stage 2; a tenth of the learning rate if not given."
     )
