@@ -32,6 +32,7 @@ AutoModelForSequenceClassification.register(EchoAttConfig, EchoAttForSequenceCla
 AutoModelForTokenClassification.register(EchoAttConfig, EchoAttForTokenClassification, exist_ok=True)
 
 _MODULES = {
+    "adapters": ["add_lora", "merge_lora"],
     "alignment": ["align_heads", "match_heads", "permute_heads"],
     "conversion": ["ConversionReport", "convert", "count_cache_bytes", "count_kv_bytes_per_token"],
     "data": ["collate_rows", "load_documents", "pack_rows", "split_documents"],

@@ -91,6 +91,7 @@ def convert(
     similarity: AttentionSimilarity | None = None,
     align: bool = True,
     refit: bool = True,
+    share_weights: bool = False,
     progress: bool = False,
 ) -> tuple[EchoAttForCausalLM, ConversionReport]:
     """
@@ -114,6 +115,8 @@ def convert(
             Align heads, see [`align_heads`].
         refit (`bool`, *optional*, defaults to `True`):
             Refit output projections, see [`refit_outputs`].
+        share_weights (`bool`, *optional*, defaults to `False`):
+            Give the student the teacher's own weights, frozen, see [`EchoAttForCausalLM.from_teacher`].
         progress (`bool`, *optional*, defaults to `False`):
             Show progress bars.
 
@@ -128,7 +131,7 @@ def convert(
         from .teachers import load_model
 
         teacher = load_model(teacher)
-    student = EchoAttForCausalLM.from_teacher(teacher, plan)
+    student = EchoAttForCausalLM.from_teacher(teacher, plan, share_weights)
     tuning = {}
     if rows is not None and student.config.echo_layers:
         tuning = _tune(student, teacher, rows, similarity, align, refit, progress)

@@ -1,17 +1,23 @@
 """Two-stage distillation of a student from its teacher, as a `Trainer`."""
 
 import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel, Trainer, TrainingArguments, get_scheduler
+from transformers.pytorch_utils import id_tensor_storage
 
-from .losses import cross_entropy, hidden_state_distance, kl_divergence, target_mask
+from .losses import cross_entropy, kl_divergence, relative_distance, target_mask
+from .modeling_echoatt import find_attention_modules
 
 
 __all__ = ["EchoAttTrainer", "EchoAttTrainingArguments"]
+
+_WEIGHTS = ("kl_weight", "ce_weight", "hidden_weight", "attention_weight")
 
 
 @dataclass
@@ -44,6 +50,10 @@ class EchoAttTrainingArguments(TrainingArguments):
             Weight of the cross-entropy of the text. Raise it where the text is better than the teacher.
         hidden_weight (`float`, *optional*, defaults to 0.0):
             Weight of the relative squared distance between the hidden states of matching layers.
+        attention_weight (`float`, *optional*, defaults to 0.0):
+            Weight of the relative squared distance between what the attention of echo layers adds, after its output
+            projection, and what the teacher's adds in the same layers. Try 0.1; more harmed one of the two students
+            measured in the README.
 
     Raises:
         `ValueError`: a number is out of range, or `max_steps` or `num_train_epochs` contradict the stages.
@@ -60,16 +70,19 @@ class EchoAttTrainingArguments(TrainingArguments):
     kl_temperature: float = field(default=1.0, metadata={"help": "Temperature of the KL in stage 1."})
     ce_weight: float = field(default=0.0, metadata={"help": "Weight of the cross-entropy in stage 1."})
     hidden_weight: float = field(default=0.0, metadata={"help": "Weight of the hidden-state distance in stage 1."})
+    attention_weight: float = field(
+        default=0.0, metadata={"help": "Weight of the distance of the attention outputs of echo layers in stage 1."}
+    )
 
     def __post_init__(self):
-        for name in ("stage1_steps", "stage2_steps", "kl_weight", "ce_weight", "hidden_weight"):
+        for name in ("stage1_steps", "stage2_steps", *_WEIGHTS):
             value = getattr(self, name)
             if not (math.isfinite(value) and value >= 0):
                 raise ValueError(f"{name} is {value}; it must be 0 or more.")
         if not (math.isfinite(self.kl_temperature) and self.kl_temperature > 0):
             raise ValueError(f"kl_temperature is {self.kl_temperature}; it must be above 0.")
-        if self.stage1_steps > 0 and self.kl_weight == self.ce_weight == self.hidden_weight == 0:
-            raise ValueError("kl_weight, ce_weight and hidden_weight are all 0: stage 1 would learn nothing.")
+        if self.stage1_steps > 0 and not any(getattr(self, name) for name in _WEIGHTS):
+            raise ValueError(f"{', '.join(_WEIGHTS)} are all 0: stage 1 would learn nothing.")
         steps = self.stage1_steps + self.stage2_steps
         if steps == 0:
             raise ValueError("stage1_steps and stage2_steps are both 0: give at least one stage some steps.")
@@ -89,13 +102,14 @@ class EchoAttTrainer(Trainer):
     A [`~transformers.Trainer`] that distils a student from its teacher in two stages, in one `train()`.
 
     Stage 1 minimises `kl_weight` · KL(teacher || student) + `ce_weight` · cross-entropy + `hidden_weight` · distance
-    of hidden states; stage 2 minimises the cross-entropy of the text alone. Each part is logged. Losses are divided by
-    the number of target tokens of the whole batch, over all accumulation steps and processes. `eval_loss` is the
-    cross-entropy in both stages. The teacher is kept frozen, in evaluation mode, and out of every checkpoint.
+    of hidden states + `attention_weight` · distance of the attention outputs of echo layers; stage 2 minimises the
+    cross-entropy of the text alone. Each part is logged. Losses are divided by the number of target tokens of the whole
+    batch, over all accumulation steps and processes. `eval_loss` is the cross-entropy in both stages. The teacher is
+    kept frozen, in evaluation mode, and out of every checkpoint.
 
     Args:
         model (`PreTrainedModel`):
-            The student, such as an [`EchoAttForCausalLM`].
+            The student, such as an [`EchoAttForCausalLM`], or one with adapters, as [`add_lora`] makes it.
         args ([`EchoAttTrainingArguments`], *optional*):
             Arguments of the run; the defaults if not given.
         teacher (`PreTrainedModel`, *optional*):
@@ -105,8 +119,8 @@ class EchoAttTrainer(Trainer):
 
     Raises:
         `TypeError`: `args` are not `EchoAttTrainingArguments`.
-        `ValueError`: stage 1 has steps but there is no teacher, teacher and student do not fit together, or several
-            GPUs are visible to one process.
+        `ValueError`: stage 1 has steps but there is no teacher, teacher and student do not fit together, the student
+            has nothing to train or would train weights of the teacher, or several GPUs are visible to one process.
 
     Example:
 
@@ -138,6 +152,8 @@ class EchoAttTrainer(Trainer):
             )
         if args.stage1_steps > 0:
             _check_teacher(model, teacher, args)
+        if model is not None:
+            _check_trainable(model, teacher)
         super().__init__(model=model, args=args, **kwargs)
         # `train` counts the target tokens of a batch only for models whose loss they divide.
         self.model_accepts_loss_kwargs = True
@@ -170,7 +186,7 @@ class EchoAttTrainer(Trainer):
         else:
             outputs = model(**inputs)
             parts = {"ce": cross_entropy(outputs.logits, labels.to(outputs.logits.device), num_tokens)}
-        weights = {"kl": self.args.kl_weight, "ce": self.args.ce_weight, "hidden": self.args.hidden_weight}
+        weights = {name.removesuffix("_weight"): getattr(self.args, name) for name in _WEIGHTS}
         if self.stage == 2 or not model.training:
             weights["ce"] = 1.0
         loss = sum(weights[name] * part for name, part in parts.items())
@@ -184,21 +200,27 @@ class EchoAttTrainer(Trainer):
     def _stage1_parts(self, model, inputs: dict, labels: torch.Tensor, num_tokens: torch.Tensor):
         args = self.args
         with_hidden = args.hidden_weight > 0
-        outputs = model(**inputs, output_hidden_states=with_hidden)
+        echoes = self.model.config.echo_layers if args.attention_weight > 0 else []
+        with _attention_outputs(model, echoes) as attended:
+            outputs = model(**inputs, output_hidden_states=with_hidden)
         labels = labels.to(outputs.logits.device)
         parts = {}
-        if args.kl_weight > 0 or with_hidden:
-            with torch.no_grad():
+        if args.kl_weight > 0 or with_hidden or echoes:
+            with torch.no_grad(), _attention_outputs(self.teacher, echoes) as teacher_attended:
                 teacher_outputs = self.teacher(**inputs, output_hidden_states=with_hidden)
         if args.kl_weight > 0:
             parts["kl"] = kl_divergence(
                 outputs.logits, teacher_outputs.logits, labels, num_tokens, temperature=args.kl_temperature
             )
-        if args.ce_weight > 0:
+        # Where attention outputs are all that counts, DDP still waits for a gradient of what else made the logits: zero.
+        if args.ce_weight > 0 or not (args.kl_weight > 0 or with_hidden):
             parts["ce"] = cross_entropy(outputs.logits, labels, num_tokens)
         if with_hidden:  # the first entry is the embeddings, which no layer has touched
             states = outputs.hidden_states[1:], teacher_outputs.hidden_states[1:]
-            parts["hidden"] = hidden_state_distance(*states, labels, num_tokens)
+            parts["hidden"] = relative_distance(*states, labels, num_tokens)
+        if echoes:
+            states = [[found[layer] for layer in echoes] for found in (attended, teacher_attended)]
+            parts["attention"] = relative_distance(*states, labels, num_tokens)
         return parts, outputs
 
     def _add_parts(self, parts: dict[str, torch.Tensor]) -> None:
@@ -207,7 +229,7 @@ class EchoAttTrainer(Trainer):
             self._parts[name] = total + part.detach(), steps | {self.state.global_step}
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log, with the loss parts beside the loss: `kl_loss`, `ce_loss`, `hidden_loss`, and the stage."""
+        """Log, with the loss parts beside the loss, such as `kl_loss`, and the stage."""
         if "loss" in logs and self._parts:
             for name, (total, steps) in self._parts.items():
                 logs[f"{name}_loss"] = self.accelerator.gather(total).sum().item() / len(steps)
@@ -248,6 +270,27 @@ class EchoAttTrainer(Trainer):
         return scheduler.lr_lambdas[0]
 
 
+@contextmanager
+def _attention_outputs(model: nn.Module, layers: Sequence[int]) -> Iterator[dict[int, torch.Tensor]]:
+    """
+    What the attention of `layers` gives in the forward pass made in this context, after its output projection.
+
+    The hooks are gone when the backward pass repeats checkpointed layers: it sees nothing of them.
+    """
+    outputs = {}
+
+    def keep(module, args, output):
+        outputs[module.layer_idx] = output[0]
+
+    attentions = find_attention_modules(model, layers) if layers else {}
+    hooks = [attentions[layer].register_forward_hook(keep) for layer in layers]
+    try:
+        yield outputs
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
 def _check_teacher(student: nn.Module | None, teacher: PreTrainedModel | None, args: EchoAttTrainingArguments) -> None:
     if teacher is None:
         raise ValueError("Stage 1 needs a teacher: give teacher=..., or set stage1_steps=0.")
@@ -261,12 +304,41 @@ def _check_teacher(student: nn.Module | None, teacher: PreTrainedModel | None, a
             f"The student has {ours.vocab_size} tokens and the teacher {theirs.vocab_size}: distillation needs the "
             "same vocabulary. Give the teacher the student was made from."
         )
-    if args.hidden_weight > 0 and (ours.num_hidden_layers, ours.hidden_size) != (
-        theirs.num_hidden_layers,
-        theirs.hidden_size,
-    ):
+    weights = [name for name in ("hidden_weight", "attention_weight") if getattr(args, name) > 0]
+    if weights and (ours.num_hidden_layers, ours.hidden_size) != (theirs.num_hidden_layers, theirs.hidden_size):
         raise ValueError(
             f"The student has {ours.num_hidden_layers} layers of size {ours.hidden_size} and the teacher "
-            f"{theirs.num_hidden_layers} of size {theirs.hidden_size}: set hidden_weight=0, or give the teacher the "
-            "student was made from."
+            f"{theirs.num_hidden_layers} of size {theirs.hidden_size}: set {' and '.join(weights)} to 0, or give the "
+            "teacher the student was made from."
         )
+    echoes = getattr(student.config, "echo_layers", [])
+    if args.attention_weight > 0 and not echoes:
+        raise ValueError(
+            f"attention_weight is {args.attention_weight}, but the student has no echo layers, whose attention outputs "
+            "it compares: set it to 0, or give a student whose plan has some."
+        )
+    if args.attention_weight > 0:
+        find_attention_modules(teacher, echoes)
+
+
+def _check_trainable(student: nn.Module, teacher: nn.Module | None) -> None:
+    trainable = {name: _storage(value) for name, value in student.named_parameters() if value.requires_grad}
+    if not trainable:
+        raise ValueError(
+            "The student has no trainable parameter, as one that shares the teacher's weights: train adapters with "
+            "add_lora(student, rank), or convert without share_weights."
+        )
+    of_teacher = {_storage(value) for value in teacher.parameters()} if teacher is not None else set()
+    shared = [name for name, storage in trainable.items() if storage is not None and storage in of_teacher]
+    if shared:
+        raise ValueError(
+            f"{len(shared)} trainable parameters of the student are the teacher's own, such as {shared[0]}, and training "
+            "would change the teacher: train adapters with add_lora(student, rank), which freezes all else, or convert "
+            "without share_weights."
+        )
+
+
+def _storage(tensor: torch.Tensor) -> tuple | None:
+    """What identifies the memory of a tensor; `None` without memory, as on the meta device."""
+    storage = id_tensor_storage(tensor)
+    return storage if storage[1] else None

@@ -76,7 +76,7 @@ On {report["results"][0]["tokens"]:,} held-out tokens in rows of {settings["data
 ## Distillation
 
 Stage 1, from the teacher: {training["steps"] - training["stage2_steps"]} steps; stage 2, on the text alone: {training["stage2_steps"]} steps;
-{report["tokens_per_step"]:,} tokens a step. All settings and the log are in `report.json`.
+{report["tokens_per_step"]:,} tokens a step. {_describe_training(training)}All settings and the log are in `report.json`.
 
 Made with {versions}; {environment["hardware"]}.
 
@@ -86,6 +86,18 @@ Made with {versions}; {environment["hardware"]}.
 {CITATION}
 ```
 """
+
+
+def _describe_training(settings: dict) -> str:
+    """What was done beyond the usual, in whole sentences with a space behind; empty where nothing was."""
+    sentences = []
+    if settings["attention_weight"]:
+        sentences.append(
+            f"Stage 1 also compared the attention outputs of echo layers, with a weight of {settings['attention_weight']}."
+        )
+    if settings["lora_rank"]:
+        sentences.append(f"Adapters (LoRA) of rank {settings['lora_rank']} were trained and merged.")
+    return "".join(f"{sentence} " for sentence in sentences)
 
 
 def _hub_name(teacher: str) -> str | None:

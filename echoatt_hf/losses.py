@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 
-__all__ = ["cross_entropy", "hidden_state_distance", "kl_divergence", "target_mask"]
+__all__ = ["cross_entropy", "kl_divergence", "relative_distance", "target_mask"]
 
 IGNORED_LABEL = -100
 
@@ -75,14 +75,15 @@ def kl_divergence(
     return (divergence * target_mask(labels)).sum() * temperature**2 / num_tokens
 
 
-def hidden_state_distance(
+def relative_distance(
     student_states: Sequence[torch.Tensor],
     teacher_states: Sequence[torch.Tensor],
     labels: torch.Tensor,
     num_tokens: torch.Tensor | int,
 ) -> torch.Tensor:
     """
-    Squared distance of hidden states relative to the teacher's squared length, the mean over layers.
+    Squared distance of states relative to the teacher's squared length, the mean over layers. For hidden states, and
+    for the outputs of attention.
 
     Relative, so that layers whose states are long do not outweigh the others.
 
@@ -100,5 +101,7 @@ def hidden_state_distance(
     for student, teacher in zip(student_states, teacher_states, strict=True):
         expected = teacher.float()
         squared_length = expected.square().sum(-1).clamp_min(torch.finfo(torch.float32).tiny)
-        total = total + ((student.float() - expected).square().sum(-1) / squared_length * mask).sum()
+        distance = (student.float() - expected).square().sum(-1) / squared_length
+        # Filled, not multiplied: where a row is padding the teacher's state may have no length.
+        total = total + distance.masked_fill(~mask, 0.0).sum()
     return total / len(student_states) / num_tokens

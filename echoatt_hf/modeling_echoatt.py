@@ -680,7 +680,8 @@ class EchoAttForCausalLM(EchoAttPreTrainedModel, GenerationMixin):
                 For each layer the index of the layer whose attention weights it uses.
             share_weights (`bool`, *optional*, defaults to `False`):
                 Give the student the teacher's own weights, frozen, in place of copies: for training adapters, with one
-                copy of the weights in memory. Parts of fused projections are copied where they are no view.
+                copy of the weights in memory. Parts of fused projections are copied where they are no view. Have the
+                teacher on its device before: who moves later makes a copy.
 
         Returns:
             `EchoAttForCausalLM`: the student, in evaluation mode, on the teacher's device and in its dtypes.

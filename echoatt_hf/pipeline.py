@@ -14,6 +14,8 @@ from pathlib import Path
 import torch
 import transformers
 from datasets import Dataset, IterableDataset
+from safetensors.torch import load_file, save_file
+from torch import nn
 from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
@@ -23,19 +25,20 @@ from transformers import (
     TrainerState,
 )
 
+from .adapters import add_lora, merge_lora
+from .alignment import get_parameters, set_parameters
 from .configuration_echoatt import ECHOATT_VERSION
 from .conversion import ConversionReport, convert, count_kv_bytes_per_token
 from .data import collate_rows, load_documents, pack_rows, split_documents
 from .distillation import EchoAttTrainer, EchoAttTrainingArguments
 from .evaluation import evaluate_model
 from .hub import write_model_card
-from .modeling_echoatt import EchoAttForCausalLM
+from .modeling_echoatt import EchoAttForCausalLM, find_attention_modules
 from .outputs import (
     check_output_file,
     check_output_folder,
     last_complete_checkpoint,
     replace_folder,
-    whole_folder,
     write_whole,
 )
 from .planning import plan_from_similarity
@@ -108,19 +111,14 @@ def compress(
         teacher = load_model(settings.teacher).to(default_device())
         tokenizer = load_tokenizer(settings.teacher, teacher)
         check_plan(settings.plan, teacher.config)
+        _training_arguments(settings.distillation, work / "checkpoints")  # which check themselves
         train_rows, held_out_rows = load_rows(settings.data, tokenizer, teacher)
         rows = list(train_rows.take(settings.calibration.calibration_rows))
         similarity_file = work / "similarity.json"
         if not similarity_file.exists():
             write_whole(similarity_file, measure_on_rows(teacher, rows, progress=True).to_json())
         similarity = AttentionSimilarity.from_json(similarity_file)
-        if not (work / "converted").exists():
-            plan, search = choose_plan(
-                settings.plan, settings.calibration, teacher, rows, similarity, work / "measured.json", progress=True
-            )
-            _convert_and_write(work / "converted", teacher, plan, search, rows, similarity, settings.calibration)
-        student = load_model(work / "converted").to(default_device())
-        facts = json.loads((work / "converted" / "conversion.json").read_text())
+        student, facts = _convert_once(work, settings, teacher, rows, similarity)
         plan = SharingPlan(student.config.echo_sources)
         models = _Models(teacher, student, tokenizer)
         report = _distill_and_write(work, models, train_rows, held_out_rows, settings, facts)
@@ -129,21 +127,47 @@ def compress(
     return report
 
 
-def _convert_and_write(
-    folder: Path,
+def _convert_once(
+    work: Path,
+    settings: CompressionSettings,
     teacher: PreTrainedModel,
-    plan: SharingPlan,
-    search: PlanSearch | None,
     rows: list[dict],
     similarity: AttentionSimilarity,
-    calibration: CalibrationSettings,
-) -> None:
-    """Convert, and keep the student with the facts for the report, so that a resumed run need not do it again."""
-    student, conversion = _convert(teacher, plan, rows, similarity, calibration)
+) -> tuple[EchoAttForCausalLM, dict]:
+    """
+    The converted student and the facts for the report. What was chosen and tuned is kept in `work`, so that a resumed run
+    need not do it again.
+    """
+    facts_file, tuned_file = work / "conversion.json", work / "tuned.safetensors"
+    share_weights = settings.distillation.lora_rank > 0
+    if facts_file.exists():
+        facts = json.loads(facts_file.read_text())
+        student = EchoAttForCausalLM.from_teacher(teacher, facts["conversion"]["echo_sources"], share_weights)
+        tuned = load_file(tuned_file, device=str(teacher.device))
+        for layer, attention in _echo_attentions(student).items():
+            for name, parameter in get_parameters(attention).items():
+                value = nn.Parameter(tuned[f"{layer}.{name}"], requires_grad=parameter.requires_grad)
+                set_parameters(attention, {name: value})
+        return student, facts
+    plan, search = choose_plan(
+        settings.plan, settings.calibration, teacher, rows, similarity, work / "measured.json", progress=True
+    )
+    student, conversion = _convert(teacher, plan, rows, similarity, settings.calibration, share_weights)
     facts = {"search": search.to_dict()} if search is not None else {}
-    with whole_folder(folder) as unfinished:
-        student.save_pretrained(unfinished)
-        write_whole(unfinished / "conversion.json", json.dumps(facts | {"conversion": conversion.to_dict()}))
+    facts["conversion"] = conversion.to_dict()
+    tuned = {
+        f"{layer}.{name}": parameter.detach().contiguous()
+        for layer, attention in _echo_attentions(student).items()
+        for name, parameter in get_parameters(attention).items()
+    }
+    save_file(tuned, tuned_file)
+    write_whole(facts_file, json.dumps(facts))  # the last, as it says that all is there
+    return student, facts
+
+
+def _echo_attentions(student: EchoAttForCausalLM) -> dict[int, nn.Module]:
+    attentions = find_attention_modules(student.language_model)
+    return {layer: attentions[layer] for layer in student.config.echo_layers}
 
 
 def distill_student(
@@ -239,7 +263,8 @@ def distill(
 
     Args:
         student, teacher (`PreTrainedModel`):
-            The models; the student is trained in place.
+            The models; the student is trained in place. With `settings.lora_rank` adapters are trained and merged, and
+            the student may share the teacher's weights.
         train_rows (`Dataset` or `IterableDataset`):
             Packed rows, as returned by [`pack_rows`].
         settings ([`DistillationSettings`]):
@@ -249,7 +274,7 @@ def distill(
         held_out_rows (`list[dict]`, *optional*):
             Rows to log the loss of every `settings.eval_steps` steps.
         evaluate (`Callable`, *optional*):
-            Called with `"stage 1"` and `"stage 2"` and the student at the end of each stage.
+            Called with `"stage 1"` and `"stage 2"` and the student, with its adapters, at the end of each stage.
 
     Returns:
         [`EchoAttTrainer`]: after training.
@@ -259,9 +284,10 @@ def distill(
     """
     transformers.set_seed(settings.seed)
     use_cache = student.config.use_cache
+    model = add_lora(student, settings.lora_rank) if settings.lora_rank else student
     callback = _StageCallback(settings, evaluate)
     trainer = EchoAttTrainer(
-        model=student,
+        model=model,
         teacher=teacher if settings.stage1_steps else None,
         args=_training_arguments(settings, checkpoints),
         train_dataset=train_rows,
@@ -274,6 +300,8 @@ def distill(
     student.config.use_cache = use_cache  # which `Trainer` turns off
     if callback.interrupted:
         raise DistillationInterrupted
+    if settings.lora_rank:
+        merge_lora(model)
     return trainer
 
 
@@ -422,6 +450,7 @@ def _convert(
     rows: list[dict] | None,
     similarity: AttentionSimilarity | None,
     calibration: CalibrationSettings,
+    share_weights: bool = False,
 ) -> tuple[EchoAttForCausalLM, ConversionReport]:
     is_tuned = calibration.align or calibration.refit
     return convert(
@@ -431,6 +460,7 @@ def _convert(
         similarity=similarity,
         align=calibration.align,
         refit=calibration.refit,
+        share_weights=share_weights,
         progress=True,
     )
 
@@ -642,7 +672,7 @@ def write_student(folder: Path, student: PreTrainedModel, tokenizer: PreTrainedT
 def _training_arguments(settings: DistillationSettings, output_dir: Path) -> EchoAttTrainingArguments:
     values = asdict(settings)
     batch_size, accumulation_steps = values.pop("batch_size"), values.pop("accumulation_steps")
-    del values["steps"]
+    del values["steps"], values["lora_rank"]
     values["eval_steps"] = settings.eval_steps or None
     return EchoAttTrainingArguments(
         output_dir=str(output_dir),
@@ -673,6 +703,11 @@ class _Evaluations:
     def __init__(self, file: Path, models: _Models, rows: list[dict]):
         self._file, self._models, self._rows = file, models, rows
         self._done: dict[str, dict] = json.loads(file.read_text()) if file.exists() else {}
+        # Before training, while the student has no adapters, which will be merged.
+        self._sizes = {
+            role: {"parameters": model.num_parameters(), "kv_bytes_per_token": count_kv_bytes_per_token(model)}
+            for role, model in (("teacher", models.teacher), ("student", models.student))
+        }
 
     def run(self, name: str, model: PreTrainedModel) -> None:
         if name in self._done:
@@ -684,8 +719,7 @@ class _Evaluations:
             tokenizer=self._models.tokenizer,
             description=f"evaluate {name}",
         )
-        sizes = {"parameters": model.num_parameters(), "kv_bytes_per_token": count_kv_bytes_per_token(model)}
-        self._done[name] = result | sizes
+        self._done[name] = result | self._sizes["teacher" if model is self._models.teacher else "student"]
         write_whole(self._file, json.dumps(self._done))
 
     def results(self) -> list[dict]:
@@ -744,8 +778,10 @@ def _unfinished_run(output: Path, settings: str, overwrite: bool, resume: bool) 
     work = _open_work_folder(output, settings, overwrite, resume)
     try:
         yield work
-    except Exception:
-        if not (work / "checkpoints").exists():
+    except Exception as error:
+        # After a wrong setting a run with the same settings would only fail again.
+        worth_keeping = ["checkpoints"] if isinstance(error, ValueError) else ["checkpoints", "measured.json"]
+        if not any((work / name).exists() for name in worth_keeping):
             shutil.rmtree(work, ignore_errors=True)
         raise
     replace_folder(work / "student", output)

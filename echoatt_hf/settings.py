@@ -92,9 +92,9 @@ class PlanSettings:
 class DistillationSettings:
     """How to distil, see [`EchoAttTrainingArguments`]. Each field's `metadata["help"]` says what it is for."""
 
-    steps: int = setting(360, "Steps of both stages: from the teacher, then on the text alone.")
+    steps: int = setting(300, "Steps of both stages: from the teacher, then on the text alone.")
     stage2_steps: int | None = setting(None, "How many of the steps are stage 2; a sixth if not given.")
-    learning_rate: float = setting(2e-3, "Peak learning rate of stage 1.")
+    learning_rate: float = setting(1e-3, "Peak learning rate of stage 1; adapters need another than weights.")
     stage2_learning_rate: float | None = setting(
         None, "Peak learning rate of stage 2; a tenth of the learning rate if not given."
     )
@@ -102,6 +102,14 @@ class DistillationSettings:
     kl_temperature: float = setting(1.0, "Temperature of the KL.")
     ce_weight: float = setting(0.0, "Weight of the cross-entropy in stage 1.")
     hidden_weight: float = setting(0.0, "Weight of the distance of hidden states in stage 1.")
+    attention_weight: float = setting(
+        0.0, "Weight of the distance of the attention outputs of echo layers in stage 1."
+    )
+    lora_rank: int = setting(
+        0,
+        "Rank of adapters (LoRA) on all linear layers: they are trained in place of the weights and merged at the end. "
+        "0 to train all weights.",
+    )
     batch_size: int = setting(8, "Rows in a step, over all accumulation steps.")
     accumulation_steps: int = setting(1, "Micro-batches in a step.")
     warmup_steps: int = setting(20, "Steps in which the learning rate rises, in each stage.")
@@ -112,8 +120,9 @@ class DistillationSettings:
 
     def __post_init__(self):
         _check_at_least_one(self, "steps", "batch_size", "accumulation_steps", "save_steps")
-        if self.eval_steps < 0:
-            raise ValueError(f"eval_steps is {self.eval_steps}; it must be 0 or more.")
+        for name in ("eval_steps", "lora_rank"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be 0 or more.")
         if self.stage2_steps is None:
             object.__setattr__(self, "stage2_steps", self.steps // 6)
         if not 0 <= self.stage2_steps <= self.steps:

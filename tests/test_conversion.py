@@ -242,3 +242,50 @@ def test_teacher_by_path(tiny_teacher, tmp_path):
     assert torch.equal(student(ids).logits, expected(ids).logits)
     with pytest.raises(FileNotFoundError, match="no model folder"):
         convert(str(tmp_path / "missing"), [0])
+
+
+def storages_of(model):
+    return {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+
+
+# The fused projections of phi3 lie in such a way that the values are a view, those of gpt2 and gpt_neox do not.
+@pytest.mark.parametrize(
+    ("family", "copied"),
+    [("llama", []), ("qwen3", []), ("phi3", []), ("gpt2", ["v_proj.weight"]), ("gpt_neox", ["v_proj.bias", "v_proj.weight"])],
+)  # fmt: skip
+@pytest.mark.parametrize("share_weights", [True, False], ids=["shared", "copied"])
+def test_shared_weights(family, copied, share_weights):
+    teacher = make_teacher(family)
+    before = {name: value.clone() for name, value in teacher.state_dict().items()}
+    student, report = convert(teacher, plan_of(family), share_weights=share_weights)
+    usual, usual_report = convert(teacher, plan_of(family))
+    assert report == usual_report
+    assert {parameter.requires_grad for parameter in student.parameters()} == {not share_weights}
+    assert all(parameter.requires_grad for parameter in teacher.parameters())
+    batch = make_batch()
+    assert torch.equal(student(**batch).logits, usual(**batch).logits)
+    assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
+    storages = storages_of(teacher)
+    if not share_weights:
+        assert not storages & storages_of(student)
+        return
+    own = [name for name, value in student.named_parameters() if value.untyped_storage().data_ptr() not in storages]
+    assert sorted({".".join(name.split(".")[-2:]) for name in own}) == copied
+    inherited = dict(teacher.named_parameters())
+    for name, value in student.language_model.named_parameters():
+        if name in inherited:
+            assert value.data_ptr() == inherited[name].data_ptr() and value is not inherited[name]
+    parameters = {value.data_ptr(): value for model in (teacher, student) for value in model.parameters()}
+    nbytes = {value.untyped_storage().data_ptr(): value.untyped_storage().nbytes() for value in parameters.values()}
+    memory_of_teacher = sum(value.nbytes for value in teacher.parameters())
+    assert sum(nbytes.values()) <= memory_of_teacher * (1.05 if copied else 1)
+
+
+def test_student_with_shared_weights_saves_its_own(tmp_path):
+    teacher = make_teacher("phi3")
+    student, _ = convert(teacher, plan_of("phi3"), share_weights=True)
+    student.save_pretrained(tmp_path)
+    size = (tmp_path / "model.safetensors").stat().st_size
+    assert size < sum(value.nbytes for value in teacher.parameters())
+    batch = make_batch()
+    assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path)(**batch).logits, student(**batch).logits)

@@ -6,22 +6,25 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import CHECKPOINTING
+from conftest import CHECKPOINTING, FP32_TOLERANCE, make_batch, make_teacher, plan_of
 from datasets import Dataset
+from families import FAMILIES
 from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.pytorch_utils import Conv1D
 
 from echoatt_hf import EchoAttForCausalLM
+from echoatt_hf.adapters import add_lora, merge_lora
 from echoatt_hf.data import collate_rows
 from echoatt_hf.distillation import EchoAttTrainer, EchoAttTrainingArguments
-from echoatt_hf.losses import cross_entropy, hidden_state_distance, kl_divergence, target_mask
+from echoatt_hf.losses import cross_entropy, kl_divergence, relative_distance, target_mask
+from echoatt_hf.modeling_echoatt import find_attention_modules
 
 
 VOCAB = 48
 PLAN = [0, 1, 1, 3]
 
 
-@pytest.fixture
-def teacher():
+def make_small_teacher(**changes):
     torch.manual_seed(0)
     config = LlamaConfig(
         num_hidden_layers=4,
@@ -32,13 +35,35 @@ def teacher():
         vocab_size=VOCAB,
         pad_token_id=0,
         attention_dropout=0.1,  # makes a teacher left in training mode visible
+        **changes,
     )
     return LlamaForCausalLM(config).eval()
 
 
 @pytest.fixture
+def teacher():
+    return make_small_teacher()
+
+
+@pytest.fixture
 def student(teacher):
     return EchoAttForCausalLM.from_teacher(teacher, PLAN)
+
+
+@pytest.fixture
+def lively_teacher():
+    """A teacher whose layers attend in different ways, as those of a trained one do."""
+    return make_small_teacher(initializer_range=0.3)
+
+
+@pytest.fixture
+def lively_student(lively_teacher):
+    return EchoAttForCausalLM.from_teacher(lively_teacher, PLAN)
+
+
+@pytest.fixture
+def shared_student(lively_teacher):
+    return EchoAttForCausalLM.from_teacher(lively_teacher, PLAN, share_weights=True)
 
 
 def make_rows(number=16, length=12, seed=0):
@@ -128,7 +153,7 @@ def test_kl_divergence_of_equal_logits_is_zero():
     assert abs(kl_divergence(student, student.clone(), labels, 1).item()) < 1e-5
 
 
-def test_hidden_state_distance_equals_loop():
+def test_relative_distance_equals_loop():
     generator = torch.Generator().manual_seed(1)
     _, _, labels = random_batch()
     students = [torch.randn(3, 7, 5, generator=generator) for _ in range(2)]
@@ -137,8 +162,17 @@ def test_hidden_state_distance_equals_loop():
     for student, teacher in zip(students, teachers, strict=True):
         for b, t in positions_with_target(labels):
             expected += ((student[b, t] - teacher[b, t]).norm() ** 2 / teacher[b, t].norm() ** 2).item()
-    actual = hidden_state_distance(students, teachers, labels, 4)
+    actual = relative_distance(students, teachers, labels, 4)
     assert actual.item() == pytest.approx(expected / 2 / 4, rel=1e-5)
+
+
+def test_relative_distance_leaves_out_padding_without_length():
+    _, _, labels = random_batch()
+    student, teacher = torch.ones(3, 7, 5, requires_grad=True), torch.ones(3, 7, 5)
+    teacher[~target_mask(labels)] = 0.0
+    value = relative_distance([student], [teacher], labels, 1)
+    value.backward()
+    assert value.item() == 0 and torch.isfinite(student.grad).all()
 
 
 @pytest.mark.parametrize("loss", ["ce", "kl", "hidden"])
@@ -149,7 +183,7 @@ def test_all_masked_batch_is_zero_with_finite_gradients(loss):
     value = {
         "ce": lambda: cross_entropy(logits, labels, 1),
         "kl": lambda: kl_divergence(logits, teacher, labels, 1),
-        "hidden": lambda: hidden_state_distance([logits], [teacher], labels, 1),
+        "hidden": lambda: relative_distance([logits], [teacher], labels, 1),
     }[loss]()
     value.backward()
     assert value.item() == 0
@@ -162,7 +196,8 @@ def test_all_masked_batch_is_zero_with_finite_gradients(loss):
 def test_trains_the_student_and_leaves_the_teacher(teacher, student, tmp_path):
     before = {name: value.clone() for name, value in student.named_parameters()}
     teacher_before = {name: value.clone() for name, value in teacher.state_dict().items()}
-    trainer = make_trainer(student, teacher, tmp_path, stage2_steps=2, hidden_weight=0.5, ce_weight=0.5)
+    weights = {"hidden_weight": 0.5, "ce_weight": 0.5, "attention_weight": 0.5}
+    trainer = make_trainer(student, teacher, tmp_path, stage2_steps=2, **weights)
     trainer.train()
     for name, value in student.named_parameters():
         assert not torch.equal(value, before[name]), f"{name} did not change"
@@ -181,7 +216,7 @@ def test_first_loss_is_the_weighted_sum_of_the_parts(teacher, student, tmp_path)
     kl = kl_divergence(student_outputs.logits, teacher_outputs.logits, batch["labels"], tokens, temperature=2.0)
     ce = cross_entropy(student_outputs.logits, batch["labels"], tokens)
     states = student_outputs.hidden_states[1:], teacher_outputs.hidden_states[1:]
-    hidden = hidden_state_distance(*states, batch["labels"], tokens)
+    hidden = relative_distance(*states, batch["labels"], tokens)
     student.config.attention_dropout = 0.0
     for module in student.modules():
         if hasattr(module, "attention_dropout"):
@@ -203,6 +238,250 @@ def test_first_loss_is_the_weighted_sum_of_the_parts(teacher, student, tmp_path)
     assert entry["ce_loss"] == pytest.approx(ce.item(), rel=1e-4)
     assert entry["hidden_loss"] == pytest.approx(hidden.item(), rel=1e-4)
     assert float(entry["loss"]) == pytest.approx(0.7 * kl.item() + 0.2 * ce.item() + 3 * hidden.item(), rel=1e-3)
+
+
+# The distance of attention outputs, and adapters.
+
+
+def without_dropout(student):
+    for module in student.modules():
+        if hasattr(module, "attention_dropout"):
+            module.attention_dropout = 0.0
+    return student
+
+
+def attention_loss_by_hand(student, teacher, batch, layers):
+    """The loss token by token, from what the output projections give."""
+    outputs = {}
+    for model in (student, teacher):
+        decoder = getattr(model, "language_model", model).model
+        for layer in layers:
+            projection = decoder.layers[layer].self_attn.o_proj
+            projection.register_forward_hook(
+                lambda module, args, output, key=(model, layer): outputs.__setitem__(key, output.detach())
+            )
+        with torch.no_grad():
+            model(batch["input_ids"], attention_mask=batch.get("attention_mask"))
+        for layer in layers:
+            decoder.layers[layer].self_attn.o_proj._forward_hooks.clear()
+    places = positions_with_target(batch["labels"])
+    total = 0.0
+    for layer in layers:
+        for b, t in places:
+            expected = outputs[teacher, layer][b, t]
+            total += ((outputs[student, layer][b, t] - expected).norm() ** 2 / expected.norm() ** 2).item()
+    return total / len(layers) / len(places)
+
+
+def hooks_of(*models):
+    attentions = [attention for model in models for attention in find_attention_modules(model).values()]
+    return [hook for attention in attentions for hook in attention._forward_hooks.values()]
+
+
+@pytest.mark.parametrize("plan", [PLAN, [0, 1, 1, 1], [0, 1, 0, 1]], ids=str)
+def test_attention_loss_equals_the_loss_by_hand(lively_teacher, tmp_path, plan):
+    student = without_dropout(EchoAttForCausalLM.from_teacher(lively_teacher, plan))
+    batch = masked_collator(list(make_rows(4)))
+    echoes = [layer for layer, source in enumerate(plan) if source != layer]
+    expected = attention_loss_by_hand(student, lively_teacher, batch, echoes)
+    assert expected > 0.1
+    trainer = EchoAttTrainer(
+        model=student,
+        teacher=lively_teacher,
+        args=make_arguments(tmp_path, stage1_steps=1, attention_weight=3.0),
+        train_dataset=make_rows(4),
+        data_collator=masked_collator,
+    )
+    trainer.train()
+    entry = log_of(trainer)[0]
+    assert entry["attention_loss"] == pytest.approx(expected, rel=1e-4)
+    assert float(entry["loss"]) == pytest.approx(entry["kl_loss"] + 3 * expected, rel=1e-3)
+    assert not hooks_of(student, lively_teacher)
+
+
+def test_attention_loss_alone_trains_towards_the_teacher(lively_teacher, lively_student, tmp_path):
+    trainer = make_trainer(
+        without_dropout(lively_student),
+        lively_teacher,
+        tmp_path,
+        make_rows(4),
+        stage1_steps=30,
+        kl_weight=0.0,
+        attention_weight=1.0,
+        lr_scheduler_type="constant",
+    )
+    trainer.train()
+    losses = [entry["attention_loss"] for entry in log_of(trainer)]
+    assert losses[-1] < 0.7 * losses[0]
+
+
+def attention_gradients(trainer, model, batch):
+    trainer.model.zero_grad()
+    trainer.model.train()
+    trainer.compute_loss(model, batch).backward()
+    gradients = {name: p.grad.clone() for name, p in trainer.model.named_parameters() if p.grad is not None}
+    assert not hooks_of(trainer.model, trainer.teacher)
+    return gradients
+
+
+@pytest.mark.parametrize("kl_weight", [1.0, 0.0])
+def test_attention_loss_of_a_wrapped_student(lively_teacher, lively_student, tmp_path, kl_weight):
+    trainer = make_trainer(
+        without_dropout(lively_student), lively_teacher, tmp_path, kl_weight=kl_weight, attention_weight=1.0
+    )
+    batch = masked_collator(list(make_rows(4)))
+    expected = attention_gradients(trainer, lively_student, batch)
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        wrapped = torch.nn.parallel.DistributedDataParallel(lively_student, find_unused_parameters=True)
+        for _ in range(3):
+            found = attention_gradients(trainer, wrapped, batch)
+    finally:
+        torch.distributed.destroy_process_group()
+    assert found.keys() == expected.keys()
+    assert all(torch.allclose(found[name], expected[name], atol=1e-6) for name in expected)
+
+
+def test_attention_loss_under_autocast(lively_teacher, lively_student, tmp_path):
+    trainer = make_trainer(
+        without_dropout(lively_student), lively_teacher, tmp_path, kl_weight=0.0, attention_weight=1.0
+    )
+    batch = masked_collator(list(make_rows(4)))
+    lively_student.train()
+    expected = trainer.compute_loss(lively_student, batch)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = trainer.compute_loss(lively_student, batch)
+    assert found.dtype == torch.float32
+    assert found.item() == pytest.approx(expected.item(), rel=2e-2)
+    assert all(
+        torch.isfinite(gradient).all() for gradient in attention_gradients(trainer, lively_student, batch).values()
+    )
+
+
+def test_hooks_are_gone_after_a_forward_pass_that_fails(lively_teacher, lively_student, tmp_path):
+    trainer = make_trainer(lively_student, lively_teacher, tmp_path, attention_weight=1.0)
+    lively_student.train()
+    with pytest.raises(IndexError):
+        trainer.compute_loss(lively_student, {"input_ids": torch.tensor([[VOCAB]]), "labels": torch.tensor([[1]])})
+    assert not hooks_of(lively_student, lively_teacher)
+
+
+def test_attention_loss_without_echo_layers_is_refused(lively_teacher, tmp_path):
+    plain = EchoAttForCausalLM.from_teacher(lively_teacher, range(4))
+    for student in (plain, copy.deepcopy(lively_teacher)):
+        with pytest.raises(ValueError, match="attention_weight is 0.5, but the student has no echo layers"):
+            make_trainer(student, lively_teacher, tmp_path, attention_weight=0.5)
+
+
+def assert_same_logits(found, expected):
+    scale = expected.abs().max()
+    torch.testing.assert_close(found / scale, expected / scale, **FP32_TOLERANCE)
+
+
+def test_adapters_learn_and_the_teacher_stays_as_it_is(lively_teacher, shared_student, tmp_path):
+    before = {name: value.clone() for name, value in lively_teacher.state_dict().items()}
+    adapted = add_lora(shared_student, 4)
+    rows = make_rows(4)
+    trainer = make_trainer(
+        adapted, lively_teacher, tmp_path, rows, stage1_steps=30, stage2_steps=2, attention_weight=0.1
+    )
+    trainer.train()
+    losses = [entry["kl_loss"] for entry in log_of(trainer) if "kl_loss" in entry]
+    assert losses[-1] < 0.7 * losses[0]
+    adapted.eval()
+    ids = torch.arange(1, 9)[None]
+    with torch.no_grad():
+        expected = adapted(ids).logits
+        merged = merge_lora(adapted)
+        assert merged is shared_student and type(merged) is EchoAttForCausalLM
+        assert_same_logits(merged(ids).logits, expected)
+    assert not any("lora" in name for name in merged.state_dict())
+    assert all(parameter.requires_grad for parameter in merged.parameters())
+    # Merging, and training on, leave the teacher as it was.
+    make_trainer(merged, lively_teacher, tmp_path, stage1_steps=1).train()
+    for name, value in lively_teacher.state_dict().items():
+        assert torch.equal(value, before[name]), f"teacher's {name} changed"
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointed"])
+def test_attention_loss_reaches_the_adapters(lively_teacher, tmp_path, checkpointing):
+    student = without_dropout(EchoAttForCausalLM.from_teacher(lively_teacher, PLAN, share_weights=True))
+    torch.manual_seed(0)
+    adapted = add_lora(student, 4)
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    trainer = make_trainer(adapted, lively_teacher, tmp_path, kl_weight=0.0, attention_weight=1.0)
+    if checkpointing:
+        getattr(adapted, f"{CHECKPOINTING}_enable")({"use_reentrant": False})
+    gradients = attention_gradients(trainer, adapted, collate_rows(list(make_rows(4))))
+    assert all("lora_" in name for name in gradients)
+    echo = [gradient for name, gradient in gradients.items() if ".layers.2.self_attn." in name]
+    assert len(echo) == 4 and all(gradient.any() for gradient in echo)  # A and B of v_proj and o_proj
+
+
+def test_checkpoint_holds_adapters_only_and_resumes(lively_teacher, tmp_path):
+    from safetensors import safe_open
+
+    def run(folder, resume=None):
+        torch.manual_seed(7)
+        adapted = add_lora(EchoAttForCausalLM.from_teacher(lively_teacher, PLAN, share_weights=True), 4)
+        trainer = make_trainer(
+            adapted, lively_teacher, folder, stage1_steps=4, stage2_steps=3, save_strategy="steps", save_steps=5
+        )
+        trainer.train(resume_from_checkpoint=resume)
+        return merge_lora(adapted).state_dict()
+
+    whole = run(tmp_path / "whole")
+    checkpoint = tmp_path / "whole" / "checkpoint-5"
+    assert not (checkpoint / "model.safetensors").exists()
+    with safe_open(checkpoint / "adapter_model.safetensors", framework="pt") as file:
+        assert all("lora_" in name for name in file.keys())  # noqa: SIM118
+    resumed = run(tmp_path / "resumed", resume=str(checkpoint))
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_student_that_would_train_its_teacher_is_refused(lively_teacher, shared_student, tmp_path):
+    with pytest.raises(ValueError, match=r"no trainable parameter.*add_lora"):
+        make_trainer(shared_student, lively_teacher, tmp_path)
+    shared_student.get_parameter("language_model.model.layers.2.self_attn.v_proj.weight").requires_grad_(True)
+    message = "1 trainable parameters of the student are the teacher's own, such as .*layers.2.self_attn.v_proj.weight"
+    with pytest.raises(ValueError, match=message):
+        make_trainer(shared_student, lively_teacher, tmp_path)
+    with pytest.raises(ValueError, match="convert without share_weights"):
+        make_trainer(shared_student, lively_teacher, tmp_path, stage1_steps=0, stage2_steps=1)
+    assert all(parameter.requires_grad for parameter in lively_teacher.parameters())
+
+
+@pytest.mark.parametrize("rank", [0, -4])
+def test_rank_below_one_is_refused(student, rank):
+    with pytest.raises(ValueError, match=f"rank is {rank}"):
+        add_lora(student, rank)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "phi3", "gpt_neox", "mixtral", "phimoe", "qwen3_next"])
+def test_adapters_reach_every_linear_layer_but_the_head(family):
+    teacher = make_teacher(family, attention=FAMILIES[family].attention)
+    before = {name: value.clone() for name, value in teacher.state_dict().items()}
+    student = EchoAttForCausalLM.from_teacher(teacher, plan_of(family), share_weights=True)
+    head = student.get_output_embeddings()
+    linear = {name for name, module in student.named_modules() if type(module) in (torch.nn.Linear, Conv1D)}
+    linear -= {name for name, module in student.named_modules() if module is head}
+    adapted = add_lora(student, 2)
+    batch = make_batch(rows=4)
+    found = [name for name, _ in adapted.named_parameters() if "lora_A" in name]
+    assert {name.removeprefix("base_model.model.").split(".lora_A")[0] for name in found} == linear
+    assert any(".v_proj" in name for name in linear)
+    for name, parameter in adapted.named_parameters():
+        assert parameter.requires_grad is ("lora_" in name)
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    adapted(**batch, labels=batch["input_ids"]).loss.backward()
+    assert all(parameter.grad.any() for parameter in adapted.parameters() if parameter.requires_grad)
+    with torch.no_grad():
+        expected = adapted(**batch).logits
+        assert_same_logits(merge_lora(adapted)(**batch).logits, expected)
+    assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
 
 
 def test_stages_have_their_own_steps_rates_and_losses(teacher, student, tmp_path):
@@ -250,13 +529,13 @@ def masked_collator(rows):
 
 
 @pytest.mark.parametrize("stage", [1, 2])
-def test_accumulation_does_not_change_the_gradients(teacher, tmp_path, stage):
+def test_accumulation_does_not_change_the_gradients(lively_teacher, tmp_path, stage):
     weights = []
     for micro_batch, accumulation in ((8, 1), (2, 4), (1, 8)):
-        student = EchoAttForCausalLM.from_teacher(teacher, PLAN)
+        student = EchoAttForCausalLM.from_teacher(lively_teacher, PLAN)
         trainer = EchoAttTrainer(
             model=student,
-            teacher=teacher,
+            teacher=lively_teacher,
             args=make_arguments(
                 tmp_path,
                 stage1_steps=3 if stage == 1 else 0,
@@ -265,6 +544,7 @@ def test_accumulation_does_not_change_the_gradients(teacher, tmp_path, stage):
                 optim="sgd",
                 ce_weight=0.3,
                 hidden_weight=0.3,
+                attention_weight=0.3,
                 per_device_train_batch_size=micro_batch,
                 gradient_accumulation_steps=accumulation,
             ),
@@ -276,7 +556,9 @@ def test_accumulation_does_not_change_the_gradients(teacher, tmp_path, stage):
                 module.attention_dropout = 0.0
         trainer.train()
         weights.append(torch.cat([value.flatten() for value in student.parameters()]).detach())
-    start = torch.cat([value.flatten() for value in EchoAttForCausalLM.from_teacher(teacher, PLAN).parameters()])
+    start = torch.cat(
+        [value.flatten() for value in EchoAttForCausalLM.from_teacher(lively_teacher, PLAN).parameters()]
+    )
     assert (weights[0] - start).abs().max() > 1e-4
     for other in weights[1:]:
         assert (weights[0] - other).abs().max() < 1e-5
@@ -291,7 +573,9 @@ def test_batch_without_targets_trains_on(teacher, student, tmp_path):
     trainer = EchoAttTrainer(
         model=student,
         teacher=teacher,
-        args=make_arguments(tmp_path, stage1_steps=2, stage2_steps=1, ce_weight=1.0, hidden_weight=1.0),
+        args=make_arguments(
+            tmp_path, stage1_steps=2, stage2_steps=1, ce_weight=1.0, hidden_weight=1.0, attention_weight=1.0
+        ),
         train_dataset=make_rows(),
         data_collator=all_masked,
     )
@@ -336,7 +620,7 @@ def test_resumed_run_ends_with_the_same_weights(teacher, tmp_path, stop):
 def test_checkpoint_holds_nothing_of_the_teacher(teacher, student, tmp_path):
     from safetensors import safe_open
 
-    trainer = make_trainer(student, teacher, tmp_path, save_strategy="steps", save_steps=4)
+    trainer = make_trainer(student, teacher, tmp_path, save_strategy="steps", save_steps=4, attention_weight=1.0)
     trainer.train()
     with safe_open(tmp_path / "checkpoint-4" / "model.safetensors", framework="pt") as file:
         names = set(file.keys())
@@ -347,15 +631,16 @@ def test_checkpoint_holds_nothing_of_the_teacher(teacher, student, tmp_path):
     assert torch.equal(reloaded(ids).logits, student(ids).logits)
 
 
-def test_gradient_checkpointing_trains_to_the_same_weights(teacher, tmp_path):
+@pytest.mark.parametrize("attention_weight", [0.0, 0.5])
+def test_gradient_checkpointing_trains_to_the_same_weights(lively_teacher, tmp_path, attention_weight):
     results = []
     for checkpointing in (False, True):
-        student = EchoAttForCausalLM.from_teacher(teacher, PLAN)
+        student = EchoAttForCausalLM.from_teacher(lively_teacher, PLAN)
         for module in student.modules():
             if hasattr(module, "attention_dropout"):
                 module.attention_dropout = 0.0
         changes = {CHECKPOINTING: checkpointing, f"{CHECKPOINTING}_kwargs": {"use_reentrant": False}}
-        make_trainer(student, teacher, tmp_path, **changes).train()
+        make_trainer(student, lively_teacher, tmp_path, attention_weight=attention_weight, **changes).train()
         results.append(student.state_dict())
     assert all(torch.allclose(results[0][name], results[1][name], atol=1e-6) for name in results[0])
 
@@ -367,6 +652,7 @@ def test_gradient_checkpointing_trains_to_the_same_weights(teacher, tmp_path):
         ({"stage1_steps": 0, "stage2_steps": 0}, "both 0"),
         ({"kl_weight": -0.5}, "kl_weight is -0.5"),
         ({"ce_weight": math.nan}, "ce_weight is nan"),
+        ({"attention_weight": -2.0}, "attention_weight is -2.0"),
         ({"kl_weight": 0.0}, "would learn nothing"),
         ({"kl_temperature": 0.0}, "kl_temperature is 0.0"),
         ({"max_steps": 7}, "max_steps is 7"),
@@ -407,8 +693,10 @@ def test_teacher_that_does_not_fit_is_refused(teacher, student, tmp_path):
         make_trainer(student, LlamaForCausalLM(config), tmp_path)
     config = copy.deepcopy(teacher.config)
     config.num_hidden_layers = 3
-    with pytest.raises(ValueError, match="hidden_weight=0"):
+    with pytest.raises(ValueError, match="set hidden_weight to 0"):
         make_trainer(student, LlamaForCausalLM(config), tmp_path, hidden_weight=1.0)
+    with pytest.raises(ValueError, match="set hidden_weight and attention_weight to 0"):
+        make_trainer(student, LlamaForCausalLM(config), tmp_path, hidden_weight=1.0, attention_weight=1.0)
     make_trainer(student, LlamaForCausalLM(config), tmp_path)
 
 

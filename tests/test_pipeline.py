@@ -256,6 +256,61 @@ def test_streamed_text_trains(workplace, tmp_path, run_in_process):
     assert [entry["step"] for entry in report["training_log"] if "eval_loss" in entry] == [1, 2, 3]
 
 
+def test_adapters_are_merged_into_a_plain_student(workplace, tmp_path, run_in_process, monkeypatch):
+    from echoatt_hf import pipeline
+
+    arguments = [
+        "compress", workplace / "teacher", "--data", workplace / "text", "--plan", "0,1,1,1,1,5", "--steps", 24,
+        "--learning-rate", 1e-2, "--warmup-steps", 1, "--save-steps", 6, "--lora-rank", 4, "--attention-weight", 0.1, *FAST,
+    ]  # fmt: skip
+    assert run_in_process(*arguments, "--output", tmp_path / "whole").returncode == 0
+    report = json.loads((tmp_path / "whole" / "report.json").read_text())
+    teacher, converted, stage1, last = report["results"]
+    assert stage1["kl"] < 0.95 * converted["kl"]
+    assert stage1["parameters"] == last["parameters"] == converted["parameters"] < teacher["parameters"]
+    assert all("attention_loss" in entry for entry in report["training_log"] if entry["stage"] == 1)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "whole")
+    assert type(model).__name__ == "EchoAttForCausalLM" and not (tmp_path / "whole" / "adapter_config.json").exists()
+    assert model.num_parameters() == last["parameters"]
+    card = (tmp_path / "whole" / "README.md").read_text()
+    assert "rank 4" in card and "merged" in card
+    evaluate = ["evaluate", tmp_path / "whole", "--teacher", workplace / "teacher", "--data", workplace / "text"]
+    assert run_in_process(*evaluate, *FAST[:4], "--output", tmp_path / "evaluation.json").returncode == 0
+    assert json.loads((tmp_path / "evaluation.json").read_text())["kl"] == pytest.approx(last["kl"], rel=1e-4)
+
+    # Stopped in stage 1, the run goes on from adapters alone to the same student.
+    stopped = tmp_path / "stopped.partial"
+    run = pipeline.EchoAttTrainer.log
+
+    def fail(self, logs, *rest):
+        if self.state.global_step == 10:
+            raise OSError("cut short")
+        run(self, logs, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline.EchoAttTrainer, "log", fail)
+        result = run_in_process(*arguments, "--output", tmp_path / "stopped")
+    assert result.returncode == 2 and "cut short" in result.stderr  # behind a progress bar
+    names = {path.name for path in stopped.glob("checkpoints/checkpoint-6/*")}
+    assert "adapter_model.safetensors" in names and "model.safetensors" not in names
+    assert run_in_process(*arguments, "--resume", "--output", tmp_path / "stopped").returncode == 0
+    resumed = AutoModelForCausalLM.from_pretrained(tmp_path / "stopped")
+    assert all(torch.equal(value, resumed.state_dict()[name]) for name, value in model.state_dict().items())
+
+
+def test_adapters_on_a_student_that_is_there(workplace, tmp_path, run_in_process):
+    teacher = ["--teacher", workplace / "teacher"]
+    convert = ["convert", workplace / "teacher", "--plan", "0,1,1,1,1,5", "--no-align", "--no-refit"]
+    assert run_in_process(*convert, "--output", tmp_path / "converted").returncode == 0
+    before = files_of(tmp_path / "converted")
+    distill = ["distill", tmp_path / "converted", *teacher, "--data", workplace / "text", "--steps", 6, *FAST[:4]]
+    result = run_in_process(*distill, "--batch-size", 4, "--lora-rank", 2, "--output", tmp_path / "out")
+    assert result.returncode == 0, result.stderr
+    assert files_of(tmp_path / "converted") == before
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert not any("lora" in name for name in model.state_dict())
+
+
 # Bad input: one line, exit code 2, nothing written.
 
 BAD_INPUT = {
@@ -283,6 +338,9 @@ BAD_INPUT = {
     "no steps": (["--steps", "0"], "steps is 0"),
     "batch that cannot be split": (["--batch-size", "4", "--accumulation-steps", "3"], "does not divide"),
     "weight below 0": (["--kl-weight", "-1"], "kl_weight is -1"),
+    "attention weight below 0": (["--attention-weight", "-1"], "attention_weight is -1"),
+    "attention weight without echo layers": (["--plan", "0,1,2,3,4,5", "--attention-weight", "1"], "no echo layers"),
+    "rank below 0": (["--lora-rank", "-1"], "lora_rank is -1"),
     "output not empty": (["--output", "text"], "--overwrite"),
     "output is a file": (["--output", "empty.txt"], "is a file"),
 }
