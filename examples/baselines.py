@@ -90,6 +90,18 @@ def drop_layers(model: PreTrainedModel, dropped: Sequence[int], share_weights: b
     return smaller
 
 
+@torch.no_grad()
+def check_same_model(model: PreTrainedModel, loaded: PreTrainedModel) -> None:
+    """Check that a model without some layers is the same after it was saved and loaded: its family may say no."""
+    tokens = torch.arange(8, device=model.device)[None]
+    logits = [each.eval()(input_ids=tokens, use_cache=False).logits for each in (model, loaded)]
+    if not torch.allclose(*logits, rtol=1e-3, atol=1e-3):
+        raise ValueError(
+            f"Layers cannot be dropped from the family {model.config.model_type!r}: its configuration gives other "
+            "layers. Leave the method 'layer dropping' out."
+        )
+
+
 def choose_layers_to_drop(teacher: PreTrainedModel, rows: Sequence[dict], parameters: int) -> list[int]:
     """
     Inner layers to leave out, until at least so many parameters are saved. Greedy: each time the one without which

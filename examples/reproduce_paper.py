@@ -36,7 +36,8 @@ The ablation, at `--ablation-ratio`, changes the plan, alignment and refit one b
 `--ablation-steps` steps as in `paper`. All variants of the plan by effect have the one plan of `ours`.
 
 Each run has a folder of its own, which keeps the student: plan for the disk space. The same command goes on where a study
-was stopped, and does nothing where it is done; a run that was made with other settings is refused. New texts and tasks
+was stopped, and does nothing where it is done, also with other `--methods` and `--ratios`, which choose what the tables
+hold; a run that was made with other settings is refused. New texts and tasks
 are measured on the students that are there.
 """
 
@@ -49,7 +50,7 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 
-from baselines import choose_layers_to_drop, draw_plan, drop_layers, share_keys_values
+from baselines import check_same_model, choose_layers_to_drop, draw_plan, drop_layers, share_keys_values
 from safetensors.torch import load_model as load_weights
 from safetensors.torch import save_model as save_weights
 from study_report import compare, make_curve, make_report, plot_curves
@@ -58,11 +59,11 @@ from transformers import PreTrainedModel
 from echoatt_hf import SharingPlan, convert, count_kv_bytes_per_token, evaluate_model, evaluate_zero_shot
 from echoatt_hf.data import STDLIB, load_documents, pack_rows
 from echoatt_hf.outputs import whole_folder, write_whole
-from echoatt_hf.pipeline import analyze, choose_plan, describe_environment, distill, load_rows
+from echoatt_hf.pipeline import analyze, choose_plan, describe_environment, distill, load_rows, make_plan
 from echoatt_hf.refit import hold_out
 from echoatt_hf.settings import CalibrationSettings, DataSettings, DistillationSettings, PlanSettings
 from echoatt_hf.similarity import AttentionSimilarity
-from echoatt_hf.teachers import default_device, load_model, load_tokenizer
+from echoatt_hf.teachers import default_device, load_config, load_model, load_tokenizer
 
 
 METHODS = ("none", "cross-entropy", "paper", "ours untrained", "ours")
@@ -72,7 +73,7 @@ RANDOM_PLANS = 3
 SCALES = {
     "small": {"steps": 300, "ablation_steps": 100},
     "tiny": {
-        "steps": 4, "ablation_steps": 2, "eval_steps": 2, "save_steps": 1, "curve_rows": 2, "evaluation_rows": 4,
+        "steps": 6, "ablation_steps": 2, "eval_steps": 2, "save_steps": 1, "curve_rows": 2, "evaluation_rows": 4,
         "calibration_rows": 4, "row_length": 16, "batch_size": 2,
     },
 }  # fmt: skip
@@ -268,48 +269,61 @@ class Study:
 
     @cached_property
     def similarity(self) -> AttentionSimilarity:
-        file = self._claim(Path("analysis")) / "similarity.json"
+        file = self._check(Path("analysis")) / "similarity.json"
         if not file.exists():
-            write_whole(file, analyze(self.teacher, self.calibration_rows).to_json())
+            similarity = analyze(self.teacher, self.calibration_rows)
+            self._claim(Path("analysis"))
+            write_whole(file, similarity.to_json())
         return AttentionSimilarity.from_json(file)
 
     def check(self, runs: Iterable[Run]) -> None:
-        """Refuse runs that are there with other settings, before any work is done."""
+        """Refuse, before any work is done, ratios that are impossible and runs that are there with other settings."""
+        config = load_config(self._arguments.teacher)
+        for ratio in dict.fromkeys(run.ratio for run in runs):
+            make_plan(PlanSettings(plan="blocks", ratio=ratio), config)
         for run in runs:
             for each in (run.untrained, run):
-                self._claim(each.folder, each, make=False)
+                self._check(each.folder, each)
 
-    def _claim(self, folder: Path, run: Run | None = None, make: bool = True) -> Path:
-        """The folder of a run with its settings in it, which are checked if they are there."""
+    def _check(self, folder: Path, run: Run | None = None) -> Path:
+        """The folder of a run; its settings are checked if they are there."""
+        folder = self._output / folder
+        file = folder / "settings.json"
+        if file.exists() and file.read_text() != self._settings(run):
+            raise ValueError(
+                f"The run in {str(folder)!r} was made with other settings: give the same ones, another --output, or "
+                "remove the folder."
+            )
+        return folder
+
+    def _claim(self, folder: Path, run: Run | None = None) -> None:
+        """Write the settings of a run, when there is something to keep: a run that failed before binds nobody."""
+        (self._output / folder).mkdir(parents=True, exist_ok=True)
+        write_whole(self._output / folder / "settings.json", self._settings(run))
+
+    def _settings(self, run: Run | None) -> str:
         settings = {"teacher": self._arguments.teacher, "data": asdict(self._data)}
         settings["calibration_rows"] = self._calibration.calibration_rows
         if run is not None:
             settings |= {"ratio": run.ratio, "start": asdict(run.start)}
             settings["distillation"] = asdict(run.distillation) if run.distillation is not None else None
-        text, file = json.dumps(settings, indent=2) + "\n", self._output / folder / "settings.json"
-        if file.exists() and file.read_text() != text:
-            raise ValueError(
-                f"The run in {str(file.parent)!r} was made with other settings: give the same ones, another --output, or "
-                "remove the folder."
-            )
-        if make and not file.exists():
-            file.parent.mkdir(parents=True, exist_ok=True)
-            write_whole(file, text)
-        return file.parent
+        return json.dumps(settings, indent=2) + "\n"
 
     # Making and training.
 
     def make(self, run: Run) -> None:
         """Make and train the student of a run, if it is not there yet."""
-        folder = self._claim(run.folder, run)
+        folder = self._check(run.folder, run)
         if (folder / "student").exists():
             return
         if run.distillation is None:
             with whole_folder(folder / "student") as unfinished:
                 self._make_untrained(run, unfinished)
+                self._claim(run.folder, run)
             return
         self.make(run.untrained)
         student = self.load(run.untrained)
+        self._claim(run.folder, run)
         trainer = distill(
             student,
             self.teacher,
@@ -345,6 +359,8 @@ class Study:
             )
             facts["calibration_kl"] = report.kl
         self._save(run, student, facts, folder)
+        if start.kind == "layer dropping":
+            check_same_model(student, load_model(folder).to(student.device))
 
     def _plan(self, run: Run) -> SharingPlan:
         if run.start.plan.startswith("random"):
@@ -354,7 +370,7 @@ class Study:
         settings = PlanSettings(plan=run.start.plan, ratio=run.ratio)
         if run.start.plan == "blocks":
             return choose_plan(settings, self._calibration, self.teacher, None, None)[0]
-        similarity, folder = self.similarity, self._claim(Path("analysis"))
+        similarity, folder = self.similarity, self._output / "analysis"
         file, state = (folder / f"{name}-{run.start.plan}-{run.ratio}.json" for name in ("plan", "measured"))
         if not file.exists():
             plan, _ = choose_plan(
@@ -391,8 +407,8 @@ class Study:
 
     def evaluate(self, run: Run | None) -> dict[str, dict]:
         """Evaluations of a run's student, or of the teacher; those that are there are read."""
-        folder = self._claim(Path("teacher") if run is None else run.folder, run)
-        file = folder / "evaluation.json"
+        folder = Path("teacher") if run is None else run.folder
+        file = self._check(folder, run) / "evaluation.json"
         done = json.loads(file.read_text()) if file.exists() else {}
         model = None
         for name, (settings, measure) in self._evaluations().items():
@@ -401,6 +417,7 @@ class Study:
             if model is None:
                 model = self.teacher if run is None else self.load(run)
             done[name] = {"settings": settings, "result": measure(model)}
+            self._claim(folder, run)
             write_whole(file, json.dumps(done, indent=2) + "\n")
         return {name: entry["result"] for name, entry in done.items() if name in self._evaluations()}
 

@@ -100,7 +100,7 @@ def plot_curves(results: dict, path: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot, ticker
 
     runs = [run for run in results["runs"] if run["table"] == "main" and "curve" in run]
     ratios = list(dict.fromkeys(run["ratio"] for run in runs)) or [None]
@@ -114,6 +114,9 @@ def plot_curves(results: dict, path: Path) -> None:
         teacher = results["teacher_evaluations"]["curve"]["perplexity"]
         axes.axhline(teacher, color="black", linestyle="--", label="teacher")
         axes.set(title=f"sharing ratio {ratio}", xlabel="tokens of distillation (millions)", yscale="log")
+        for axis in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+            axis(ticker.StrMethodFormatter("{x:g}"))
+        axes.yaxis.set_minor_locator(ticker.LogLocator(subs=(1.5, 2, 3, 5)))
         axes.legend(fontsize="small")
     panels[0][0].set_ylabel("held-out perplexity")
     figure.savefig(path, dpi=120)
