@@ -14,7 +14,7 @@ learning rates are for you to set:
 
 A small real model, with text and tasks in local files:
 
-    python examples/reproduce_paper.py --teacher stories260k --data tinystories --ratios 0.2 0.4 --baseline-ratios 0.4 \
+    python examples/reproduce_paper.py --teacher stories260k --data stories.txt --ratios 0.2 0.4 --baseline-ratios 0.4 \
         --ablation-ratio 0.4 --ablation-steps 100 --other-text fairytales=val.txt --task blimp=blimp --output runs/stories
 
 Methods, at each ratio:

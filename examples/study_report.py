@@ -49,6 +49,8 @@ def describe(comparison: dict) -> str:
     goal = f"the final perplexity of `paper`, {comparison['perplexity']:.3f}"
     if comparison["tokens"] is None:
         return f"{start} does not reach {goal}."
+    if comparison["tokens"] == 0:
+        return f"{start} has {goal}, or a lower one, before any training."
     tokens, total = comparison["tokens"], comparison["paper_tokens"]
     return f"{start} reaches {goal}, after {tokens:,.0f} tokens, {comparison['share']:.0%} of its {total:,}."
 

@@ -322,5 +322,7 @@ def test_the_comparison_is_a_share_of_the_tokens_of_the_paper(example):
     runs.append({"method": "ours", "ratio": 0.4, "curve": [(0, 20), (100, 10)]})
     assert report.compare(runs, 0.4)["share"] == 0.125
     assert "after 50 tokens, 12% of its 400" in report.describe(report.compare(runs, 0.4))
+    runs[1]["curve"] = [(0, 15), (100, 10)]
+    assert "before any training" in report.describe(report.compare(runs, 0.4))
     runs[1]["curve"] = [(0, 20), (100, 16)]
     assert "does not reach" in report.describe(report.compare(runs, 0.4))
