@@ -780,7 +780,9 @@ def _unfinished_run(output: Path, settings: str, overwrite: bool, resume: bool) 
         yield work
     except Exception as error:
         # After a wrong setting a run with the same settings would only fail again.
-        worth_keeping = ["checkpoints"] if isinstance(error, ValueError) else ["checkpoints", "measured.json"]
+        worth_keeping = ["checkpoints"]
+        if not isinstance(error, ValueError):
+            worth_keeping += ["measured.json", "conversion.json"]
         if not any((work / name).exists() for name in worth_keeping):
             shutil.rmtree(work, ignore_errors=True)
         raise
