@@ -33,7 +33,7 @@ Baselines, at `--baseline-ratios`, untrained and distilled exactly as `paper`:
 - `random plan`: as many echo layers as in `none`, they and their sources drawn at random, three times.
 
 The ablation, at `--ablation-ratio`, changes the plan, alignment and refit one by one, untrained and after
-`--ablation-steps` steps as in `paper`. All variants of the plan by effect have the one plan of `ours`.
+`--ablation-steps` steps in the two stages, at the rate of `ours`. All variants of the plan by effect have the one plan of `ours`.
 
 Each run has a folder of its own, which keeps the student: plan for the disk space. The same command goes on where a study
 was stopped, and does nothing where it is done, also with other `--methods` and `--ratios`, which choose what the tables
@@ -59,10 +59,10 @@ from transformers import PreTrainedModel
 from echoatt_hf import SharingPlan, convert, count_kv_bytes_per_token, evaluate_model, evaluate_zero_shot
 from echoatt_hf.data import STDLIB, load_documents, pack_rows
 from echoatt_hf.outputs import whole_folder, write_whole
-from echoatt_hf.pipeline import analyze, choose_plan, describe_environment, distill, load_rows, make_plan
+from echoatt_hf.pipeline import choose_plan, describe_environment, distill, load_rows, make_plan
 from echoatt_hf.refit import hold_out
 from echoatt_hf.settings import CalibrationSettings, DataSettings, DistillationSettings, PlanSettings
-from echoatt_hf.similarity import AttentionSimilarity
+from echoatt_hf.similarity import AttentionSimilarity, measure_on_rows
 from echoatt_hf.teachers import default_device, load_config, load_model, load_tokenizer
 
 
@@ -71,7 +71,7 @@ BASELINES = ("layer dropping", "KV sharing", "random plan")
 ABLATION = "ablation"
 RANDOM_PLANS = 3
 SCALES = {
-    "small": {"steps": 300, "ablation_steps": 100},
+    "small": {"steps": 240, "ablation_steps": 100, "ours_learning_rate": 1e-3},
     "tiny": {
         "steps": 6, "ablation_steps": 2, "eval_steps": 2, "save_steps": 1, "curve_rows": 2, "evaluation_rows": 4,
         "calibration_rows": 4, "row_length": 16, "batch_size": 2,
@@ -102,7 +102,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--row-length", type=int, default=256, help="tokens in a row")
     add("--evaluation-rows", type=int, default=128, help="held-out rows of the final evaluation")
     add("--curve-rows", type=int, default=32, help="held-out rows of the curve")
-    add("--calibration-rows", type=int, default=64, help="rows to search and tune on")
+    add("--calibration-rows", type=int, default=48, help="rows to search and tune on")
     add("--ratios", type=float, nargs="+", default=[0.23, 0.41, 0.77], help="sharing ratios")
     add("--methods", nargs="+", choices=[*METHODS, *BASELINES, ABLATION], default=[*METHODS, *BASELINES, ABLATION])
     add("--baseline-ratios", type=float, nargs="*", default=[0.41], help="ratios of the baselines")
@@ -216,7 +216,8 @@ def list_ablation(arguments: argparse.Namespace) -> list[Run]:
         run = Run(f"{plan}, {name}", arguments.ablation_ratio, Start("echo", plan, *levers[name]), table="ablation")
         runs.append(run)
         if arguments.ablation_steps:
-            settings = training_settings(arguments, steps=arguments.ablation_steps)
+            rate = arguments.ours_learning_rate or arguments.learning_rate
+            settings = training_settings(arguments, steps=arguments.ablation_steps, learning_rate=rate)
             trained = f"{run.method}, {arguments.ablation_steps} steps"
             runs.append(Run(trained, run.ratio, run.start, "ablation", settings, run.table))
     return runs
@@ -271,7 +272,7 @@ class Study:
     def similarity(self) -> AttentionSimilarity:
         file = self._check(Path("analysis")) / "similarity.json"
         if not file.exists():
-            similarity = analyze(self.teacher, self.calibration_rows)
+            similarity = measure_on_rows(self.teacher, self.calibration_rows, progress=True)
             self._claim(Path("analysis"))
             write_whole(file, similarity.to_json())
         return AttentionSimilarity.from_json(file)
