@@ -109,9 +109,10 @@ def compress(
         teacher=teacher, plan=plan, calibration=calibration, data=data, distillation=distillation
     )
     report = compress(settings, output, overwrite=overwrite, resume=resume)
-    print(
-        f"\n{SharingPlan(report['plan']['echo_sources'])}\n\n{format_table(report['results'])}\n\nwritten to {output}"
-    )
+    print(f"\n{SharingPlan(report['plan']['echo_sources'])}")
+    for name, kl in report.get("search", {}).get("kl", {}).items():
+        print(f"KL of the plan by {name}, untrained: {kl:.4f} nats")
+    print(f"\n{format_table(report['results'])}\n\nwritten to {output}")
 
 
 @app.command()

@@ -66,7 +66,7 @@ tokenizer = AutoTokenizer.from_pretrained("path or repository")
 ## Sharing plan
 
 `{plan}`, an arrow points to the layer whose attention a layer echoes.
-
+{_start(report)}
 ## Results
 
 {table}
@@ -98,6 +98,27 @@ def _describe_training(settings: dict) -> str:
     if settings["lora_rank"]:
         sentences.append(f"Adapters (LoRA) of rank {settings['lora_rank']} were trained and merged.")
     return "".join(f"{sentence} " for sentence in sentences)
+
+
+def _start(report: dict) -> str:
+    """How the plan was found and the student tuned before any training, as far as the report knows."""
+    text = ""
+    if "search" in report:
+        kl = report["search"]["kl"]
+        values = ", ".join(f"{value:.3f} by {name}" for name, value in kl.items())
+        text += f"It was searched by its effect on calibration text: KL to the teacher in nats without training, {values}. "
+    conversion = report.get("conversion", {})
+    tuned = [
+        name
+        for name, key in (
+            ("heads aligned with those of their sources", "aligned"),
+            ("output projections refitted in closed form", "refitted"),
+        )
+        if conversion.get(key)
+    ]
+    if tuned:
+        text += f"Before training, echo layers had their {' and their '.join(tuned)}."
+    return f"\n{text.strip()}\n" if text else ""
 
 
 def _hub_name(teacher: str) -> str | None:

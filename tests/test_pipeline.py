@@ -147,6 +147,7 @@ def test_card_has_no_gaps(compressed):
     folder, _ = compressed
     card = (folder / "README.md").read_text()
     assert "None" not in card and "More Information" not in card
+    assert "searched by its effect" in card and "by similarity" in card and "refitted in closed form" in card
     assert "base_model" not in card  # a local path means nothing to others
     assert ModelCard.load(folder / "README.md").data.pipeline_tag == "text-generation"
 
@@ -175,6 +176,39 @@ def test_steps_one_by_one_equal_the_pipeline(compressed, workplace):
     )  # fmt: skip
     one, other = (AutoModelForCausalLM.from_pretrained(path) for path in (folder, workplace / "distilled"))
     assert all(torch.equal(value, other.state_dict()[name]) for name, value in one.state_dict().items())
+
+
+def test_stopped_search_resumes_to_the_same_plan(workplace, tmp_path, monkeypatch, run_in_process):
+    from echoatt_hf import search
+
+    command = ["plan", workplace / "teacher", "--data", workplace / "text", *FAST[:6], "--ratio", 0.5]
+    whole = run_in_process(*command)
+    assert whole.returncode == 0, whole.stderr
+    output, measure, measured = tmp_path / "plan.json", search._Measure._measure, []
+
+    def stop(self, plan):
+        if len(measured) == 5:
+            raise KeyboardInterrupt
+        measured.append(plan)
+        return measure(self, plan)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(search._Measure, "_measure", stop)
+        stopped = run_in_process(*command, "--output", output)
+    assert stopped.returncode == 130 and "--resume" in stopped.stderr
+    assert not output.exists() and (tmp_path / "plan.json.partial").exists()
+    assert_one_line_error(run_in_process(*command, "--output", output), "continue it with --resume")
+    assert_one_line_error(
+        run_in_process(*command, "--search-width", 1, "--output", output, "--resume"), "other settings"
+    )
+    resumed = run_in_process(*command, "--output", output, "--resume")
+    assert resumed.returncode == 0, resumed.stderr
+    assert resumed.stdout.splitlines()[:5] == whole.stdout.splitlines()[:5]
+    assert (
+        json.loads(output.read_text())["echo_sources"]
+        == json.loads(whole.stdout[whole.stdout.index("{") :])["echo_sources"]
+    )
+    assert [path.name for path in tmp_path.iterdir()] == ["plan.json"]
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL], ids=["Ctrl-C", "kill"])
