@@ -28,7 +28,7 @@ from transformers import (
     __version__,
 )
 
-from echoatt_hf import EchoAttForCausalLM
+from echoatt_hf import EchoAttForCausalLM, convert, evaluate_model, search_plan
 from echoatt_hf.modeling_echoatt import _inherited_state, find_attention_modules
 
 
@@ -392,6 +392,24 @@ def test_save_and_load(subject, tmp_path):
     batch = make_batch(2, 12, padding=(3,))
     with torch.no_grad():
         assert torch.equal(loaded.eval()(**batch).logits, subject.student(**batch).logits)
+
+
+def test_tuning(subject):
+    """Heads are aligned, outputs refitted and plans searched whatever the attention is made of."""
+    rows = [{"input_ids": row.tolist()} for row in make_batch(32, 12)["input_ids"]]
+    before = {name: value.clone() for name, value in subject.teacher.state_dict().items()}
+    modules = list(subject.teacher.modules())
+    student, report = convert(subject.teacher, subject.family.plan, rows)
+    kl = evaluate_model(student, rows[24:], teacher=subject.teacher)["kl"]
+    assert kl == pytest.approx(min(report.kl.values()), rel=1e-3, abs=1e-6)
+    assert report.kl.keys() == {"copied", "aligned", "refitted"}
+    found = search_plan(subject.teacher, rows, ratio=1 / 6, search_rows=2)
+    assert len(found.plan.echo_layers) == 1
+    copied = EchoAttForCausalLM.from_teacher(subject.teacher, found.plan)
+    untuned = evaluate_model(copied, rows[24:26], teacher=subject.teacher)["kl"]
+    assert found.rounds[0]["kl"] == found.kl["effect"] < 1.5 * untuned
+    assert list(subject.teacher.modules()) == modules
+    assert all(torch.equal(value, before[name]) for name, value in subject.teacher.state_dict().items())
 
 
 # Families that are refused
