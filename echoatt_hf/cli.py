@@ -126,7 +126,7 @@ def analyze(
 ) -> None:
     """Measure how similarly the layers of a model attend: similarity.json and a heat map, similarity.png."""
     from .outputs import check_output_folder, whole_folder, write_whole
-    from .pipeline import load_calibration_rows
+    from .preparation import load_calibration_rows
     from .similarity import measure_on_rows
     from .teachers import load_model, load_tokenizer
 
@@ -161,7 +161,8 @@ def plan(
 ) -> None:
     """Choose which layers echo which. Prints the plan as a line of layers and as JSON."""
     from .outputs import check_output_file, write_whole
-    from .pipeline import plan_teacher, resumable_search
+    from .preparation import plan_teacher
+    from .runs import resumable_search
 
     check_output_file(output, overwrite)
     settings = CompressionSettings(teacher=teacher, plan=plan, calibration=calibration, data=data)
@@ -190,7 +191,7 @@ def convert(
 ) -> None:
     """Make a student that inherits the teacher's weights, tuned to it but not trained."""
     from .outputs import check_output_folder, whole_folder, write_whole
-    from .pipeline import convert_teacher
+    from .preparation import convert_teacher
     from .sharing import SharingPlan
 
     check_output_folder(output, overwrite)
@@ -235,7 +236,7 @@ def evaluate(
     """Evaluate a model on held-out text: perplexity, bits per byte, and agreement with its teacher."""
     from .evaluation import evaluate_model
     from .outputs import check_output_file, write_whole
-    from .pipeline import load_held_out_rows
+    from .preparation import load_held_out_rows
     from .teachers import load_model, load_tokenizer
 
     check_output_file(output, overwrite)
@@ -303,7 +304,7 @@ def env() -> None:
     """Print versions and hardware, to paste into an issue."""
     from importlib.metadata import version
 
-    from .pipeline import describe_environment
+    from .runs import describe_environment
 
     described = describe_environment()
     described |= {name: version(name) for name in ("accelerate", "datasets", "evaluate", "huggingface-hub", "peft")}

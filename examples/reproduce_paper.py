@@ -59,8 +59,10 @@ from transformers import PreTrainedModel
 from echoatt_hf import SharingPlan, convert, count_kv_bytes_per_token, evaluate_model, evaluate_zero_shot
 from echoatt_hf.data import STDLIB, load_documents, pack_rows
 from echoatt_hf.outputs import whole_folder, write_whole
-from echoatt_hf.pipeline import choose_plan, describe_environment, distill, load_rows, make_plan
+from echoatt_hf.pipeline import distill
+from echoatt_hf.preparation import choose_plan, load_rows, make_plan
 from echoatt_hf.refit import hold_out
+from echoatt_hf.runs import describe_environment
 from echoatt_hf.settings import CalibrationSettings, DataSettings, DistillationSettings, PlanSettings
 from echoatt_hf.similarity import AttentionSimilarity, measure_on_rows
 from echoatt_hf.teachers import default_device, load_config, load_model, load_tokenizer

@@ -425,10 +425,11 @@ def test_bad_input_is_one_line_and_nothing_is_written(bad_workplace, monkeypatch
 
 @pytest.mark.parametrize("rule", ["effect", "similarity", "blocks", "0,1,1"])
 def test_impossible_plans_are_refused_before_anything_is_measured(workplace, monkeypatch, run_in_process, rule):
-    from echoatt_hf import pipeline
+    from echoatt_hf import pipeline, preparation
 
     monkeypatch.chdir(workplace)
-    monkeypatch.setattr(pipeline, "measure_on_rows", lambda *_, **__: pytest.fail("measured"))
+    for module in (pipeline, preparation):
+        monkeypatch.setattr(module, "measure_on_rows", lambda *_, **__: pytest.fail("measured"))
     for command in ("compress", "plan", "convert"):
         arguments = [command, "teacher", "--plan", rule, "--ratio", "0.9", "--data", "text", *FAST[:6]]
         assert_one_line_error(run_in_process(*arguments, "--output", "out"), "3 layers" if "," in rule else "at most")

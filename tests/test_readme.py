@@ -116,7 +116,7 @@ def test_options_of_commands_exist(command):
 
     name, *arguments = shlex.split(command)[1:]
     subcommand = typer.main.get_command(app).commands[name]
-    known = {option for parameter in subcommand.params for option in parameter.opts}
+    known = {option for parameter in subcommand.params for option in (*parameter.opts, *parameter.secondary_opts)}
     for argument in arguments:
         if argument.startswith("--"):
             assert argument in known, f"{command}: no option {argument}"

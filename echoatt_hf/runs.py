@@ -1,0 +1,133 @@
+"""Folders of runs that are not finished, and what a report says of where a run was made."""
+
+import platform
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import transformers
+
+from .configuration_echoatt import ECHOATT_VERSION
+from .outputs import check_output_file, check_output_folder, replace_folder, write_whole
+from .settings import CompressionSettings
+
+
+__all__ = ["describe_environment", "resumable_search", "unfinished_run", "without_paths"]
+
+
+@contextmanager
+def resumable_search(
+    settings: CompressionSettings, output: Path | None, overwrite: bool, resume: bool
+) -> Iterator[Path | None]:
+    """The file beside `output` in which a search keeps what it has measured; it goes when the block ends well."""
+    if output is None or settings.plan.plan != "effect":
+        yield None
+        return
+    work = _open_work_folder(output, settings.to_json(), overwrite, resume, check_output_file)
+    state = work / "measured.json"
+    try:
+        yield state
+    except Exception:
+        if not state.exists():
+            shutil.rmtree(work, ignore_errors=True)
+        raise
+    shutil.rmtree(work)
+
+
+@contextmanager
+def unfinished_run(output: Path, settings: str, overwrite: bool, resume: bool) -> Iterator[Path]:
+    """
+    The folder of a run that is not finished. When the block ends well, its folder `student` takes the place of
+    `output`; when it fails, what a resumed run can use is kept.
+    """
+    work = _open_work_folder(output, settings, overwrite, resume)
+    try:
+        yield work
+    except Exception as error:
+        # After a wrong setting a run with the same settings would only fail again.
+        worth_keeping = ["checkpoints"]
+        if not isinstance(error, ValueError):
+            worth_keeping += ["measured.json", "conversion.json"]
+        if not any((work / name).exists() for name in worth_keeping):
+            shutil.rmtree(work, ignore_errors=True)
+        raise
+    replace_folder(work / "student", output)
+    shutil.rmtree(work)
+
+
+def _open_work_folder(
+    output: Path,
+    settings: str,
+    overwrite: bool,
+    resume: bool,
+    check_output: Callable[[Path, bool], None] = check_output_folder,
+) -> Path:
+    """The folder of an unfinished run: a new one, or the one to resume, which must have been made by equal settings."""
+    check_output(output, overwrite or resume)
+    work = output.with_name(output.name + ".partial")
+    file = work / "settings.json"
+    if file.exists() and resume:
+        if file.read_text() != settings:
+            raise ValueError(
+                f"The unfinished run in {str(work)!r} has other settings: resume it with the same ones, or start anew "
+                "with --overwrite."
+            )
+        return work
+    if work.exists() and not overwrite and not resume:
+        raise FileExistsError(
+            f"{str(work)!r} holds an unfinished run: continue it with --resume, or start anew with --overwrite."
+        )
+    if resume:
+        check_output(output, overwrite)
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True)
+    write_whole(file, settings)
+    return work
+
+
+def describe_environment() -> dict[str, str]:
+    """Versions and hardware, without anything that identifies the machine or its user."""
+    device = f"{torch.get_num_threads()} CPU threads"
+    if torch.cuda.is_available():
+        device = torch.cuda.get_device_name()
+    return {
+        "echoatt_hf": ECHOATT_VERSION,
+        "commit": _commit(),
+        "transformers": transformers.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "hardware": device,
+    }
+
+
+def _commit() -> str:
+    """Commit of a source checkout of this package, with a mark if files were changed; empty elsewhere."""
+    root = Path(__file__).parent.parent
+    if not (root / ".git").exists():
+        return ""
+    try:
+        result = subprocess.run(
+            ["git", "-C", str(root), "describe", "--always", "--dirty"], capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+    return result.stdout.strip()
+
+
+def without_paths(settings: dict) -> dict:
+    """Settings as they may be published: of a path that is nobody else's business, its last part."""
+
+    def shorten(value):
+        if isinstance(value, dict):
+            return {name: shorten(item) for name, item in value.items()}
+        if isinstance(value, list):
+            return [shorten(item) for item in value]
+        if isinstance(value, str) and (Path(value).is_absolute() or value.startswith(("~", ".."))):
+            return Path(value).name
+        return value
+
+    return shorten(settings)
