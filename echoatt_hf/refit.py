@@ -89,7 +89,7 @@ def refit_outputs(
 class TunedEchoes:
     """
     Every layer as an echo of every source it may have: aligned and refitted by itself, with the inputs that it has in
-    the teacher.
+    the teacher. Made when they are needed, as there are many.
 
     Args:
         teacher (`PreTrainedModel`):
@@ -98,7 +98,7 @@ class TunedEchoes:
             Of the teacher.
         pairs (sequence of `tuple[int, int]`):
             Pairs of an echo and its source.
-        rows, held_out_rows, batch_size, progress:
+        rows, held_out_rows, batch_size:
             As in [`refit_outputs`].
         align, refit (`bool`, *optional*, defaults to `True`):
             What to do.
@@ -115,51 +115,47 @@ class TunedEchoes:
         align: bool = True,
         refit: bool = True,
         batch_size: int = 8,
-        progress: bool = False,
     ):
-        sources = {echo: [source for other, source in pairs if other == echo] for echo, _ in pairs}
-        plan = [sources.get(layer, [layer])[0] for layer in range(len(similarity.heads))]
+        self._teacher, self._similarity, self._parts = teacher, similarity, (rows, held_out_rows)
+        self._align, self._refit, self._batch_size = align, refit, batch_size
+        first_source = dict(reversed(pairs))
+        plan = [first_source.get(layer, layer) for layer in range(len(similarity.heads))]
         student = EchoAttForCausalLM.from_teacher(teacher, plan, share_weights=True)
         self._modules = find_attention_modules(student.language_model)
+        self._original = {echo: get_parameters(self._modules[echo]) for echo in first_source}
         self.parameters: dict[tuple[int, int], EchoParameters] = {}
-        for echo in tqdm(sources, desc="tune pairs", disable=not progress, leave=False):
-            original = get_parameters(self._modules[echo])
-            for source in sources[echo]:
-                set_parameters(self._modules[echo], original)
-                if align:
-                    align_layer(self._modules[echo], similarity.heads[source, echo])
-                self.parameters[echo, source] = get_parameters(self._modules[echo])
-            if refit:
-                with inference(teacher, student):
-                    self._refit(teacher, echo, sources[echo], (rows, held_out_rows), batch_size)
-        student.eval()
 
-    def _refit(
-        self,
-        teacher: PreTrainedModel,
-        layer: int,
-        sources: list[int],
-        parts: tuple[Sequence[dict], Sequence[dict]],
-        batch_size: int,
-    ) -> None:
-        """Refit one layer for each of its sources."""
+    def tune(self, layer: int, sources: Sequence[int]) -> None:
+        """Tune a layer as an echo of several sources, in one pass over the rows."""
         echo = self._modules[layer]
+        for source in sources:
+            set_parameters(echo, self._original[layer])
+            if self._align:
+                align_layer(echo, self._similarity.heads[source, layer])
+            self.parameters[layer, source] = get_parameters(echo)
+        if not (self._refit and sources):
+            return
         projection = find_output_projection(echo)
         equations = {source: (_NormalEquations(), _NormalEquations()) for source in sources}
-        for part, rows in enumerate(parts):
-            for input_ids in _batches(rows, batch_size):
-                records, (args, kwargs), expected = _record_layer(teacher, layer, input_ids)
-                for source in sources:
-                    self._become(layer, source)
-                    call = partial(echo, *args, **kwargs | {"echo_records": records})
-                    inputs, output = run_until(projection, call)
-                    equations[source][part].add(projection, inputs, expected - output)
+        with inference(self._teacher):
+            for part, rows in enumerate(self._parts):
+                for input_ids in _batches(rows, self._batch_size):
+                    records, (args, kwargs), expected = _record_layer(self._teacher, layer, input_ids)
+                    for source in sources:
+                        call = partial(self._become(layer, source), *args, **kwargs | {"echo_records": records})
+                        inputs, output = run_until(projection, call)
+                        equations[source][part].add(projection, inputs, expected - output)
         for source in sources:
-            self._become(layer, source)
             change, _ = _solve(*equations[source])
+            self._become(layer, source)
             if change is not None:
                 _add(projection, change)
             self.parameters[layer, source] = get_parameters(echo)
+
+    def keep(self, layer: int, sources: Sequence[int]) -> None:
+        """Forget a layer as an echo of all other sources, which are tuned anew if they are needed again."""
+        for pair in [pair for pair in self.parameters if pair[0] == layer and pair[1] not in sources]:
+            del self.parameters[pair]
 
     def _become(self, layer: int, source: int) -> nn.Module:
         """The attention module of a layer, as an echo of `source`."""
@@ -169,26 +165,28 @@ class TunedEchoes:
         return echo
 
     @contextmanager
-    def in_place_of(self, teacher: PreTrainedModel, plan: Sequence[int]) -> Iterator[None]:
+    def in_place(self, plan: Sequence[int]) -> Iterator[None]:
         """
-        Make a teacher the student of a plan, while the context lasts. Forward passes must be given
+        Make the teacher the student of a plan, while the context lasts. Forward passes must be given
         `echo_records=EchoRecords()`.
 
         Args:
-            teacher (`PreTrainedModel`): the model these are the echoes of.
             plan (sequence of `int`): for each layer the layer it echoes, or itself.
         """
-        attentions = find_attention_modules(teacher)
+        attentions = find_attention_modules(self._teacher)
         echo_layers = [layer for layer, source in enumerate(plan) if layer != source]
-        names = {module: name for name, module in teacher.named_modules()}
+        for layer in echo_layers:
+            if (layer, plan[layer]) not in self.parameters:
+                self.tune(layer, [plan[layer]])
+        names = {module: name for name, module in self._teacher.named_modules()}
         try:
             for layer in echo_layers:
-                teacher.set_submodule(names[attentions[layer]], self._become(layer, plan[layer]))
+                self._teacher.set_submodule(names[attentions[layer]], self._become(layer, plan[layer]).eval())
             with recording(attentions[source] for source in {plan[layer] for layer in echo_layers}):
                 yield
         finally:
             for layer in echo_layers:
-                teacher.set_submodule(names[attentions[layer]], attentions[layer])
+                self._teacher.set_submodule(names[attentions[layer]], attentions[layer])
 
 
 def _record_layer(teacher: PreTrainedModel, layer: int, input_ids: torch.Tensor):

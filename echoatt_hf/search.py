@@ -3,6 +3,8 @@
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 
 import torch
@@ -21,6 +23,9 @@ from .similarity import AttentionSimilarity, measure_on_rows
 
 
 __all__ = ["PlanSearch", "search_plan"]
+
+# Sources of a layer for which its tuned weights are kept: all of them would be many times the weights of a large model.
+KEPT_SOURCES = 4
 
 
 @dataclass(frozen=True)
@@ -122,7 +127,7 @@ def search_plan(
     pairs = space.pairs(list(range(num_layers)))
     if similarity is None:
         similarity = measure_on_rows(teacher, rows, progress=progress)
-    echoes = TunedEchoes(teacher, similarity, pairs, train, held_out, align=align, refit=refit, progress=progress)
+    echoes = TunedEchoes(teacher, similarity, pairs, train, held_out, align=align, refit=refit)
     bar = tqdm(total=len(pairs) + (count - 1) * width, desc="search", disable=not progress, leave=False)
     with bar, inference(teacher):
         measure = _Measure(teacher, held_out[:search_rows], echoes, state, bar)
@@ -130,11 +135,12 @@ def search_plan(
         increase = dict.fromkeys(pairs, 0.0)  # of KL by each pair, when last measured
         current = 0.0
         for _ in range(count):
-            allowed = sorted(space.pairs(plan), key=increase.__getitem__)
-            results = {}
-            for echo, source in allowed if not rounds else allowed[:width]:
-                results[echo, source] = measure(_with(plan, echo, source))
-                increase[echo, source] = results[echo, source] - current
+            if rounds:
+                chosen = sorted(space.pairs(plan), key=increase.__getitem__)[:width]
+                results = {pair: measure(_with(plan, *pair)) for pair in chosen}
+            else:
+                results = measure.all_pairs(plan, pairs)
+            increase |= {pair: value - current for pair, value in results.items()}
             if not results:
                 raise ValueError(
                     f"Blocks of at most {block_size} layers leave no room for {count} echo layers: {len(rounds)} fit on "
@@ -236,7 +242,7 @@ class _Measure:
         self.known: dict[str, float] = json.loads(state.read_text()) if state is not None and state.exists() else {}
 
     def __call__(self, plan: list[int]) -> float:
-        key = ",".join(map(str, plan))
+        key = _key(plan)
         if key not in self.known:
             self.known[key] = self._measure(plan)
             if self._state is not None:
@@ -244,11 +250,22 @@ class _Measure:
         self._bar.update()
         return self.known[key]
 
+    def all_pairs(self, plan: list[int], pairs: list[tuple[int, int]]) -> dict[tuple[int, int], float]:
+        """The plan with each of the pairs added. What is needed of the pairs that look best is kept in memory."""
+        results = {}
+        for echo, group in groupby(pairs, key=itemgetter(0)):
+            plans = {source: _with(plan, echo, source) for _, source in group}
+            self._echoes.tune(echo, [source for source, each in plans.items() if _key(each) not in self.known])
+            found = {source: self(each) for source, each in plans.items()}
+            self._echoes.keep(echo, sorted(found, key=found.get)[:KEPT_SOURCES])
+            results |= {(echo, source): value for source, value in found.items()}
+        return results
+
     def _measure(self, plan: list[int]) -> float:
         if not self._logits:
             self._logits = [self._teacher(input_ids=batch, use_cache=False).logits for batch in self._batches]
         total = tokens = 0
-        with self._echoes.in_place_of(self._teacher, plan):
+        with self._echoes.in_place(plan):
             for batch, expected in zip(self._batches, self._logits, strict=True):
                 logits = self._teacher(input_ids=batch, use_cache=False, echo_records=EchoRecords()).logits
                 for row in range(len(batch)):  # float32 logits of a batch may not fit
@@ -256,6 +273,10 @@ class _Measure:
                     total += kl_divergence(logits[part], expected[part], batch[part], 1).item()
                 tokens += batch[:, 1:].numel()
         return total / tokens
+
+
+def _key(plan: list[int]) -> str:
+    return ",".join(map(str, plan))
 
 
 def _with(plan: list[int], echo: int, source: int) -> list[int]:

@@ -117,6 +117,7 @@ def test_pairs_are_tuned_as_a_student_with_one_echo_is(family):
     align_heads(student, similarity)
     refit_outputs(student, teacher, rows, held_out)
     echoes = TunedEchoes(teacher, similarity, [(echo, source)], rows, held_out)
+    echoes.tune(echo, [source])
     tuned = echoes.parameters[echo, source]
     expected = dict(find_attention_modules(student.language_model)[echo].named_parameters())
     assert tuned.keys() == expected.keys()
@@ -134,12 +135,12 @@ def test_teacher_with_echoes_in_place_is_the_student_and_comes_back(family):
     pairs = [(echo, source) for echo, source in enumerate(plan) if echo != source]
     echoes = TunedEchoes(teacher, similarity, pairs, [], [], align=False, refit=False)
     student = EchoAttForCausalLM.from_teacher(teacher, plan)
-    with echoes.in_place_of(teacher, plan):
+    with echoes.in_place(plan):
         found = teacher(ids, use_cache=False, echo_records=EchoRecords()).logits
     torch.testing.assert_close(found, student(ids, use_cache=False).logits, **FP32_TOLERANCE)
     assert list(teacher.modules()) == modules
     assert torch.equal(teacher(ids, use_cache=False).logits, before)
-    with pytest.raises(KeyError), echoes.in_place_of(teacher, plan):
+    with pytest.raises(KeyError), echoes.in_place(plan):
         raise KeyError
     assert list(teacher.modules()) == modules
 

@@ -64,6 +64,14 @@ def test_tuning_is_part_of_what_is_measured(llama, rows):
     assert tuned.kl["effect"] < copied.kl["effect"]
 
 
+def test_what_is_forgotten_is_tuned_again(llama, rows, monkeypatch):
+    """Memory is bounded, and the plan does not depend on it."""
+    teacher, similarity = llama
+    whole = search_plan(teacher, rows, similarity, ratio=0.43, width=4)
+    monkeypatch.setattr(search_module, "KEPT_SOURCES", 0)
+    assert search_plan(teacher, rows, similarity, ratio=0.43, width=4) == whole
+
+
 def test_width_bounds_the_cost(llama, rows):
     teacher, similarity = llama
     found = search_plan(teacher, rows, similarity, ratio=0.43, width=2, **UNTUNED)
