@@ -811,7 +811,7 @@ class EchoAttForTokenClassification(GenericForTokenClassification, EchoAttPreTra
 
 
 def _inherited_state(
-    student: EchoAttForCausalLM, teacher: PreTrainedModel, share_weights: bool
+    student: EchoAttForCausalLM, teacher: PreTrainedModel, share_weights: bool = False
 ) -> dict[str, torch.Tensor]:
     """The state of the student's language model: copies of the teacher's, or its parameters themselves."""
     inherited = student.language_model.state_dict()
