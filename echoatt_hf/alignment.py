@@ -34,7 +34,6 @@ def align_heads(student: EchoAttForCausalLM, similarity: AttentionSimilarity) ->
     Raises:
         `ValueError`: the similarity is that of another model.
     """
-    attentions = find_attention_modules(student.language_model)
     sources = student.config.echo_sources
     if len(similarity.heads) != len(sources):
         raise ValueError(
@@ -42,8 +41,8 @@ def align_heads(student: EchoAttForCausalLM, similarity: AttentionSimilarity) ->
             "the teacher of this student."
         )
     return {
-        layer: align_layer(attentions[layer], similarity.heads[sources[layer], layer])
-        for layer in student.config.echo_layers
+        layer: align_layer(attention, similarity.heads[sources[layer], layer])
+        for layer, attention in find_echoes(student).items()
     }
 
 
@@ -118,9 +117,15 @@ def permute_heads(attention: EchoAttention, order: Sequence[int]) -> None:
         )
     _reorder(attention.v_proj, 0, groups[:, 0])
     output = find_output_projection(attention)
-    _reorder(output, 0 if isinstance(output, Conv1D) else 1, order)
+    _reorder(output, input_dim(output), order)
     if attention.echo_gate is not None:
         _reorder(getattr(attention, attention.echo_gate), 0, order)
+
+
+def find_echoes(student: EchoAttForCausalLM) -> dict[int, EchoAttention]:
+    """The attention modules of a student's echo layers, by layer."""
+    attentions = find_attention_modules(student.language_model)
+    return {layer: attentions[layer] for layer in student.config.echo_layers}
 
 
 EchoParameters = dict[str, nn.Parameter]
@@ -142,7 +147,7 @@ def set_parameters(attention: EchoAttention, parameters: EchoParameters) -> None
 def count_heads(attention: EchoAttention) -> int:
     """Number of heads of an echo layer."""
     output = find_output_projection(attention)
-    return output.weight.shape[0 if isinstance(output, Conv1D) else 1] // attention.echo_head_dim
+    return output.weight.shape[input_dim(output)] // attention.echo_head_dim
 
 
 def count_kv_heads(attention: EchoAttention) -> int:
@@ -150,13 +155,23 @@ def count_kv_heads(attention: EchoAttention) -> int:
     return attention.v_proj.out_features // attention.echo_head_dim
 
 
+def input_dim(projection: nn.Module) -> int:
+    """The dimension of a projection's weight that its inputs are along."""
+    return 0 if isinstance(projection, Conv1D) else 1
+
+
+def replace_parameter(module: nn.Module, name: str, value: torch.Tensor) -> None:
+    """Give a module another tensor as parameter, trainable or frozen as the one before, which is not written to."""
+    requires_grad = getattr(module, name).requires_grad
+    setattr(module, name, nn.Parameter(value.contiguous(), requires_grad=requires_grad))
+
+
 def _reorder(projection: nn.Module, dim: int, order: np.ndarray) -> None:
     """Reorder equal parts of a projection's features: of its outputs, with the bias, or of its inputs."""
-    is_output = (dim == 1) == isinstance(projection, Conv1D)
+    is_output = dim != input_dim(projection)
     index = torch.from_numpy(order).to(projection.weight.device)
     for name, parameter in list(projection.named_parameters()):
         if name == "weight" or is_output:
             along = dim if name == "weight" else 0
             parts = parameter.detach().unflatten(along, (len(order), -1)).index_select(along, index)
-            reordered = parts.flatten(along, along + 1).contiguous()
-            setattr(projection, name, nn.Parameter(reordered, requires_grad=parameter.requires_grad))
+            replace_parameter(projection, name, parts.flatten(along, along + 1))

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field
 from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import QuantizedLayer
 
-from .alignment import align_heads, get_parameters, set_parameters
+from .alignment import align_heads, find_echoes, get_parameters, set_parameters
 from .evaluation import evaluate_model
 from .modeling_echoatt import (
     FUSED_MODULES,
@@ -107,8 +107,8 @@ def convert(
         plan (`SharingPlan` or sequence of `int`):
             For each layer the index of the layer whose attention weights it uses.
         rows (sequence of `dict`, *optional*):
-            Calibration text: rows with `input_ids` of T tokens, as returned by [`pack_rows`]. 64 rows of 256 tokens serve
-            small models; a refit wants a few times as many tokens as the model's hidden size.
+            Calibration text: rows with `input_ids` of T tokens, as returned by [`pack_rows`]. A refit wants many times as
+            many tokens as the model's hidden size.
         similarity ([`AttentionSimilarity`], *optional*):
             Of the teacher, for the alignment; measured on the rows if not given.
         align (`bool`, *optional*, defaults to `True`):
@@ -165,19 +165,21 @@ def _tune(
 ) -> dict[str, dict]:
     """Align and refit, and keep what helps. Returns what the report says of it."""
     train, held_out = hold_out(rows)
-    echoes = find_attention_modules(student.language_model)
+    echoes = find_echoes(student)
 
     def measure() -> float:
         return evaluate_model(student, held_out, teacher=teacher)["kl"]
 
-    tuning = {"kl": {"copied": measure()}, "aligned": {}, "refitted": {}}
-    for name, change in (
-        ("aligned", lambda: align_heads(student, similarity or measure_on_rows(teacher, rows, progress=progress))),
-        ("refitted", lambda: refit_outputs(student, teacher, train, held_out, progress=progress)),
-    ):
-        if not {"aligned": align, "refitted": refit}[name]:
-            continue
-        before = {layer: get_parameters(echoes[layer]) for layer in student.config.echo_layers}
+    levers = {}
+    if align:
+        levers["aligned"] = lambda: align_heads(
+            student, similarity or measure_on_rows(teacher, rows, progress=progress)
+        )
+    if refit:
+        levers["refitted"] = lambda: refit_outputs(student, teacher, train, held_out, progress=progress)
+    tuning = {"kl": {"copied": measure()}}
+    for name, change in levers.items():
+        before = {layer: get_parameters(echo) for layer, echo in echoes.items()}
         least, facts = min(tuning["kl"].values()), change()
         tuning["kl"][name] = measure()
         if tuning["kl"][name] < least:

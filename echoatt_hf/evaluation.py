@@ -58,7 +58,9 @@ def evaluate_model(
     totals = torch.zeros(3, dtype=torch.float64)
     tokens = text_bytes = 0
     count = math.ceil(len(rows) / batch_size) if isinstance(rows, Sized) else None
-    batches = tqdm(_batch(rows, batch_size), total=count, desc=description, disable=description is None, leave=False)
+    batches = tqdm(
+        batch_rows(rows, batch_size), total=count, desc=description, disable=description is None, leave=False
+    )
     with inference(*([model] if teacher is None else [model, teacher])):
         for input_ids in batches:
             totals += _sum_batch(model, teacher, input_ids)
@@ -230,7 +232,8 @@ def inference(*models: PreTrainedModel) -> Iterator[None]:
             module.training = True
 
 
-def _batch(rows: Iterable[dict], batch_size: int) -> Iterator[torch.Tensor]:
+def batch_rows(rows: Iterable[dict], batch_size: int) -> Iterator[torch.Tensor]:
+    """Token ids `(B, T)` of packed rows, `batch_size` rows at a time."""
     iterator = iter(rows)
     while batch := list(islice(iterator, batch_size)):
         yield collate_rows(batch)["input_ids"]
@@ -242,9 +245,24 @@ def _sum_batch(model: PreTrainedModel, teacher: PreTrainedModel | None, input_id
     teacher_logits = logits if teacher is model else None
     if teacher is not None and teacher is not model:
         teacher_logits = teacher(input_ids=input_ids.to(teacher.device), use_cache=False).logits.to(logits.device)
+    return sum_logits(logits, teacher_logits, input_ids)
+
+
+def sum_logits(logits: torch.Tensor, teacher_logits: torch.Tensor | None, input_ids: torch.Tensor) -> torch.Tensor:
+    """
+    Sums over a batch: negative log-likelihood, KL(teacher || model) and equal first tokens.
+
+    Args:
+        logits (`torch.Tensor` of shape `(B, T, V)`): of any float dtype, computed in float32.
+        teacher_logits (`torch.Tensor` of shape `(B, T, V)`, *optional*): likewise.
+        input_ids (`torch.Tensor` of shape `(B, T)`): the tokens, the last T - 1 of which are predicted.
+
+    Returns:
+        `torch.Tensor` of shape `(3,)`, float64, in nats and tokens; without a teacher the last two are 0.
+    """
     targets = input_ids.to(logits.device)
     sums = [  # one row at a time: float32 logits of a batch may not fit
-        _sum_row(logits[row, :-1], targets[row, 1:], None if teacher is None else teacher_logits[row, :-1])
+        _sum_row(logits[row, :-1], targets[row, 1:], None if teacher_logits is None else teacher_logits[row, :-1])
         for row in range(len(input_ids))
     ]
     return torch.stack(sums).cpu().double().sum(0)

@@ -102,23 +102,17 @@ def _describe_training(settings: dict) -> str:
 
 def _start(report: dict) -> str:
     """How the plan was found and the student tuned before any training, as far as the report knows."""
-    text = ""
+    sentences, conversion = [], report.get("conversion", {})
     if "search" in report:
-        kl = report["search"]["kl"]
-        values = ", ".join(f"{value:.3f} by {name}" for name, value in kl.items())
-        text += f"It was searched by its effect on calibration text: KL to the teacher in nats without training, {values}. "
-    conversion = report.get("conversion", {})
-    tuned = [
-        name
-        for name, key in (
-            ("heads aligned with those of their sources", "aligned"),
-            ("output projections refitted in closed form", "refitted"),
+        values = ", ".join(f"{value:.3f} by {name}" for name, value in report["search"]["kl"].items())
+        sentences.append(
+            f"It was searched by its effect on calibration text: KL to the teacher in nats without training, {values}."
         )
-        if conversion.get(key)
-    ]
-    if tuned:
-        text += f"Before training, echo layers had their {' and their '.join(tuned)}."
-    return f"\n{text.strip()}\n" if text else ""
+    if conversion.get("aligned"):
+        sentences.append("Before training, the heads of echo layers were aligned with those of their sources.")
+    if conversion.get("refitted"):
+        sentences.append("Before training, the output projections of echo layers were refitted in closed form.")
+    return f"\n{' '.join(sentences)}\n" if sentences else ""
 
 
 def _hub_name(teacher: str) -> str | None:

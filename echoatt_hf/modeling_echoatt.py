@@ -339,7 +339,11 @@ def find_output_projection(attention: nn.Module) -> nn.Module:
         attention (`nn.Module`):
             Attention module, as returned by [`find_attention_modules`].
     """
-    return getattr(attention, next(name for name in _OUTPUT_MODULES if hasattr(attention, name)))
+    return getattr(attention, _output_name(attention))
+
+
+def _output_name(attention: nn.Module) -> str:
+    return next(name for name in _OUTPUT_MODULES if hasattr(attention, name))
 
 
 def _unsupported_reason(attention: nn.Module) -> str | None:
@@ -445,7 +449,7 @@ def _make_echo(attention: nn.Module, source: int) -> None:
     attention.eager_attention = _eager_attention(attention)
     attention.echo_source = source
     attention.echo_head_dim = _head_dim(attention)
-    attention.echo_output = next(name for name in _OUTPUT_MODULES if hasattr(attention, name))
+    attention.echo_output = _output_name(attention)
     attention.echo_clip = getattr(attention.config, "clip_qkv", None)
     # Where a family drops part of its attention's output, an echo layer does too.
     attention.echo_dropout = getattr(attention, "residual_dropout", 0.0)

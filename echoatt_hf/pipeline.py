@@ -12,18 +12,17 @@ from pathlib import Path
 import transformers
 from datasets import Dataset, IterableDataset
 from safetensors.torch import load_file, save_file
-from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState
 
 from .adapters import add_lora, merge_lora
-from .alignment import get_parameters, set_parameters
+from .alignment import find_echoes, get_parameters, replace_parameter
 from .conversion import count_kv_bytes_per_token
 from .data import collate_rows
 from .distillation import EchoAttTrainer, EchoAttTrainingArguments
 from .evaluation import evaluate_model
 from .hub import write_model_card
-from .modeling_echoatt import EchoAttForCausalLM, find_attention_modules
-from .outputs import last_complete_checkpoint, write_whole
+from .modeling_echoatt import EchoAttForCausalLM
+from .outputs import format_markdown, last_complete_checkpoint, write_whole
 from .preparation import check_plan, choose_plan, convert_tuned, load_rows
 from .runs import describe_environment, unfinished_run, without_paths
 from .settings import CompressionSettings, DataSettings, DistillationSettings, StudentSettings
@@ -105,10 +104,10 @@ def _convert_once(
         facts = json.loads(facts_file.read_text())
         student = EchoAttForCausalLM.from_teacher(teacher, facts["conversion"]["echo_sources"], share_weights)
         tuned = load_file(tuned_file, device=str(teacher.device))
-        for layer, attention in _echo_attentions(student).items():
-            for name, parameter in get_parameters(attention).items():
-                value = nn.Parameter(tuned[f"{layer}.{name}"], requires_grad=parameter.requires_grad)
-                set_parameters(attention, {name: value})
+        for layer, attention in find_echoes(student).items():
+            for name in get_parameters(attention):
+                path, _, leaf = name.rpartition(".")
+                replace_parameter(attention.get_submodule(path), leaf, tuned[f"{layer}.{name}"])
         return student, facts
     plan, search = choose_plan(
         settings.plan, settings.calibration, teacher, rows, similarity, work / "measured.json", progress=True
@@ -118,17 +117,12 @@ def _convert_once(
     facts["conversion"] = conversion.to_dict()
     tuned = {
         f"{layer}.{name}": parameter.detach().contiguous()
-        for layer, attention in _echo_attentions(student).items()
+        for layer, attention in find_echoes(student).items()
         for name, parameter in get_parameters(attention).items()
     }
     save_file(tuned, tuned_file)
     write_whole(facts_file, json.dumps(facts))  # the last, as it says that all is there
     return student, facts
-
-
-def _echo_attentions(student: EchoAttForCausalLM) -> dict[int, nn.Module]:
-    attentions = find_attention_modules(student.language_model)
-    return {layer: attentions[layer] for layer in student.config.echo_layers}
 
 
 def distill_student(
@@ -290,14 +284,7 @@ def format_table(results: list[dict]) -> str:
                 f"{entry['kv_bytes_per_token']:,}",
             ]
         )
-    widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
-    rows = ["| " + " | ".join(_pad(cells, widths)) + " |" for cells in lines]
-    rule = (
-        "|"
-        + "|".join(f"{'-' * (width + 1)}{'-' if column == 0 else ':'}" for column, width in enumerate(widths))
-        + "|"
-    )
-    return "\n".join([rows[0], rule, *rows[1:]])
+    return format_markdown(lines)
 
 
 def write_student(folder: Path, student: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, report: dict) -> None:
@@ -407,7 +394,3 @@ def _finish_step_on_interrupt(callback: _StageCallback) -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, previous)
-
-
-def _pad(cells: list[str], widths: list[int]) -> list[str]:
-    return [cells[0].ljust(widths[0])] + [cell.rjust(width) for cell, width in zip(cells[1:], widths[1:], strict=True)]

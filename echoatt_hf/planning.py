@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 
-from .sharing import SharingPlan, count_echo_layers, inner_groups
+from .sharing import SharingPlan, check_block_size, count_echo_layers, inner_groups
 
 
 __all__ = ["plan_from_similarity"]
@@ -49,8 +49,7 @@ def plan_from_similarity(
     """
     if (ratio is None) == (threshold is None):
         raise ValueError("Give either a ratio or a threshold.")
-    if block_size is not None and block_size < 2:
-        raise ValueError(f"block_size is {block_size}; it must be at least 2, a source and one echo.")
+    check_block_size(block_size)
     num_layers = len(similarity)
     groups = inner_groups(num_layers, protected_layers, layer_types)
     capacity = sum(_capacity(len(group), block_size) for group in groups)

@@ -161,7 +161,8 @@ def convert_teacher(
     tokenizer, rows = load_tokenizer(settings.teacher, teacher), None
     if calibration.align or calibration.refit or _needs_text(settings.plan, measured):
         rows = load_calibration_rows(settings, tokenizer, teacher)
-        measured = measured or measure_on_rows(teacher, rows, progress=True)
+    if measured is None and (calibration.align or _needs_text(settings.plan, measured)):
+        measured = measure_on_rows(teacher, rows, progress=True)
     plan, _ = choose_plan(settings.plan, calibration, teacher, rows, measured, progress=True)
     return *convert_tuned(teacher, plan, rows, measured, calibration), tokenizer
 

@@ -9,11 +9,17 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
-from .alignment import EchoParameters, align_layer, get_parameters, set_parameters
-from .data import collate_rows
-from .evaluation import inference
+from .alignment import (
+    EchoParameters,
+    align_layer,
+    find_echoes,
+    get_parameters,
+    input_dim,
+    replace_parameter,
+    set_parameters,
+)
+from .evaluation import batch_rows, inference
 from .modeling_echoatt import (
     EchoAttForCausalLM,
     EchoRecords,
@@ -73,11 +79,11 @@ def refit_outputs(
         raise ValueError(f"A refit needs rows and held-out rows; there are {len(rows)} and {len(held_out_rows)}.")
     errors = {}
     with inference(student, teacher):
-        for layer in tqdm(student.config.echo_layers, desc="refit", disable=not progress, leave=False):
-            projection = find_output_projection(find_attention_modules(student.language_model)[layer])
-            target = find_output_projection(find_attention_modules(teacher)[layer])
+        targets = find_attention_modules(teacher)
+        for layer, echo in tqdm(find_echoes(student).items(), desc="refit", disable=not progress, leave=False):
+            projection, target = find_output_projection(echo), find_output_projection(targets[layer])
             train, held_out = (
-                _accumulate((student, projection), (teacher, target), _batches(part, batch_size))
+                _accumulate((student, projection), (teacher, target), batch_rows(part, batch_size))
                 for part in (rows, held_out_rows)
             )
             change, errors[layer] = _solve(train, held_out)
@@ -139,7 +145,7 @@ class TunedEchoes:
         equations = {source: (_NormalEquations(), _NormalEquations()) for source in sources}
         with inference(self._teacher):
             for part, rows in enumerate(self._parts):
-                for input_ids in _batches(rows, self._batch_size):
+                for input_ids in batch_rows(rows, self._batch_size):
                     records, (args, kwargs), expected = _record_layer(self._teacher, layer, input_ids)
                     for source in sources:
                         call = partial(self._become(layer, source), *args, **kwargs | {"echo_records": records})
@@ -196,15 +202,11 @@ def _record_layer(teacher: PreTrainedModel, layer: int, input_ids: torch.Tensor)
     def remember(module, args, kwargs):
         call.extend((args, dict(kwargs)))
 
-    handle = attentions[layer].register_forward_pre_hook(remember, with_kwargs=True)
-    try:
-        with recording(attentions.values()):
-            _, expected = run_until(
-                find_output_projection(attentions[layer]),
-                partial(teacher, input_ids=input_ids.to(teacher.device), use_cache=False, echo_records=records),
-            )
-    finally:
-        handle.remove()
+    with recording(attentions.values()), attentions[layer].register_forward_pre_hook(remember, with_kwargs=True):
+        _, expected = run_until(
+            find_output_projection(attentions[layer]),
+            partial(teacher, input_ids=input_ids.to(teacher.device), use_cache=False, echo_records=records),
+        )
     return records, call, expected
 
 
@@ -270,11 +272,11 @@ def _solve(train: _NormalEquations, held_out: _NormalEquations) -> tuple[torch.T
 
 def _add(projection: nn.Module, change: torch.Tensor) -> None:
     """Add a change `(I, O)`, with a last row for the bias if there is one, to an output projection."""
-    features = change[: projection.weight.shape[0 if isinstance(projection, Conv1D) else 1]]
-    changes = {"weight": features if isinstance(projection, Conv1D) else features.T, "bias": change[-1]}
+    features = change[: projection.weight.shape[input_dim(projection)]]
+    changes = {"weight": features if input_dim(projection) == 0 else features.T, "bias": change[-1]}
     for name, parameter in list(projection.named_parameters()):
-        changed = (parameter.double() + changes[name].to(parameter.device)).to(parameter.dtype)
-        setattr(projection, name, nn.Parameter(changed.contiguous(), requires_grad=parameter.requires_grad))
+        changed = parameter.detach().double() + changes[name].to(parameter.device)
+        replace_parameter(projection, name, changed.to(parameter.dtype))
 
 
 class _Reached(Exception):
@@ -289,20 +291,6 @@ def run_until(module: nn.Module, forward: Callable[[], object]) -> tuple[torch.T
         found.extend(tensor.detach().flatten(0, -2) for tensor in (args[0], output))
         raise _Reached
 
-    with _hooked(module, stop), suppress(_Reached):
+    with module.register_forward_hook(stop), suppress(_Reached):
         forward()
     return found[0], found[1]
-
-
-@contextmanager
-def _hooked(module: nn.Module, hook) -> Iterator[None]:
-    handle = module.register_forward_hook(hook)
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-def _batches(rows: Sequence[dict], batch_size: int) -> Iterator[torch.Tensor]:
-    for start in range(0, len(rows), batch_size):
-        yield collate_rows(list(rows[start : start + batch_size]))["input_ids"]

@@ -11,14 +11,12 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from .data import collate_rows
-from .evaluation import inference
-from .losses import kl_divergence
+from .evaluation import batch_rows, inference, sum_logits
 from .modeling_echoatt import EchoRecords
 from .outputs import write_whole
 from .planning import plan_from_similarity
 from .refit import TunedEchoes, hold_out
-from .sharing import SharingPlan, count_echo_layers, inner_groups
+from .sharing import SharingPlan, check_block_size, count_echo_layers, inner_groups
 from .similarity import AttentionSimilarity, measure_on_rows
 
 
@@ -123,15 +121,14 @@ def search_plan(
             raise ValueError(f"{name} is {value}; it must be at least 1.")
     train, held_out = hold_out(rows)
     space, count = make_space(teacher.config, ratio, protected_layers, block_size)
-    num_layers = teacher.config.get_text_config().num_hidden_layers
-    pairs = space.pairs(list(range(num_layers)))
+    pairs = space.pairs(list(range(space.num_layers)))
     if similarity is None:
         similarity = measure_on_rows(teacher, rows, progress=progress)
     echoes = TunedEchoes(teacher, similarity, pairs, train, held_out, align=align, refit=refit)
     bar = tqdm(total=len(pairs) + (count - 1) * width, desc="search", disable=not progress, leave=False)
     with bar, inference(teacher):
         measure = _Measure(teacher, held_out[:search_rows], echoes, state, bar)
-        plan, rounds = list(range(num_layers)), []
+        plan, rounds = list(range(space.num_layers)), []
         increase = dict.fromkeys(pairs, 0.0)  # of KL by each pair, when last measured
         current = 0.0
         for _ in range(count):
@@ -161,8 +158,7 @@ def make_space(
     config: PreTrainedConfig, ratio: float, protected_layers: int, block_size: int | None
 ) -> tuple["PlanSpace", int]:
     """The plans that a search may find for a model, and their number of echo layers. Arguments as in [`search_plan`]."""
-    if block_size is not None and block_size < 2:
-        raise ValueError(f"block_size is {block_size}; it must be at least 2, a source and one echo.")
+    check_block_size(block_size)
     config = config.get_text_config()
     layer_types = getattr(config, "layer_types", None)
     space = PlanSpace(config.num_hidden_layers, protected_layers, layer_types, block_size)
@@ -175,8 +171,12 @@ class PlanSpace:
     def __init__(
         self, num_layers: int, protected_layers: int, layer_types: Sequence[str] | None, block_size: int | None
     ):
-        self._num_layers, self._protected, self.layer_types = num_layers, protected_layers, layer_types
-        self._block_size = block_size
+        self.num_layers, self.layer_types, self._block_size = num_layers, layer_types, block_size
+        self._constraints = {
+            "protected_layers": protected_layers,
+            "layer_types": layer_types,
+            "block_size": block_size,
+        }
         inner = inner_groups(num_layers, protected_layers, layer_types)
         types = layer_types or [None] * num_layers
         self._sources = {
@@ -202,20 +202,8 @@ class PlanSpace:
     def other_plans(self, similarity: AttentionSimilarity, ratio: float) -> dict[str, SharingPlan]:
         """What the other rules choose, where they can."""
         rules = {
-            "similarity": lambda: plan_from_similarity(
-                similarity.layers.tolist(),
-                ratio=ratio,
-                protected_layers=self._protected,
-                layer_types=self.layer_types,
-                block_size=self._block_size,
-            ),
-            "blocks": lambda: SharingPlan.from_ratio(
-                self._num_layers,
-                ratio,
-                protected_layers=self._protected,
-                layer_types=self.layer_types,
-                block_size=self._block_size,
-            ),
+            "similarity": lambda: plan_from_similarity(similarity.layers.tolist(), ratio=ratio, **self._constraints),
+            "blocks": lambda: SharingPlan.from_ratio(self.num_layers, ratio, **self._constraints),
         }
         plans = {}
         for name, rule in rules.items():
@@ -233,10 +221,7 @@ class _Measure:
         self, teacher: PreTrainedModel, rows: Sequence[dict], echoes: TunedEchoes, state: Path | None, bar: tqdm
     ):
         self._teacher, self._echoes, self._state, self._bar = teacher, echoes, state, bar
-        self._batches = [
-            collate_rows(list(rows[start : start + 8]))["input_ids"].to(teacher.device)
-            for start in range(0, len(rows), 8)
-        ]
+        self._batches = [batch.to(teacher.device) for batch in batch_rows(rows, 8)]
         self.tokens = sum(batch.numel() for batch in self._batches)
         self._logits: list[torch.Tensor] = []  # the teacher's, made when they are needed
         self.known: dict[str, float] = json.loads(state.read_text()) if state is not None and state.exists() else {}
@@ -268,9 +253,7 @@ class _Measure:
         with self._echoes.in_place(plan):
             for batch, expected in zip(self._batches, self._logits, strict=True):
                 logits = self._teacher(input_ids=batch, use_cache=False, echo_records=EchoRecords()).logits
-                for row in range(len(batch)):  # float32 logits of a batch may not fit
-                    part = slice(row, row + 1)
-                    total += kl_divergence(logits[part], expected[part], batch[part], 1).item()
+                total += sum_logits(logits, expected, batch)[1].item()
                 tokens += batch[:, 1:].numel()
         return total / tokens
 

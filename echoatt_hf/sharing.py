@@ -89,8 +89,7 @@ class SharingPlan(Sequence):
         """
         if ratio is None and block_size is None:
             raise ValueError("Give a ratio, a block_size, or both.")
-        if block_size is not None and block_size < 2:
-            raise ValueError(f"block_size is {block_size}; it must be at least 2, a source and one echo.")
+        check_block_size(block_size)
         groups = inner_groups(num_layers, protected_layers, layer_types)
         if ratio is None:
             counts = [len(group) // block_size * (block_size - 1) for group in groups]
@@ -178,6 +177,12 @@ class SharingPlan(Sequence):
                 f"{str(path)!r} is not a sharing plan: it needs a list 'echo_sources' in JSON."
             ) from error
         return cls(sources)
+
+
+def check_block_size(block_size: int | None) -> None:
+    """Check that a block has room for a source and an echo. Raises `ValueError` if it has not."""
+    if block_size is not None and block_size < 2:
+        raise ValueError(f"block_size is {block_size}; it must be at least 2, a source and one echo.")
 
 
 def count_echo_layers(num_layers: int, ratio: float, capacity: int) -> int:

@@ -11,8 +11,7 @@ import torch.nn.functional as F
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from .data import collate_rows
-from .evaluation import inference
+from .evaluation import batch_rows, inference
 from .modeling_echoatt import EchoRecords, compute_attention_weights, find_attention_modules, recording
 
 
@@ -184,7 +183,7 @@ def measure_on_rows(model: PreTrainedModel, rows: Sequence[dict], *, progress: b
         progress (`bool`, *optional*, defaults to `False`):
             Show a progress bar.
     """
-    batches = [collate_rows(list(rows[start : start + 4])) for start in range(0, len(rows), 4)]
+    batches = [{"input_ids": input_ids} for input_ids in batch_rows(rows, 4)]
     return measure_attention_similarity(model, batches, progress=progress)
 
 

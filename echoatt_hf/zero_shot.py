@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .evaluation import inference
+from .outputs import format_markdown
 
 
 __all__ = ["ZeroShotItem", "ZeroShotTask", "evaluate_zero_shot", "format_zero_shot", "read_zero_shot_tasks"]
@@ -198,11 +199,7 @@ def format_zero_shot(results: Mapping[str, Mapping[str, Any]]) -> str:
     lines = [["task", "count", *metrics]]
     for name, result in entries:
         lines.append([name, f"{result['count']:,}", *(_format_metric(result, metric) for metric in metrics)])
-    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
-    lines.insert(1, ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])])
-    return "\n".join(
-        "| " + " | ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]) + " |" for line in lines
-    )
+    return format_markdown(lines)
 
 
 def _format_metric(result: Mapping[str, Any], metric: str) -> str:

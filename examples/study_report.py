@@ -4,6 +4,8 @@ import math
 from itertools import pairwise
 from pathlib import Path
 
+from echoatt_hf.outputs import format_markdown
+
 
 Curve = list[tuple[int, float]]
 
@@ -77,15 +79,7 @@ def _format_table(runs: list[dict], teacher: dict) -> str:
     for run in runs:
         steps = f"{run['distillation']['steps']:,}" if run["distillation"] is not None else ""
         lines.append([str(run["ratio"]), run["method"], steps, *_format_evaluations(run["evaluations"], others)])
-    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
-    rule = ["-" * width if column == 1 else "-" * (width - 1) + ":" for column, width in enumerate(widths)]
-    lines.insert(1, rule)
-    return "\n".join(f"| {' | '.join(_pad(line, widths))} |" for line in lines)
-
-
-def _pad(line: list[str], widths: list[int]) -> list[str]:
-    pairs = enumerate(zip(line, widths, strict=True))
-    return [cell.ljust(width) if column == 1 else cell.rjust(width) for column, (cell, width) in pairs]
+    return format_markdown(lines, left=1)
 
 
 def _format_evaluations(evaluations: dict, others: list[str]) -> list[str]:

@@ -179,7 +179,7 @@ def test_convert_undoes_an_alignment_that_does_not_help():
 
 @pytest.mark.real_weights
 def test_alignment_and_refit_of_real_weights(stories260k):
-    """On stories: copied 0.58, aligned 0.38, both 0.28 nats per token."""
+    """On stories: copied 0.68, aligned 0.42, both 0.31 nats per token."""
     from echoatt_hf import load_documents, load_model, load_tokenizer, pack_rows
 
     teacher = load_model(stories260k)
