@@ -216,11 +216,13 @@ def distill(
     overwrite: Overwrite = False,
     resume: Resume = False,
 ) -> None:
-    """Distil a student from its teacher in two stages."""
+    """Distil a student from its teacher in two stages, in one process or under `accelerate launch`."""
     from .pipeline import distill_student, format_table
+    from .runs import processes
 
     report = distill_student(student, teacher, data, distillation, output, overwrite=overwrite, resume=resume)
-    print(f"\n{format_table(report['results'])}\n\nwritten to {output}")
+    if processes().is_main_process:
+        print(f"\n{format_table(report['results'])}\n\nwritten to {output}")
 
 
 @app.command()

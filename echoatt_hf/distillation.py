@@ -11,7 +11,16 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel, Trainer, TrainingArguments, get_scheduler
 from transformers.pytorch_utils import id_tensor_storage
 
-from .losses import cross_entropy, kl_divergence, relative_distance, target_mask
+from .heads import OutputHead
+from .losses import (
+    DIVERGENCES,
+    LogitLosses,
+    check_divergence,
+    divergence_from_teacher,
+    next_token_loss,
+    relative_distance,
+    target_mask,
+)
 from .modeling_echoatt import find_attention_modules
 
 
@@ -43,9 +52,12 @@ class EchoAttTrainingArguments(TrainingArguments):
 
     Args:
         kl_weight (`float`, *optional*, defaults to 1.0):
-            Weight of KL(teacher || student).
+            Weight of the divergence of the student's next-token distributions from the teacher's.
+        divergence (`str`, *optional*, defaults to `"forward"`):
+            Which one: `"forward"`, KL(teacher || student), `"reverse"`, KL(student || teacher), or
+            `"jensen_shannon"`, between the two.
         kl_temperature (`float`, *optional*, defaults to 1.0):
-            Temperature of both distributions in the KL, and of nothing else.
+            Temperature of both distributions in the divergence, and of nothing else.
         ce_weight (`float`, *optional*, defaults to 0.0):
             Weight of the cross-entropy of the text. Raise it where the text is better than the teacher.
         hidden_weight (`float`, *optional*, defaults to 0.0):
@@ -66,8 +78,11 @@ class EchoAttTrainingArguments(TrainingArguments):
     stage2_learning_rate: float | None = field(
         default=None, metadata={"help": "Peak learning rate of stage 2; a tenth of learning_rate if not given."}
     )
-    kl_weight: float = field(default=1.0, metadata={"help": "Weight of KL(teacher || student) in stage 1."})
-    kl_temperature: float = field(default=1.0, metadata={"help": "Temperature of the KL in stage 1."})
+    kl_weight: float = field(
+        default=1.0, metadata={"help": "Weight of the divergence from the teacher's predictions in stage 1."}
+    )
+    divergence: str = field(default="forward", metadata={"help": f"Which divergence: {', '.join(DIVERGENCES)}."})
+    kl_temperature: float = field(default=1.0, metadata={"help": "Temperature of the divergence in stage 1."})
     ce_weight: float = field(default=0.0, metadata={"help": "Weight of the cross-entropy in stage 1."})
     hidden_weight: float = field(default=0.0, metadata={"help": "Weight of the hidden-state distance in stage 1."})
     attention_weight: float = field(
@@ -81,6 +96,7 @@ class EchoAttTrainingArguments(TrainingArguments):
                 raise ValueError(f"{name} is {value}; it must be 0 or more.")
         if not (math.isfinite(self.kl_temperature) and self.kl_temperature > 0):
             raise ValueError(f"kl_temperature is {self.kl_temperature}; it must be above 0.")
+        check_divergence(self.divergence)
         if self.stage1_steps > 0 and not any(getattr(self, name) for name in _WEIGHTS):
             raise ValueError(f"{', '.join(_WEIGHTS)} are all 0: stage 1 would learn nothing.")
         steps = self.stage1_steps + self.stage2_steps
@@ -101,7 +117,7 @@ class EchoAttTrainer(Trainer):
     """
     A [`~transformers.Trainer`] that distils a student from its teacher in two stages, in one `train()`.
 
-    Stage 1 minimises `kl_weight` · KL(teacher || student) + `ce_weight` · cross-entropy + `hidden_weight` · distance
+    Stage 1 minimises `kl_weight` · divergence from the teacher + `ce_weight` · cross-entropy + `hidden_weight` · distance
     of hidden states + `attention_weight` · distance of the attention outputs of echo layers; stage 2 minimises the
     cross-entropy of the text alone. Each part is logged. Losses are divided by the number of target tokens of the whole
     batch, over all accumulation steps and processes. `eval_loss` is the cross-entropy in both stages. The teacher is
@@ -157,8 +173,11 @@ class EchoAttTrainer(Trainer):
         super().__init__(model=model, args=args, **kwargs)
         # `train` counts the target tokens of a batch only for models whose loss they divide.
         self.model_accepts_loss_kwargs = True
+        # What is compiled is compiled whole.
+        self._head = OutputHead.find(self.model) if not args.torch_compile else None
         self.teacher = None
         if args.stage1_steps > 0:
+            self._teacher_head = OutputHead.find(teacher)  # before it is prepared for mixed precision
             self.teacher = self.accelerator.prepare_model(teacher.requires_grad_(False).eval(), evaluation_mode=True)
         # Sum of each loss part since the last log, and the steps it was part of.
         self._parts: dict[str, tuple[torch.Tensor, set[int]]] = {}
@@ -182,14 +201,10 @@ class EchoAttTrainer(Trainer):
         # A batch in which every label is masked has nothing to learn: a loss of 0, not 0 / 0.
         num_tokens = torch.as_tensor(num_tokens, device=labels.device).clamp_min(1)
         if model.training and self.stage == 1:
-            parts, outputs = self._stage1_parts(model, inputs, labels, num_tokens)
+            loss, parts, outputs = self._stage1_loss(model, inputs, labels, num_tokens, return_outputs)
         else:
-            outputs = model(**inputs)
-            parts = {"ce": cross_entropy(outputs.logits, labels.to(outputs.logits.device), num_tokens)}
-        weights = {name.removesuffix("_weight"): getattr(self.args, name) for name in _WEIGHTS}
-        if self.stage == 2 or not model.training:
-            weights["ce"] = 1.0
-        loss = sum(weights[name] * part for name, part in parts.items())
+            losses = LogitLosses({"ce": next_token_loss(labels)}, {"ce": 1.0}, labels, num_tokens)
+            loss, parts, outputs = self._loss_of_logits(model, inputs, losses, return_outputs)
         if model.training:
             self._add_parts(parts)
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
@@ -197,31 +212,72 @@ class EchoAttTrainer(Trainer):
             loss = loss * self.accelerator.num_processes
         return (loss, outputs) if return_outputs else loss
 
-    def _stage1_parts(self, model, inputs: dict, labels: torch.Tensor, num_tokens: torch.Tensor):
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """As that of `Trainer`. Where the loss alone is asked for, the logits of the whole batch are not made."""
+        if not prediction_loss_only:
+            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys=ignore_keys)
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            return self.compute_loss(model, inputs).detach(), None, None
+
+    def _stage1_loss(
+        self, model: nn.Module, inputs: dict, labels: torch.Tensor, num_tokens: torch.Tensor, whole: bool
+    ):
+        """The weighted sum of the losses of stage 1, its parts, and the outputs of the student."""
         args = self.args
         with_hidden = args.hidden_weight > 0
         echoes = self.model.config.echo_layers if args.attention_weight > 0 else []
-        with _attention_outputs(model, echoes) as attended:
-            outputs = model(**inputs, output_hidden_states=with_hidden)
-        labels = labels.to(outputs.logits.device)
-        parts = {}
+        losses = {}
         if args.kl_weight > 0 or with_hidden or echoes:
             with torch.no_grad(), _attention_outputs(self.teacher, echoes) as teacher_attended:
-                teacher_outputs = self.teacher(**inputs, output_hidden_states=with_hidden)
+                teacher_logits, teacher_outputs = self._ask_teacher(inputs, output_hidden_states=with_hidden)
         if args.kl_weight > 0:
-            parts["kl"] = kl_divergence(
-                outputs.logits, teacher_outputs.logits, labels, num_tokens, temperature=args.kl_temperature
+            losses["kl"] = divergence_from_teacher(args.divergence, teacher_logits, args.kl_temperature)
+        # Where states are all that counts, DDP still waits for a gradient of what makes the logits of them: zero.
+        if args.ce_weight > 0 or not losses:
+            losses["ce"] = next_token_loss(labels)
+        weights = {name.removesuffix("_weight"): getattr(args, name) for name in _WEIGHTS}
+        with _attention_outputs(model, echoes) as attended:
+            loss, parts, outputs = self._loss_of_logits(
+                model,
+                inputs,
+                LogitLosses(losses, weights, labels, num_tokens),
+                whole,
+                output_hidden_states=with_hidden,
             )
-        # Where attention outputs are all that counts, DDP still waits for a gradient of what else made the logits: zero.
-        if args.ce_weight > 0 or not (args.kl_weight > 0 or with_hidden):
-            parts["ce"] = cross_entropy(outputs.logits, labels, num_tokens)
         if with_hidden:  # the first entry is the embeddings, which no layer has touched
             states = outputs.hidden_states[1:], teacher_outputs.hidden_states[1:]
-            parts["hidden"] = relative_distance(*states, labels, num_tokens)
+            parts["hidden"] = relative_distance(*states, labels.to(loss.device), num_tokens)
         if echoes:
             states = [[found[layer] for layer in echoes] for found in (attended, teacher_attended)]
-            parts["attention"] = relative_distance(*states, labels, num_tokens)
-        return parts, outputs
+            parts["attention"] = relative_distance(*states, labels.to(loss.device), num_tokens)
+        loss = loss + sum(weights[name] * part for name, part in parts.items() if name not in losses)
+        return loss, parts, outputs
+
+    def _ask_teacher(self, inputs: dict, **options):
+        """The teacher's logits, as a function of tokens of the flattened batch, and its other outputs."""
+        if self._teacher_head is None:
+            outputs = self.teacher(**inputs, **options)
+            logits = outputs.logits.flatten(0, 1)
+            return lambda tokens: logits[tokens], outputs
+        with self._teacher_head.last_states() as kept:
+            outputs = self.teacher(**inputs, **options, logits_to_keep=1)
+        return self._teacher_head.logits(kept), outputs
+
+    def _loss_of_logits(self, model: nn.Module, inputs: dict, losses: LogitLosses, whole: bool, **options):
+        """
+        The weighted sum of `losses`, its parts by name, and the outputs of the model: with all logits if `whole` or if
+        the head cannot be called alone.
+        """
+        if whole or self._head is None:
+            outputs = model(**inputs, **options)
+            parts = losses.parts(outputs.logits.flatten(0, 1))
+            loss = losses.total(parts)
+        else:
+            with self._head.computes(losses, self.accelerator.autocast) as found:
+                outputs = model(**inputs, **options, logits_to_keep=1)
+            loss, parts = outputs.loss, found[0]
+        return loss, dict(zip(losses.losses, parts, strict=True)), outputs
 
     def _add_parts(self, parts: dict[str, torch.Tensor]) -> None:
         for name, part in parts.items():

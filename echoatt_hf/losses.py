@@ -1,17 +1,40 @@
 """
-Losses of distillation. Tensors in, scalar out: each is a sum over target tokens divided by a number of tokens given by
+Losses of distillation. Tensors in, scalars out: each is a sum over target tokens divided by a number of tokens given by
 the caller, so that the losses of micro-batches and processes add up to that of the whole batch.
+
+Losses of logits are computed for some tokens at a time ([`chunked_loss`]): what is as large as the vocabulary is made for
+one chunk of tokens only.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
 
-__all__ = ["cross_entropy", "kl_divergence", "relative_distance", "target_mask"]
+__all__ = [
+    "DIVERGENCES",
+    "LogitLosses",
+    "check_divergence",
+    "chunked_loss",
+    "divergence_from_teacher",
+    "forward_kl",
+    "jensen_shannon",
+    "next_token_loss",
+    "next_tokens",
+    "relative_distance",
+    "reverse_kl",
+    "target_mask",
+]
 
 IGNORED_LABEL = -100
+# Of the float32 logits of a chunk. Several tensors of this size exist at a time; smaller ones make matrix products slower.
+CHUNK_BYTES = 2**26
+
+# Logits `(N, V)` and which tokens of the flattened batch they are of -> losses of the tokens `(N,)`.
+TokenLoss = Callable[[torch.Tensor, slice], torch.Tensor]
 
 
 def target_mask(labels: torch.Tensor) -> torch.Tensor:
@@ -24,55 +47,242 @@ def target_mask(labels: torch.Tensor) -> torch.Tensor:
     Returns:
         `torch.Tensor` of shape `(B, T)`, bool: True where the next label is a token. The last position never is.
     """
-    return F.pad(labels[:, 1:] != IGNORED_LABEL, (0, 1), value=False)
+    return next_tokens(labels) != IGNORED_LABEL
 
 
-def cross_entropy(logits: torch.Tensor, labels: torch.Tensor, num_tokens: torch.Tensor | int) -> torch.Tensor:
+def next_tokens(labels: torch.Tensor) -> torch.Tensor:
     """
-    Cross-entropy of the next token.
+    The label that each position predicts.
 
     Args:
-        logits (`torch.Tensor` of shape `(B, T, V)`): of any float dtype, computed in float32.
         labels (`torch.Tensor` of shape `(B, T)`): token ids, not shifted; -100 is not predicted.
-        num_tokens (`torch.Tensor` or `int`): target tokens to divide the sum by.
 
     Returns:
-        `torch.Tensor`: scalar, in nats per token.
+        `torch.Tensor` of shape `(B, T)`: the next label, -100 at the last position.
     """
-    # Positions are masked, not selected: the backward pass of a selection is many times slower on a CPU.
-    targets = F.pad(labels[:, 1:], (0, 1), value=IGNORED_LABEL)
-    loss = F.cross_entropy(
-        logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORED_LABEL, reduction="sum"
-    )
-    return loss / num_tokens
+    return F.pad(labels[:, 1:], (0, 1), value=IGNORED_LABEL)
 
 
-def kl_divergence(
-    student_logits: torch.Tensor,
-    teacher_logits: torch.Tensor,
-    labels: torch.Tensor,
-    num_tokens: torch.Tensor | int,
-    temperature: float = 1.0,
-) -> torch.Tensor:
+def forward_kl(student_logits: torch.Tensor, teacher_log_probs: torch.Tensor) -> torch.Tensor:
     """
-    KL(teacher || student) of the next-token distributions at a temperature, times the temperature squared.
+    KL(teacher || student): the student puts probability wherever the teacher does.
 
     Args:
-        student_logits (`torch.Tensor` of shape `(B, T, V)`): of any float dtype, computed in float32.
-        teacher_logits (`torch.Tensor` of shape `(B, T, V)`): likewise.
-        labels (`torch.Tensor` of shape `(B, T)`): token ids, not shifted; only positions with a target count.
-        num_tokens (`torch.Tensor` or `int`): target tokens to divide the sum by.
-        temperature (`float`, *optional*, defaults to 1.0): divides both logits.
+        student_logits (`torch.Tensor` of shape `(N, V)`): of any float dtype, computed in float32 at least.
+        teacher_log_probs (`torch.Tensor` of shape `(N, V)`): logarithms of the teacher's probabilities.
 
     Returns:
-        `torch.Tensor`: scalar, in nats per token.
+        `torch.Tensor` of shape `(N,)`: in nats.
+    """
+    return _kl(teacher_log_probs, _log_probs(student_logits))
+
+
+def reverse_kl(student_logits: torch.Tensor, teacher_log_probs: torch.Tensor) -> torch.Tensor:
+    """
+    KL(student || teacher): the student puts no probability where the teacher puts none. See [`forward_kl`].
+
+    Source: Gu et al., arXiv 2306.08543, section 2.
+    """
+    return _kl(_log_probs(student_logits), teacher_log_probs)
+
+
+def jensen_shannon(student_logits: torch.Tensor, teacher_log_probs: torch.Tensor) -> torch.Tensor:
+    """
+    Jensen-Shannon divergence: the mean of KL(teacher || M) and KL(student || M), M the mean of both distributions.
+    Symmetric, and at most ln 2. See [`forward_kl`].
+
+    Source: Agarwal et al., arXiv 2306.13649, section 2, with β = 1/2.
+    """
+    student_log_probs = _log_probs(student_logits)
+    middle = torch.logaddexp(student_log_probs, teacher_log_probs) - math.log(2)
+    return (_kl(teacher_log_probs, middle) + _kl(student_log_probs, middle)) / 2
+
+
+DIVERGENCES = {"forward": forward_kl, "reverse": reverse_kl, "jensen_shannon": jensen_shannon}
+
+
+def check_divergence(name: str) -> None:
+    """
+    Check the name of a divergence.
+
+    Raises:
+        `ValueError`: there is none of this name.
+    """
+    if name not in DIVERGENCES:
+        raise ValueError(f"divergence is {name!r}; it must be one of {', '.join(map(repr, DIVERGENCES))}.")
+
+
+def divergence_from_teacher(
+    divergence: str, teacher_logits: Callable[[slice], torch.Tensor], temperature: float = 1.0
+) -> TokenLoss:
+    """
+    A loss of tokens: a divergence of the next-token distributions at a temperature, times the temperature squared.
+
+    Args:
+        divergence (`str`): a name of `DIVERGENCES`.
+        teacher_logits (`Callable`): tokens of the flattened batch, as a slice -> the teacher's logits `(N, V)`.
+        temperature (`float`, *optional*, defaults to 1.0): divides the logits of both.
+
+    Returns:
+        `Callable`: logits `(N, V)` and the slice of tokens they are of -> `(N,)`, in nats.
 
     Source: Hinton et al., arXiv 1503.02531, section 2 (temperature, and its square to keep the gradients' size).
     """
-    student = F.log_softmax(student_logits.float() / temperature, dim=-1)
-    teacher = F.log_softmax(teacher_logits.float() / temperature, dim=-1)
-    divergence = F.kl_div(student, teacher, log_target=True, reduction="none").sum(-1)
-    return (divergence * target_mask(labels)).sum() * temperature**2 / num_tokens
+
+    def loss(logits: torch.Tensor, tokens: slice) -> torch.Tensor:
+        with torch.no_grad():
+            expected = _log_probs(teacher_logits(tokens).to(logits.device), temperature)
+        return DIVERGENCES[divergence](_upcast(logits) / temperature, expected) * temperature**2
+
+    return loss
+
+
+def next_token_loss(labels: torch.Tensor) -> TokenLoss:
+    """
+    A loss of tokens: the cross-entropy of the next token.
+
+    Args:
+        labels (`torch.Tensor` of shape `(B, T)`): token ids, not shifted; -100 is not predicted.
+
+    Returns:
+        `Callable`: logits `(N, V)` and the slice of tokens they are of -> `(N,)`, in nats; 0 without a target.
+    """
+    targets = next_tokens(labels).flatten()
+
+    def loss(logits: torch.Tensor, tokens: slice) -> torch.Tensor:
+        expected = targets[tokens].to(logits.device)
+        return F.cross_entropy(_upcast(logits), expected, ignore_index=IGNORED_LABEL, reduction="none")
+
+    return loss
+
+
+@dataclass(frozen=True)
+class LogitLosses:
+    """
+    The losses of a batch that depend on its logits, each summed over target tokens and divided by a number of tokens.
+
+    Args:
+        losses (`dict[str, Callable]`): logits `(N, V)` and the slice of tokens they are of -> `(N,)`. Whatever else a
+            loss compares with, such as the teacher's signal, it looks up for the slice.
+        weights (`dict[str, float]`): of each loss in the total.
+        labels (`torch.Tensor` of shape `(B, T)`): token ids, not shifted; only positions with a target count.
+        num_tokens (`torch.Tensor` or `int`): target tokens to divide the sums by.
+    """
+
+    losses: dict[str, TokenLoss]
+    weights: dict[str, float]
+    labels: torch.Tensor
+    num_tokens: torch.Tensor | int
+
+    def parts(self, logits: torch.Tensor, tokens: slice = slice(None)) -> torch.Tensor:
+        """
+        Args:
+            logits (`torch.Tensor` of shape `(N, V)`): of the tokens in the slice.
+            tokens (`slice`, *optional*, defaults to all): of the B · T tokens of the batch.
+
+        Returns:
+            `torch.Tensor` of shape `(len(losses),)`: what these tokens add to each loss.
+        """
+        # Positions are masked, not selected: the backward pass of a selection is many times slower on a CPU.
+        mask = target_mask(self.labels).flatten()[tokens].to(logits.device)
+        return torch.stack([(loss(logits, tokens) * mask).sum() for loss in self.losses.values()]) / self.num_tokens
+
+    def total(self, parts: torch.Tensor) -> torch.Tensor:
+        """The weighted sum of `parts`, a scalar."""
+        return (parts * parts.new_tensor([self.weights[name] for name in self.losses])).sum()
+
+
+def chunked_loss(
+    losses: LogitLosses,
+    states: torch.Tensor,
+    logits_of: Callable[[torch.Tensor], torch.Tensor],
+    parameters: Sequence[torch.nn.Parameter],
+    vocab_size: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Losses of logits from the hidden states that the logits are made of, for some tokens at a time.
+
+    The gradient of a chunk is taken right after its losses, and kept for the hidden states and the parameters only:
+    nothing that is as large as tokens times vocabulary is kept for, or made in, the backward pass. That costs one product
+    with the output head less than computing the chunk again there (`torch.utils.checkpoint`), and the backward pass needs
+    no weights, which FSDP may have taken apart by then, nor does it call modules, whose hooks would take a chunk for a
+    whole forward pass. For the same reason what adds gradients up over processes sees one gradient of each parameter.
+
+    Args:
+        losses ([`LogitLosses`]): what to compute.
+        states (`torch.Tensor` of shape `(B, T, D)`): what the output head is applied to.
+        logits_of (`Callable`): states `(N, D)` -> logits `(N, V)`.
+        parameters (sequence of `torch.nn.Parameter`): those of `logits_of` that need a gradient, none if it is frozen.
+        vocab_size (`int`): V, which decides how many tokens a chunk has.
+
+    Returns:
+        `tuple[torch.Tensor, torch.Tensor]`: the weighted sum, with gradients, and the parts `(len(losses.losses),)`,
+        without.
+    """
+    states = states.flatten(0, 1)
+    chunks = list(_chunks(len(states), vocab_size))
+    if torch.is_grad_enabled() and (states.requires_grad or parameters):
+        return _ChunkedLoss.apply(losses, logits_of, chunks, states, *parameters)
+    parts = sum(losses.parts(logits_of(states[tokens]), tokens) for tokens in chunks)
+    return losses.total(parts), parts
+
+
+class _ChunkedLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, losses: LogitLosses, logits_of, chunks: list[slice], states: torch.Tensor, *parameters):
+        parts = 0.0
+        needed = ctx.needs_input_grad[3]
+        state_gradient = torch.zeros_like(states) if needed else None
+        # Added up in float32, as the product over all tokens would be.
+        gradients = [torch.zeros_like(value, dtype=_accumulation_dtype(value)) for value in parameters]
+        for tokens in chunks:
+            with torch.enable_grad():
+                chunk = states[tokens].detach().requires_grad_(needed)
+                of_chunk = losses.parts(logits_of(chunk), tokens)
+                total = losses.total(of_chunk)
+            inputs = [chunk] * needed + list(parameters)
+            found = list(torch.autograd.grad(total, inputs, allow_unused=True))
+            if needed:
+                state_gradient[tokens] = found.pop(0)
+            for gradient, value in zip(gradients, found, strict=True):
+                if value is not None:
+                    gradient.add_(value)
+            parts = parts + of_chunk.detach()
+            del chunk, of_chunk, total, found  # the graph of a chunk goes before the next one comes
+        kept = [gradient.to(value.dtype) for gradient, value in zip(gradients, parameters, strict=True)]
+        ctx.save_for_backward(*([state_gradient] if needed else []), *kept)
+        ctx.mark_non_differentiable(parts)
+        return losses.total(parts), parts
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, gradient: torch.Tensor, _):
+        found = [kept * gradient for kept in ctx.saved_tensors]
+        return None, None, None, *([] if ctx.needs_input_grad[3] else [None]), *found
+
+
+def _chunks(number: int, vocab_size: int) -> Iterator[slice]:
+    """Slices of `number` tokens, as even as can be."""
+    most = max(1, CHUNK_BYTES // (4 * vocab_size))
+    length = math.ceil(number / math.ceil(number / most)) if number else 1
+    return (slice(start, start + length) for start in range(0, number, length))
+
+
+def _upcast(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to(_accumulation_dtype(tensor))
+
+
+def _accumulation_dtype(tensor: torch.Tensor) -> torch.dtype:
+    return torch.promote_types(tensor.dtype, torch.float32)
+
+
+def _log_probs(logits: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
+    return F.log_softmax(_upcast(logits) / temperature, dim=-1)
+
+
+def _kl(log_probs: torch.Tensor, other_log_probs: torch.Tensor) -> torch.Tensor:
+    """KL(first || second) of distributions `(N, V)`, `(N,)`."""
+    return F.kl_div(other_log_probs, log_probs, log_target=True, reduction="none").sum(-1)
 
 
 def relative_distance(

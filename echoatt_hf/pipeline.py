@@ -5,7 +5,7 @@ import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -24,7 +24,7 @@ from .hub import write_model_card
 from .modeling_echoatt import EchoAttForCausalLM
 from .outputs import format_markdown, last_complete_checkpoint, write_whole
 from .preparation import check_plan, choose_plan, convert_tuned, load_rows
-from .runs import describe_environment, unfinished_run, without_paths
+from .runs import describe_environment, processes, unfinished_run, without_paths
 from .settings import CompressionSettings, DataSettings, DistillationSettings, StudentSettings
 from .sharing import SharingPlan
 from .similarity import AttentionSimilarity, measure_on_rows
@@ -42,7 +42,7 @@ def compress(
     settings: CompressionSettings, output: str | Path, *, overwrite: bool = False, resume: bool = False
 ) -> dict:
     """
-    Make a student from a teacher: the whole pipeline.
+    Make a student from a teacher: the whole pipeline, in one process.
 
     Until it is done, everything is kept in the folder `<output>.partial`; then the student takes the place of
     `output` at once. A run that was stopped goes on from there with `resume`.
@@ -64,9 +64,14 @@ def compress(
     Raises:
         `FileExistsError`: the output folder is not empty, or holds an unfinished run, and neither `overwrite` nor
             `resume` is given.
-        `ValueError`: a setting is out of range or does not fit the teacher.
+        `ValueError`: a setting is out of range or does not fit the teacher, or several processes were launched.
         `DistillationInterrupted`: Ctrl-C; the run can be resumed.
     """
+    if processes().num_processes > 1:
+        raise ValueError(
+            f"{processes().num_processes} processes were launched, but planning and conversion are the work of one: make the "
+            "student with `echoatt convert`, and launch `echoatt distill`."
+        )
     with unfinished_run(Path(output), settings.to_json(), overwrite, resume) as work:
         teacher = load_model(settings.teacher).to(default_device())
         tokenizer = load_tokenizer(settings.teacher, teacher)
@@ -136,7 +141,8 @@ def distill_student(
     resume: bool = False,
 ) -> dict:
     """
-    Distil a student that is there, and write the result as [`compress`] does.
+    Distil a student that is there, and write the result as [`compress`] does. In one process, or in each of several that
+    `accelerate launch` started: they share the rows of a step, and the main one writes.
 
     Args:
         student (`str`):
@@ -153,6 +159,7 @@ def distill_student(
 
     Raises:
         `ValueError`: the student is not an EchoAtt model, or does not fit the teacher.
+        `DistillationInterrupted`: see [`compress`]; several processes stop at once, without a checkpoint.
     """
     settings = StudentSettings(student=student, teacher=teacher, data=data, distillation=distillation)
     with unfinished_run(Path(output), settings.to_json(), overwrite, resume) as work:
@@ -161,6 +168,7 @@ def distill_student(
             raise ValueError(
                 f"{student!r} is a {type(model).__name__}, not an EchoAtt student: run `echoatt convert`."
             )
+        _training_arguments(distillation, work / "checkpoints")  # which check themselves
         models = _Models(load_model(teacher).to(default_device()), model, load_tokenizer(student, model))
         train_rows, held_out_rows = load_rows(data, models.tokenizer, model)
         return _distill_and_write(work, models, train_rows, held_out_rows, settings, {})
@@ -177,6 +185,7 @@ def _distill_and_write(
     """Distil and evaluate, and write the student to `work / "student"`."""
     start, distillation = time.time(), settings.distillation
     evaluations = _Evaluations(work / "evaluations.json", models, held_out_rows)
+    processes().wait_for_everyone()  # all have read the same evaluations
     evaluations.run("teacher", models.teacher)
     evaluations.run("converted", models.student)
     trainer = distill(
@@ -198,8 +207,10 @@ def _distill_and_write(
         "environment": describe_environment(),
         "last_session_s": round(time.time() - start, 1),
     }
-    shutil.rmtree(work / "student", ignore_errors=True)
-    write_student(work / "student", models.student, models.tokenizer, report)
+    state_dict = trainer.accelerator.get_state_dict(models.student)  # of which each process may have a part
+    if processes().is_main_process:
+        shutil.rmtree(work / "student", ignore_errors=True)
+        write_student(work / "student", models.student, models.tokenizer, report, state_dict)
     return report
 
 
@@ -250,7 +261,14 @@ def distill(
         data_collator=collate_rows,
         callbacks=[callback],
     )
-    with _finish_step_on_interrupt(callback):
+    if settings.lora_rank and trainer.is_fsdp_enabled:
+        raise ValueError(
+            f"lora_rank is {settings.lora_rank}, and FSDP takes the weights apart that adapters are merged into: launch with "
+            "examples/accelerate/ddp.yaml, or set lora_rank to 0."
+        )
+    # Several processes would not all be told of Ctrl-C in the same step.
+    is_alone = trainer.accelerator.num_processes == 1
+    with _finish_step_on_interrupt(callback) if is_alone else nullcontext():
         trainer.train(resume_from_checkpoint=last_complete_checkpoint(checkpoints))
     student.config.use_cache = use_cache  # which `Trainer` turns off
     if callback.interrupted:
@@ -287,9 +305,15 @@ def format_table(results: list[dict]) -> str:
     return format_markdown(lines)
 
 
-def write_student(folder: Path, student: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, report: dict) -> None:
-    """Write a student with its tokenizer, report, plan and model card."""
-    student.save_pretrained(folder)
+def write_student(
+    folder: Path,
+    student: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    report: dict,
+    state_dict: dict | None = None,
+) -> None:
+    """Write a student, of which `state_dict` are the weights where it has parts of them, with its report and card."""
+    student.save_pretrained(folder, state_dict=state_dict)
     tokenizer.save_pretrained(folder)
     write_whole(folder / "sharing_plan.json", json.dumps(report["plan"], indent=2) + "\n")
     write_whole(folder / "report.json", json.dumps(report, indent=2) + "\n")
@@ -299,12 +323,17 @@ def write_student(folder: Path, student: PreTrainedModel, tokenizer: PreTrainedT
 def _training_arguments(settings: DistillationSettings, output_dir: Path) -> EchoAttTrainingArguments:
     values = asdict(settings)
     batch_size, accumulation_steps = values.pop("batch_size"), values.pop("accumulation_steps")
+    number = processes().num_processes
+    if batch_size % (accumulation_steps * number):
+        raise ValueError(
+            f"batch_size is {batch_size}, which {number} processes with accumulation_steps {accumulation_steps} do not divide."
+        )
     del values["steps"], values["lora_rank"]
     values["eval_steps"] = settings.eval_steps or None
     return EchoAttTrainingArguments(
         output_dir=str(output_dir),
         stage1_steps=settings.stage1_steps,
-        per_device_train_batch_size=batch_size // accumulation_steps,
+        per_device_train_batch_size=batch_size // (accumulation_steps * number),
         gradient_accumulation_steps=accumulation_steps,
         per_device_eval_batch_size=8,
         eval_strategy="steps" if settings.eval_steps else "no",
@@ -344,10 +373,11 @@ class _Evaluations:
             self._rows,
             teacher=self._models.teacher,
             tokenizer=self._models.tokenizer,
-            description=f"evaluate {name}",
+            description=f"evaluate {name}" if processes().is_main_process else None,
         )
         self._done[name] = result | self._sizes["teacher" if model is self._models.teacher else "student"]
-        write_whole(self._file, json.dumps(self._done))
+        if processes().is_main_process:  # all evaluate, as each may have a part of the model only
+            write_whole(self._file, json.dumps(self._done))
 
     def results(self) -> list[dict]:
         return [{"name": name, **result} for name, result in self._done.items()]

@@ -9,13 +9,20 @@ from pathlib import Path
 
 import torch
 import transformers
+from accelerate import PartialState
 
 from .configuration_echoatt import ECHOATT_VERSION
 from .outputs import check_output_file, check_output_folder, replace_folder, write_whole
 from .settings import CompressionSettings
+from .teachers import default_device
 
 
-__all__ = ["describe_environment", "resumable_search", "unfinished_run", "without_paths"]
+__all__ = ["describe_environment", "processes", "resumable_search", "unfinished_run", "without_paths"]
+
+
+def processes() -> PartialState:
+    """`PartialState`: the processes that were launched together, as by `accelerate launch`, and which one this is."""
+    return PartialState(cpu=default_device() == "cpu")
 
 
 @contextmanager
@@ -41,12 +48,24 @@ def resumable_search(
 def unfinished_run(output: Path, settings: str, overwrite: bool, resume: bool) -> Iterator[Path]:
     """
     The folder of a run that is not finished. When the block ends well, its folder `student` takes the place of
-    `output`; when it fails, what a resumed run can use is kept.
+    `output`; when it fails, what a resumed run can use is kept. Of several processes all enter, on folders that they
+    share, and the main one makes and moves them.
     """
-    work = _open_work_folder(output, settings, overwrite, resume)
+    state = processes()
+    work = _work_folder(output)
+    if state.is_main_process:
+        _open_work_folder(output, settings, overwrite, resume)
+    state.wait_for_everyone()
+    if not work.exists():
+        raise FileNotFoundError(
+            f"Process {state.process_index} does not see the folder {str(work)!r} that the main one made: give an output "
+            "on a file system that all machines share."
+        )
     try:
         yield work
     except Exception as error:
+        if not state.is_main_process:
+            raise
         # After a wrong setting a run with the same settings would only fail again.
         worth_keeping = ["checkpoints"]
         if not isinstance(error, ValueError):
@@ -54,8 +73,14 @@ def unfinished_run(output: Path, settings: str, overwrite: bool, resume: bool) -
         if not any((work / name).exists() for name in worth_keeping):
             shutil.rmtree(work, ignore_errors=True)
         raise
-    replace_folder(work / "student", output)
-    shutil.rmtree(work)
+    state.wait_for_everyone()
+    if state.is_main_process:
+        replace_folder(work / "student", output)
+        shutil.rmtree(work)
+
+
+def _work_folder(output: Path) -> Path:
+    return output.with_name(output.name + ".partial")
 
 
 def _open_work_folder(
@@ -67,7 +92,7 @@ def _open_work_folder(
 ) -> Path:
     """The folder of an unfinished run: a new one, or the one to resume, which must have been made by equal settings."""
     check_output(output, overwrite or resume)
-    work = output.with_name(output.name + ".partial")
+    work = _work_folder(output)
     file = work / "settings.json"
     if file.exists() and resume:
         if file.read_text() != settings:

@@ -5,6 +5,7 @@ from dataclasses import MISSING, asdict, dataclass, field
 from typing import Any
 
 from .data import STDLIB
+from .losses import check_divergence
 from .teachers import BUILTIN_TEACHER
 
 
@@ -98,8 +99,12 @@ class DistillationSettings:
     stage2_learning_rate: float | None = setting(
         None, "Peak learning rate of stage 2; a tenth of the learning rate if not given."
     )
-    kl_weight: float = setting(1.0, "Weight of KL(teacher || student) in stage 1.")
-    kl_temperature: float = setting(1.0, "Temperature of the KL.")
+    kl_weight: float = setting(1.0, "Weight of the divergence from the teacher's predictions in stage 1.")
+    divergence: str = setting(
+        "forward",
+        "Which divergence: 'forward' (KL(teacher || student)), 'reverse' (KL(student || teacher)) or 'jensen_shannon'.",
+    )
+    kl_temperature: float = setting(1.0, "Temperature of the divergence.")
     ce_weight: float = setting(0.0, "Weight of the cross-entropy in stage 1.")
     hidden_weight: float = setting(0.0, "Weight of the distance of hidden states in stage 1.")
     attention_weight: float = setting(
@@ -110,7 +115,7 @@ class DistillationSettings:
         "Rank of adapters (LoRA) on all linear layers: they are trained in place of the weights and merged at the end. "
         "0 to train all weights.",
     )
-    batch_size: int = setting(8, "Rows in a step, over all accumulation steps.")
+    batch_size: int = setting(8, "Rows in a step, over all accumulation steps and processes.")
     accumulation_steps: int = setting(1, "Micro-batches in a step.")
     warmup_steps: int = setting(20, "Steps in which the learning rate rises, in each stage.")
     weight_decay: float = setting(0.0, "Weight decay of AdamW.")
@@ -120,6 +125,7 @@ class DistillationSettings:
 
     def __post_init__(self):
         _check_at_least_one(self, "steps", "batch_size", "accumulation_steps", "save_steps")
+        check_divergence(self.divergence)
         for name in ("eval_steps", "lora_rank"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be 0 or more.")

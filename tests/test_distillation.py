@@ -9,14 +9,16 @@ import torch.nn.functional as F
 from conftest import CHECKPOINTING, FP32_TOLERANCE, make_batch, make_teacher, plan_of
 from datasets import Dataset
 from families import FAMILIES
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from echoatt_hf import EchoAttForCausalLM
+from echoatt_hf import EchoAttForCausalLM, losses
 from echoatt_hf.adapters import add_lora, merge_lora
 from echoatt_hf.data import collate_rows
 from echoatt_hf.distillation import EchoAttTrainer, EchoAttTrainingArguments
-from echoatt_hf.losses import cross_entropy, kl_divergence, relative_distance, target_mask
+from echoatt_hf.losses import relative_distance
 from echoatt_hf.modeling_echoatt import find_attention_modules
 
 
@@ -24,7 +26,7 @@ VOCAB = 48
 PLAN = [0, 1, 1, 3]
 
 
-def make_small_teacher(**changes):
+def make_small_teacher(vocab_size=VOCAB, **changes):
     torch.manual_seed(0)
     config = LlamaConfig(
         num_hidden_layers=4,
@@ -32,7 +34,7 @@ def make_small_teacher(**changes):
         intermediate_size=48,
         num_attention_heads=4,
         num_key_value_heads=2,
-        vocab_size=VOCAB,
+        vocab_size=vocab_size,
         pad_token_id=0,
         attention_dropout=0.1,  # makes a teacher left in training mode visible
         **changes,
@@ -99,18 +101,19 @@ def make_trainer(student, teacher, folder, rows=None, **changes):
     )
 
 
+def plain_losses(student_logits, teacher_logits, labels, temperature=1.0):
+    """Cross-entropy and KL(teacher || student) of the labels that are not masked, per token."""
+    logits, targets = student_logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+    student, teacher = (
+        F.log_softmax(values[:, :-1].flatten(0, 1) / temperature, -1)[targets != -100]
+        for values in (student_logits, teacher_logits)
+    )
+    kl = (teacher.exp() * (teacher - student)).sum(-1).mean() * temperature**2
+    return F.cross_entropy(logits, targets), kl
+
+
 def log_of(trainer):
     return [entry for entry in trainer.state.log_history if "loss" in entry]
-
-
-def random_batch(seed=0, batch=3, length=7):
-    generator = torch.Generator().manual_seed(seed)
-    labels = torch.randint(0, VOCAB, (batch, length), generator=generator)
-    labels[0, 4:] = -100
-    labels[1, :3] = -100
-    student = torch.randn(batch, length, VOCAB, generator=generator, dtype=torch.float64)
-    teacher = torch.randn(batch, length, VOCAB, generator=generator, dtype=torch.float64)
-    return student.float(), teacher.float(), labels
 
 
 def positions_with_target(labels):
@@ -120,74 +123,6 @@ def positions_with_target(labels):
         for position in range(labels.shape[1] - 1)
         if labels[row, position + 1] != -100
     ]
-
-
-# Losses against slow twins that loop over tokens.
-
-
-def test_target_mask_is_that_of_the_next_label():
-    _, _, labels = random_batch()
-    assert target_mask(labels).nonzero().tolist() == [list(place) for place in positions_with_target(labels)]
-
-
-def test_cross_entropy_equals_loop():
-    logits, _, labels = random_batch()
-    places = positions_with_target(labels)
-    expected = -sum(F.log_softmax(logits[b, t], -1)[labels[b, t + 1]] for b, t in places) / len(places)
-    assert cross_entropy(logits, labels, len(places)).item() == pytest.approx(expected.item(), abs=1e-6)
-
-
-@pytest.mark.parametrize("temperature", [1.0, 2.5])
-def test_kl_divergence_equals_loop(temperature):
-    student, teacher, labels = random_batch()
-    expected = 0.0
-    for b, t in positions_with_target(labels):
-        p, q = F.softmax(teacher[b, t] / temperature, -1), F.softmax(student[b, t] / temperature, -1)
-        expected += (p * (p / q).log()).sum().item() * temperature**2
-    actual = kl_divergence(student, teacher, labels, 5, temperature=temperature)
-    assert actual.item() == pytest.approx(expected / 5, abs=1e-5)
-
-
-def test_kl_divergence_of_equal_logits_is_zero():
-    student, _, labels = random_batch()
-    assert abs(kl_divergence(student, student.clone(), labels, 1).item()) < 1e-5
-
-
-def test_relative_distance_equals_loop():
-    generator = torch.Generator().manual_seed(1)
-    _, _, labels = random_batch()
-    students = [torch.randn(3, 7, 5, generator=generator) for _ in range(2)]
-    teachers = [torch.randn(3, 7, 5, generator=generator) * 10**layer for layer in range(2)]
-    expected = 0.0
-    for student, teacher in zip(students, teachers, strict=True):
-        for b, t in positions_with_target(labels):
-            expected += ((student[b, t] - teacher[b, t]).norm() ** 2 / teacher[b, t].norm() ** 2).item()
-    actual = relative_distance(students, teachers, labels, 4)
-    assert actual.item() == pytest.approx(expected / 2 / 4, rel=1e-5)
-
-
-def test_relative_distance_leaves_out_padding_without_length():
-    _, _, labels = random_batch()
-    student, teacher = torch.ones(3, 7, 5, requires_grad=True), torch.ones(3, 7, 5)
-    teacher[~target_mask(labels)] = 0.0
-    value = relative_distance([student], [teacher], labels, 1)
-    value.backward()
-    assert value.item() == 0 and torch.isfinite(student.grad).all()
-
-
-@pytest.mark.parametrize("loss", ["ce", "kl", "hidden"])
-def test_all_masked_batch_is_zero_with_finite_gradients(loss):
-    logits, teacher, labels = random_batch()
-    labels[:] = -100
-    logits.requires_grad_(True)
-    value = {
-        "ce": lambda: cross_entropy(logits, labels, 1),
-        "kl": lambda: kl_divergence(logits, teacher, labels, 1),
-        "hidden": lambda: relative_distance([logits], [teacher], labels, 1),
-    }[loss]()
-    value.backward()
-    assert value.item() == 0
-    assert torch.isfinite(logits.grad).all() and (logits.grad == 0).all()
 
 
 # The trainer.
@@ -213,8 +148,8 @@ def test_first_loss_is_the_weighted_sum_of_the_parts(teacher, student, tmp_path)
         student_outputs = student(batch["input_ids"], output_hidden_states=True)
         teacher_outputs = teacher(batch["input_ids"], output_hidden_states=True)
     tokens = 4 * 11
-    kl = kl_divergence(student_outputs.logits, teacher_outputs.logits, batch["labels"], tokens, temperature=2.0)
-    ce = cross_entropy(student_outputs.logits, batch["labels"], tokens)
+    ce, _ = plain_losses(student_outputs.logits, teacher_outputs.logits, batch["labels"])
+    _, kl = plain_losses(student_outputs.logits, teacher_outputs.logits, batch["labels"], temperature=2.0)
     states = student_outputs.hidden_states[1:], teacher_outputs.hidden_states[1:]
     hidden = relative_distance(*states, batch["labels"], tokens)
     student.config.attention_dropout = 0.0
@@ -238,6 +173,129 @@ def test_first_loss_is_the_weighted_sum_of_the_parts(teacher, student, tmp_path)
     assert entry["ce_loss"] == pytest.approx(ce.item(), rel=1e-4)
     assert entry["hidden_loss"] == pytest.approx(hidden.item(), rel=1e-4)
     assert float(entry["loss"]) == pytest.approx(0.7 * kl.item() + 0.2 * ce.item() + 3 * hidden.item(), rel=1e-3)
+
+
+# Losses in chunks.
+
+
+@pytest.fixture
+def small_chunks(monkeypatch):
+    """Five tokens in a chunk."""
+    monkeypatch.setattr(losses, "CHUNK_BYTES", 4 * VOCAB * 5)
+
+
+@pytest.fixture
+def wordy_teacher():
+    """A teacher whose logits are larger than anything else in it."""
+    return make_small_teacher(vocab_size=200)
+
+
+class LargestTensor(TorchDispatchMode):
+    """Numbers in the memory of the largest float32 tensor that any operation makes."""
+
+    found = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for value in tree_leaves(result):
+            if isinstance(value, torch.Tensor) and value.dtype == torch.float32:
+                self.found = max(self.found, value.untyped_storage().nbytes() // 4)
+        return result
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("divergence", ["forward", "reverse", "jensen_shannon"])
+def test_no_tensor_of_a_training_step_is_as_large_as_the_logits(
+    wordy_teacher, small_chunks, tmp_path, stage, divergence
+):
+    student = EchoAttForCausalLM.from_teacher(wordy_teacher, PLAN)
+    trainer = make_trainer(
+        student,
+        wordy_teacher,
+        tmp_path,
+        stage1_steps=2 if stage == 1 else 0,
+        stage2_steps=2 if stage == 2 else 0,
+        divergence=divergence,
+        ce_weight=0.5,
+        hidden_weight=0.5,
+    )
+    batch = collate_rows(list(make_rows(8, length=8)))
+    all_logits = 8 * 8 * 200
+    student.train()
+    with LargestTensor() as chunked:
+        trainer.compute_loss(student, batch).backward()
+    with LargestTensor() as whole:
+        trainer.compute_loss(student, batch, return_outputs=True)[0].backward()
+    assert chunked.found < all_logits <= whole.found
+
+
+@pytest.mark.parametrize("prediction_loss_only", [True, False])
+def test_evaluation_makes_all_logits_only_where_they_are_asked_for(
+    wordy_teacher, small_chunks, tmp_path, prediction_loss_only
+):
+    found, student = {}, EchoAttForCausalLM.from_teacher(wordy_teacher, PLAN)
+
+    def compute_metrics(prediction):
+        found["shape"] = prediction.predictions.shape
+        return {"shape": 1.0}
+
+    trainer = EchoAttTrainer(
+        model=student,
+        teacher=wordy_teacher,
+        args=make_arguments(tmp_path, prediction_loss_only=prediction_loss_only, per_device_eval_batch_size=8),
+        train_dataset=make_rows(),
+        eval_dataset=make_rows(8, length=8),
+        data_collator=collate_rows,
+        compute_metrics=compute_metrics,
+    )
+    with LargestTensor() as mode:
+        metrics = trainer.evaluate()
+    assert (mode.found >= 8 * 8 * 200) is (not prediction_loss_only)
+    assert found == ({} if prediction_loss_only else {"shape": (8, 8, 200)})
+    batch = collate_rows(list(make_rows(8, length=8)))
+    with torch.no_grad():
+        logits = student(batch["input_ids"]).logits
+    assert metrics["eval_loss"] == pytest.approx(plain_losses(logits, logits, batch["labels"])[0].item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("divergence", ["forward", "reverse", "jensen_shannon"])
+def test_each_divergence_brings_the_student_to_the_teacher(
+    lively_teacher, lively_student, small_chunks, tmp_path, divergence
+):
+    trainer = make_trainer(
+        without_dropout(lively_student),
+        lively_teacher,
+        tmp_path,
+        make_rows(4),
+        stage1_steps=30,
+        divergence=divergence,
+        lr_scheduler_type="constant",
+    )
+    trainer.train()
+    found = [entry["kl_loss"] for entry in log_of(trainer)]
+    assert found[-1] < 0.7 * found[0]
+
+
+class PositionedLlama(LlamaForCausalLM):
+    """Its logits depend on more than the hidden state, so that they cannot be had of some tokens."""
+
+    def forward(self, *args, **kwargs):
+        output = super().forward(*args, **kwargs)
+        output.logits = output.logits / torch.arange(1, 1 + output.logits.shape[1])[:, None]
+        return output
+
+
+def test_losses_of_a_head_that_cannot_be_called_alone(teacher, small_chunks, tmp_path):
+    odd = PositionedLlama(teacher.config).eval()
+    odd.load_state_dict(teacher.state_dict())
+    student = without_dropout(copy.deepcopy(odd))
+    torch.nn.init.normal_(student.lm_head.weight)
+    batch = collate_rows(list(make_rows(4)))
+    with torch.no_grad():
+        _, kl = plain_losses(student(batch["input_ids"]).logits, odd(batch["input_ids"]).logits, batch["labels"])
+    trainer = make_trainer(student, odd, tmp_path)
+    assert trainer._head is None and trainer._teacher_head is None
+    assert trainer.compute_loss(student.train(), batch).item() == pytest.approx(kl.item(), rel=1e-4)
 
 
 # The distance of attention outputs, and adapters.
@@ -311,8 +369,8 @@ def test_attention_loss_alone_trains_towards_the_teacher(lively_teacher, lively_
         lr_scheduler_type="constant",
     )
     trainer.train()
-    losses = [entry["attention_loss"] for entry in log_of(trainer)]
-    assert losses[-1] < 0.7 * losses[0]
+    found = [entry["attention_loss"] for entry in log_of(trainer)]
+    assert found[-1] < 0.7 * found[0]
 
 
 def attention_gradients(trainer, model, batch):
@@ -386,8 +444,8 @@ def test_adapters_learn_and_the_teacher_stays_as_it_is(lively_teacher, shared_st
         adapted, lively_teacher, tmp_path, rows, stage1_steps=30, stage2_steps=2, attention_weight=0.1
     )
     trainer.train()
-    losses = [entry["kl_loss"] for entry in log_of(trainer) if "kl_loss" in entry]
-    assert losses[-1] < 0.7 * losses[0]
+    found = [entry["kl_loss"] for entry in log_of(trainer) if "kl_loss" in entry]
+    assert found[-1] < 0.7 * found[0]
     adapted.eval()
     ids = torch.arange(1, 9)[None]
     with torch.no_grad():
@@ -597,7 +655,8 @@ def test_eval_loss_is_the_cross_entropy_in_stage_one(teacher, student, tmp_path)
     metrics = trainer.evaluate()
     batch = collate_rows(list(rows))
     with torch.no_grad():
-        expected = cross_entropy(student(batch["input_ids"]).logits, batch["labels"], 8 * 11)
+        logits = student(batch["input_ids"]).logits
+        expected, _ = plain_losses(logits, logits, batch["labels"])
     assert metrics["eval_loss"] == pytest.approx(expected.item(), rel=1e-5)
 
 
@@ -656,6 +715,10 @@ def test_gradient_checkpointing_trains_to_the_same_weights(lively_teacher, tmp_p
         ({"kl_weight": 0.0}, "would learn nothing"),
         ({"kl_temperature": 0.0}, "kl_temperature is 0.0"),
         ({"max_steps": 7}, "max_steps is 7"),
+        (
+            {"divergence": "backward"},
+            "divergence is 'backward'; it must be one of 'forward', 'reverse', 'jensen_shannon'",
+        ),
     ],
 )
 def test_bad_arguments(tmp_path, changes, message):
