@@ -11,12 +11,14 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel, Trainer, TrainingArguments, get_scheduler
 from transformers.pytorch_utils import id_tensor_storage
 
-from .losses import cross_entropy, kl_divergence, relative_distance, target_mask
+from .losses import cross_entropy, kl_divergence, merge_rest, relative_distance, target_mask
 from .modeling_echoatt import find_attention_modules
+from .stored_teacher import StoredTeacher
 
 
 __all__ = ["EchoAttTrainer", "EchoAttTrainingArguments"]
 
+_STORED = ("teacher_ids", "teacher_logprobs")
 _WEIGHTS = ("kl_weight", "ce_weight", "hidden_weight", "attention_weight")
 
 
@@ -113,14 +115,16 @@ class EchoAttTrainer(Trainer):
         args ([`EchoAttTrainingArguments`], *optional*):
             Arguments of the run; the defaults if not given.
         teacher (`PreTrainedModel`, *optional*):
-            The model the student was made from. Only needed for stage 1.
+            The model the student was made from. Only needed for stage 1, and not there if `train_dataset` is a
+            [`StoredTeacher`]. Its KL is that over its k tokens and one outcome for all others, so the temperature must be 1.
         kwargs:
             Everything else [`~transformers.Trainer`] takes.
 
     Raises:
         `TypeError`: `args` are not `EchoAttTrainingArguments`.
         `ValueError`: stage 1 has steps but there is no teacher, teacher and student do not fit together, the student
-            has nothing to train or would train weights of the teacher, or several GPUs are visible to one process.
+            has nothing to train or would train weights of the teacher, several GPUs are visible to one process, or the
+            loss needs more than a stored teacher holds.
 
     Example:
 
@@ -150,7 +154,11 @@ class EchoAttTrainer(Trainer):
                 f"{args.n_gpu} GPUs are visible to one process, which would use DataParallel and weigh tokens wrongly: "
                 "start with `accelerate launch` or `torchrun`, or make one GPU visible (CUDA_VISIBLE_DEVICES=0)."
             )
-        if args.stage1_steps > 0:
+        rows = kwargs.get("train_dataset")
+        stored = rows if isinstance(rows, StoredTeacher) else None
+        if stored is not None:
+            _check_stored_teacher(stored, model, teacher, args, kwargs.get("processing_class"))
+        elif args.stage1_steps > 0:
             _check_teacher(model, teacher, args)
         if model is not None:
             _check_trainable(model, teacher)
@@ -158,7 +166,7 @@ class EchoAttTrainer(Trainer):
         # `train` counts the target tokens of a batch only for models whose loss they divide.
         self.model_accepts_loss_kwargs = True
         self.teacher = None
-        if args.stage1_steps > 0:
+        if args.stage1_steps > 0 and stored is None:
             self.teacher = self.accelerator.prepare_model(teacher.requires_grad_(False).eval(), evaluation_mode=True)
         # Sum of each loss part since the last log, and the steps it was part of.
         self._parts: dict[str, tuple[torch.Tensor, set[int]]] = {}
@@ -174,6 +182,7 @@ class EchoAttTrainer(Trainer):
         """
         inputs = dict(inputs)
         labels = inputs.pop("labels", None)
+        stored = {name: inputs.pop(name) for name in _STORED if name in inputs}
         if labels is None:
             raise ValueError(
                 "The batch has no labels: use `collate_rows`, or a collator that adds labels (-100 = not predicted)."
@@ -182,7 +191,7 @@ class EchoAttTrainer(Trainer):
         # A batch in which every label is masked has nothing to learn: a loss of 0, not 0 / 0.
         num_tokens = torch.as_tensor(num_tokens, device=labels.device).clamp_min(1)
         if model.training and self.stage == 1:
-            parts, outputs = self._stage1_parts(model, inputs, labels, num_tokens)
+            parts, outputs = self._stage1_parts(model, inputs, stored, labels, num_tokens)
         else:
             outputs = model(**inputs)
             parts = {"ce": cross_entropy(outputs.logits, labels.to(outputs.logits.device), num_tokens)}
@@ -197,7 +206,7 @@ class EchoAttTrainer(Trainer):
             loss = loss * self.accelerator.num_processes
         return (loss, outputs) if return_outputs else loss
 
-    def _stage1_parts(self, model, inputs: dict, labels: torch.Tensor, num_tokens: torch.Tensor):
+    def _stage1_parts(self, model, inputs: dict, stored: dict, labels: torch.Tensor, num_tokens: torch.Tensor):
         args = self.args
         with_hidden = args.hidden_weight > 0
         echoes = self.model.config.echo_layers if args.attention_weight > 0 else []
@@ -205,13 +214,20 @@ class EchoAttTrainer(Trainer):
             outputs = model(**inputs, output_hidden_states=with_hidden)
         labels = labels.to(outputs.logits.device)
         parts = {}
-        if args.kl_weight > 0 or with_hidden or echoes:
+        if self.teacher is not None and (args.kl_weight > 0 or with_hidden or echoes):
             with torch.no_grad(), _attention_outputs(self.teacher, echoes) as teacher_attended:
                 teacher_outputs = self.teacher(**inputs, output_hidden_states=with_hidden)
         if args.kl_weight > 0:
-            parts["kl"] = kl_divergence(
-                outputs.logits, teacher_outputs.logits, labels, num_tokens, temperature=args.kl_temperature
-            )
+            if self.teacher is None:
+                if len(stored) < len(_STORED):
+                    raise ValueError(
+                        f"The batch lacks {' or '.join(_STORED)} of the stored teacher: use `collate_rows`."
+                    )
+                ids, logprobs = (stored[name].to(labels.device) for name in _STORED)
+                logits = merge_rest(outputs.logits, ids), logprobs
+            else:
+                logits = outputs.logits, teacher_outputs.logits
+            parts["kl"] = kl_divergence(*logits, labels, num_tokens, temperature=args.kl_temperature)
         # Where attention outputs are all that counts, DDP still waits for a gradient of what else made the logits: zero.
         if args.ce_weight > 0 or not (args.kl_weight > 0 or with_hidden):
             parts["ce"] = cross_entropy(outputs.logits, labels, num_tokens)
@@ -222,6 +238,11 @@ class EchoAttTrainer(Trainer):
             states = [[found[layer] for layer in echoes] for found in (attended, teacher_attended)]
             parts["attention"] = relative_distance(*states, labels, num_tokens)
         return parts, outputs
+
+    def _set_signature_columns_if_needed(self) -> None:
+        """Keep what a stored teacher adds to a batch, which `Trainer` would take out as nothing the model knows."""
+        super()._set_signature_columns_if_needed()
+        self._signature_columns = [*dict.fromkeys([*self._signature_columns, *_STORED])]
 
     def _add_parts(self, parts: dict[str, torch.Tensor]) -> None:
         for name, part in parts.items():
@@ -319,6 +340,28 @@ def _check_teacher(student: nn.Module | None, teacher: PreTrainedModel | None, a
         )
     if args.attention_weight > 0:
         find_attention_modules(teacher, echoes)
+
+
+def _check_stored_teacher(
+    stored: StoredTeacher, student: nn.Module | None, teacher: PreTrainedModel | None, args, tokenizer
+) -> None:
+    if teacher is not None:
+        raise ValueError("There is a teacher and a stored one, train_dataset: give one of them.")
+    if args.stage1_steps > 0:
+        for name in ("hidden_weight", "attention_weight"):
+            if getattr(args, name) > 0:
+                raise ValueError(
+                    f"{name} is {getattr(args, name)}, but a stored teacher has log-probabilities alone: set it to 0, or give "
+                    "the teacher itself."
+                )
+        if args.kl_temperature != 1:
+            raise ValueError(
+                f"kl_temperature is {args.kl_temperature}, but a stored teacher keeps the mass of all tokens outside its "
+                "top k as one outcome, whose probability is known at temperature 1 only: set it to 1, or give the teacher "
+                "itself."
+            )
+    if student is not None:
+        stored.check_student(student, tokenizer)
 
 
 def _check_trainable(student: nn.Module, teacher: nn.Module | None) -> None:

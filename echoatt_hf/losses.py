@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 
-__all__ = ["cross_entropy", "kl_divergence", "relative_distance", "target_mask"]
+__all__ = ["cross_entropy", "kl_divergence", "merge_rest", "relative_distance", "target_mask"]
 
 IGNORED_LABEL = -100
 
@@ -73,6 +73,26 @@ def kl_divergence(
     teacher = F.log_softmax(teacher_logits.float() / temperature, dim=-1)
     divergence = F.kl_div(student, teacher, log_target=True, reduction="none").sum(-1)
     return (divergence * target_mask(labels)).sum() * temperature**2 / num_tokens
+
+
+def merge_rest(logits: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
+    """
+    Logits of a distribution over k tokens and one more outcome, any other token.
+
+    A divergence of two distributions that are merged alike is computed as that of whole ones. It is never larger, and
+    equal where both share out the rest alike.
+
+    Args:
+        logits (`torch.Tensor` of shape `(..., V)`): of any float dtype, computed in float32.
+        token_ids (`torch.Tensor` of shape `(..., k)`, int64): k different tokens, fewer than V.
+
+    Returns:
+        `torch.Tensor` of shape `(..., k + 1)`, float32: the logits of the k tokens, then that of all others together.
+        Of log-probabilities, log-probabilities.
+    """
+    logits = logits.float()
+    rest = logits.scatter(-1, token_ids, -torch.inf).logsumexp(-1, keepdim=True)
+    return torch.cat([logits.gather(-1, token_ids), rest], -1)
 
 
 def relative_distance(

@@ -38,9 +38,11 @@ def resumable_search(
 
 
 @contextmanager
-def unfinished_run(output: Path, settings: str, overwrite: bool, resume: bool) -> Iterator[Path]:
+def unfinished_run(
+    output: Path, settings: str, overwrite: bool, resume: bool, result: str = "student"
+) -> Iterator[Path]:
     """
-    The folder of a run that is not finished. When the block ends well, its folder `student` takes the place of
+    The folder of a run that is not finished. When the block ends well, its folder `result` takes the place of
     `output`; when it fails, what a resumed run can use is kept.
     """
     work = _open_work_folder(output, settings, overwrite, resume)
@@ -48,13 +50,13 @@ def unfinished_run(output: Path, settings: str, overwrite: bool, resume: bool) -
         yield work
     except Exception as error:
         # After a wrong setting a run with the same settings would only fail again.
-        worth_keeping = ["checkpoints"]
+        worth_keeping = ["checkpoints", "store/manifest.json"]
         if not isinstance(error, ValueError):
             worth_keeping += ["measured.json", "conversion.json"]
         if not any((work / name).exists() for name in worth_keeping):
             shutil.rmtree(work, ignore_errors=True)
         raise
-    replace_folder(work / "student", output)
+    replace_folder(work / result, output)
     shutil.rmtree(work)
 
 
