@@ -45,6 +45,7 @@ _MODULES = {
     "settings": ["CalibrationSettings", "CompressionSettings", "DataSettings", "DistillationSettings", "PlanSettings"],
     "sharing": ["SharingPlan"],
     "similarity": ["AttentionSimilarity", "measure_attention_similarity"],
+    "stored_teacher": ["StoredTeacher", "write_stored_teacher"],
     "teachers": ["builtin_teacher_path", "load_model", "load_tokenizer"],
     "zero_shot": ["evaluate_zero_shot"],
 }

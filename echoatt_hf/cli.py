@@ -18,6 +18,8 @@ from .settings import (
     DataSettings,
     DistillationSettings,
     PlanSettings,
+    StoredTeacherSettings,
+    StoreSettings,
     default_of,
 )
 
@@ -206,13 +208,44 @@ def convert(
 
 
 @app.command()
+@with_settings(data=DataSettings, store=StoredTeacherSettings)
+def store_teacher(
+    data: DataSettings,
+    store: StoredTeacherSettings,
+    output: Output,
+    teacher: Teacher = "builtin",
+    overwrite: Overwrite = False,
+    resume: Resume = False,
+) -> None:
+    """Keep what a teacher says of each token of a text, to distil from without it."""
+    from .pipeline import store_teacher
+
+    settings = StoreSettings(teacher=teacher, data=data, store=store)
+    manifest = store_teacher(settings, output, overwrite=overwrite, resume=resume)
+    size = sum(shard["bytes"] for shard in manifest["shards"])
+    print(f"{manifest['tokens']:,} tokens in {manifest['rows']:,} rows and {len(manifest['shards']):,} files")
+    print(f"{manifest['bytes_per_token']:,} bytes per token, {size / 2**20:,.1f} MiB")
+    print(f"{1 - manifest['rest_mass']:.2%} of the probability is that of the top {manifest['top_k']}")
+    print(f"\nwritten to {output}")
+
+
+@app.command()
 @with_settings(data=DataSettings, distillation=DistillationSettings)
 def distill(
     data: DataSettings,
     distillation: DistillationSettings,
     student: Annotated[str, typer.Argument(help="Folder or repository of a converted student.")],
     output: Output,
-    teacher: Annotated[str, typer.Option(help="The model the student was made from.")] = "builtin",
+    teacher: Annotated[
+        str | None,
+        typer.Option(
+            help="The model the student was made from; 'builtin' if there is no stored teacher either. With one, it is "
+            "only compared with."
+        ),
+    ] = None,
+    stored_teacher: Annotated[
+        Path | None, typer.Option(help="Folder of `echoatt store-teacher`, in place of teacher and data.")
+    ] = None,
     overwrite: Overwrite = False,
     resume: Resume = False,
 ) -> None:
@@ -220,7 +253,9 @@ def distill(
     from .pipeline import distill_student, format_table
     from .runs import processes
 
-    report = distill_student(student, teacher, data, distillation, output, overwrite=overwrite, resume=resume)
+    report = distill_student(
+        student, teacher, data, distillation, output, stored_teacher=stored_teacher, overwrite=overwrite, resume=resume
+    )
     if processes().is_main_process:
         print(f"\n{format_table(report['results'])}\n\nwritten to {output}")
 

@@ -208,13 +208,19 @@ def collate_rows(rows: list[dict]) -> dict[str, torch.Tensor]:
 
     Args:
         rows (`list[dict]`):
-            B rows with `input_ids` of T tokens each.
+            B rows with `input_ids` of T tokens each, such as those of a [`StoredTeacher`].
 
     Returns:
-        `dict`: `input_ids` `(B, T)` and `labels` `(B, T)`, int64; the model shifts the labels.
+        `dict`: `input_ids` `(B, T)` and `labels` `(B, T)`, int64; the model shifts the labels. Of a stored teacher also
+        `teacher_ids` `(B, T, k)`, int64, and `teacher_logprobs` `(B, T, k + 1)`, float16.
     """
-    input_ids = torch.tensor([row["input_ids"] for row in rows], dtype=torch.long)
-    return {"input_ids": input_ids, "labels": input_ids.clone()}
+    types = {"input_ids": np.int64, "teacher_ids": np.int64, "teacher_logprobs": np.float16}
+    batch = {
+        name: torch.from_numpy(np.asarray([row[name] for row in rows], dtype))
+        for name, dtype in types.items()
+        if name in rows[0]
+    }
+    return batch | {"labels": batch["input_ids"].clone()}
 
 
 def _iterate_rows(

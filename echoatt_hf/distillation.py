@@ -16,16 +16,19 @@ from .losses import (
     DIVERGENCES,
     LogitLosses,
     check_divergence,
+    divergence_from_stored,
     divergence_from_teacher,
     next_token_loss,
     relative_distance,
     target_mask,
 )
 from .modeling_echoatt import find_attention_modules
+from .stored_teacher import StoredTeacher
 
 
 __all__ = ["EchoAttTrainer", "EchoAttTrainingArguments"]
 
+_STORED = ("teacher_ids", "teacher_logprobs")
 _WEIGHTS = ("kl_weight", "ce_weight", "hidden_weight", "attention_weight")
 
 
@@ -129,14 +132,16 @@ class EchoAttTrainer(Trainer):
         args ([`EchoAttTrainingArguments`], *optional*):
             Arguments of the run; the defaults if not given.
         teacher (`PreTrainedModel`, *optional*):
-            The model the student was made from. Only needed for stage 1.
+            The model the student was made from. Only needed for stage 1, and not there if `train_dataset` is a
+            [`StoredTeacher`]. Its KL is that over its k tokens and one outcome for all others, so the temperature must be 1.
         kwargs:
             Everything else [`~transformers.Trainer`] takes.
 
     Raises:
         `TypeError`: `args` are not `EchoAttTrainingArguments`.
         `ValueError`: stage 1 has steps but there is no teacher, teacher and student do not fit together, the student
-            has nothing to train or would train weights of the teacher, or several GPUs are visible to one process.
+            has nothing to train or would train weights of the teacher, several GPUs are visible to one process, or the
+            loss needs more than a stored teacher holds.
 
     Example:
 
@@ -166,7 +171,11 @@ class EchoAttTrainer(Trainer):
                 f"{args.n_gpu} GPUs are visible to one process, which would use DataParallel and weigh tokens wrongly: "
                 "start with `accelerate launch` or `torchrun`, or make one GPU visible (CUDA_VISIBLE_DEVICES=0)."
             )
-        if args.stage1_steps > 0:
+        rows = kwargs.get("train_dataset")
+        stored = rows if isinstance(rows, StoredTeacher) else None
+        if stored is not None:
+            _check_stored_teacher(stored, model, teacher, args, kwargs.get("processing_class"))
+        elif args.stage1_steps > 0:
             _check_teacher(model, teacher, args)
         if model is not None:
             _check_trainable(model, teacher)
@@ -176,7 +185,7 @@ class EchoAttTrainer(Trainer):
         # What is compiled is compiled whole.
         self._head = OutputHead.find(self.model) if not args.torch_compile else None
         self.teacher = None
-        if args.stage1_steps > 0:
+        if args.stage1_steps > 0 and stored is None:
             self._teacher_head = OutputHead.find(teacher)  # before it is prepared for mixed precision
             self.teacher = self.accelerator.prepare_model(teacher.requires_grad_(False).eval(), evaluation_mode=True)
         # Sum of each loss part since the last log, and the steps it was part of.
@@ -193,6 +202,7 @@ class EchoAttTrainer(Trainer):
         """
         inputs = dict(inputs)
         labels = inputs.pop("labels", None)
+        stored = {name: inputs.pop(name) for name in _STORED if name in inputs}
         if labels is None:
             raise ValueError(
                 "The batch has no labels: use `collate_rows`, or a collator that adds labels (-100 = not predicted)."
@@ -201,7 +211,7 @@ class EchoAttTrainer(Trainer):
         # A batch in which every label is masked has nothing to learn: a loss of 0, not 0 / 0.
         num_tokens = torch.as_tensor(num_tokens, device=labels.device).clamp_min(1)
         if model.training and self.stage == 1:
-            loss, parts, outputs = self._stage1_loss(model, inputs, labels, num_tokens, return_outputs)
+            loss, parts, outputs = self._stage1_loss(model, inputs, stored, labels, num_tokens, return_outputs)
         else:
             losses = LogitLosses({"ce": next_token_loss(labels)}, {"ce": 1.0}, labels, num_tokens)
             loss, parts, outputs = self._loss_of_logits(model, inputs, losses, return_outputs)
@@ -221,18 +231,21 @@ class EchoAttTrainer(Trainer):
             return self.compute_loss(model, inputs).detach(), None, None
 
     def _stage1_loss(
-        self, model: nn.Module, inputs: dict, labels: torch.Tensor, num_tokens: torch.Tensor, whole: bool
+        self, model: nn.Module, inputs: dict, stored: dict, labels: torch.Tensor, num_tokens: torch.Tensor, whole: bool
     ):
         """The weighted sum of the losses of stage 1, its parts, and the outputs of the student."""
         args = self.args
         with_hidden = args.hidden_weight > 0
         echoes = self.model.config.echo_layers if args.attention_weight > 0 else []
         losses = {}
-        if args.kl_weight > 0 or with_hidden or echoes:
+        if self.teacher is not None and (args.kl_weight > 0 or with_hidden or echoes):
             with torch.no_grad(), _attention_outputs(self.teacher, echoes) as teacher_attended:
                 teacher_logits, teacher_outputs = self._ask_teacher(inputs, output_hidden_states=with_hidden)
         if args.kl_weight > 0:
-            losses["kl"] = divergence_from_teacher(args.divergence, teacher_logits, args.kl_temperature)
+            if self.teacher is None:
+                losses["kl"] = divergence_from_stored(args.divergence, *_stored_parts(stored))
+            else:
+                losses["kl"] = divergence_from_teacher(args.divergence, teacher_logits, args.kl_temperature)
         # Where states are all that counts, DDP still waits for a gradient of what makes the logits of them: zero.
         if args.ce_weight > 0 or not losses:
             losses["ce"] = next_token_loss(labels)
@@ -278,6 +291,11 @@ class EchoAttTrainer(Trainer):
                 outputs = model(**inputs, **options, logits_to_keep=1)
             loss, parts = outputs.loss, found[0]
         return loss, dict(zip(losses.losses, parts, strict=True)), outputs
+
+    def _set_signature_columns_if_needed(self) -> None:
+        """Keep what a stored teacher adds to a batch, which `Trainer` would take out as nothing the model knows."""
+        super()._set_signature_columns_if_needed()
+        self._signature_columns = [*dict.fromkeys([*self._signature_columns, *_STORED])]
 
     def _add_parts(self, parts: dict[str, torch.Tensor]) -> None:
         for name, part in parts.items():
@@ -347,6 +365,13 @@ def _attention_outputs(model: nn.Module, layers: Sequence[int]) -> Iterator[dict
             hook.remove()
 
 
+def _stored_parts(stored: dict) -> list[torch.Tensor]:
+    """Token ids `(B, T, k)` and log-probabilities `(B, T, k + 1)` of a batch of a stored teacher."""
+    if len(stored) < len(_STORED):
+        raise ValueError(f"The batch lacks {' or '.join(_STORED)} of the stored teacher: use `collate_rows`.")
+    return [stored[name] for name in _STORED]
+
+
 def _check_teacher(student: nn.Module | None, teacher: PreTrainedModel | None, args: EchoAttTrainingArguments) -> None:
     if teacher is None:
         raise ValueError("Stage 1 needs a teacher: give teacher=..., or set stage1_steps=0.")
@@ -375,6 +400,28 @@ def _check_teacher(student: nn.Module | None, teacher: PreTrainedModel | None, a
         )
     if args.attention_weight > 0:
         find_attention_modules(teacher, echoes)
+
+
+def _check_stored_teacher(
+    stored: StoredTeacher, student: nn.Module | None, teacher: PreTrainedModel | None, args, tokenizer
+) -> None:
+    if teacher is not None:
+        raise ValueError("There is a teacher and a stored one, train_dataset: give one of them.")
+    if args.stage1_steps > 0:
+        for name in ("hidden_weight", "attention_weight"):
+            if getattr(args, name) > 0:
+                raise ValueError(
+                    f"{name} is {getattr(args, name)}, but a stored teacher has log-probabilities alone: set it to 0, or give "
+                    "the teacher itself."
+                )
+        if args.kl_temperature != 1:
+            raise ValueError(
+                f"kl_temperature is {args.kl_temperature}, but a stored teacher keeps the mass of all tokens outside its "
+                "top k as one outcome, whose probability is known at temperature 1 only: set it to 1, or give the teacher "
+                "itself."
+            )
+    if student is not None:
+        stored.check_student(student, tokenizer)
 
 
 def _check_trainable(student: nn.Module, teacher: nn.Module | None) -> None:

@@ -38,7 +38,7 @@ def write_model_card(folder: Path, report: dict, table: str) -> None:
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=["echoatt", "attention-sharing", "distillation"],
-        base_model=_hub_name(report["settings"]["teacher"]),
+        base_model=_hub_name(_teacher(report["settings"])),
     )
     ModelCard(f"---\n{data.to_yaml()}\n---\n\n{_body(report, table)}").save(folder / "README.md")
 
@@ -49,7 +49,7 @@ def _body(report: dict, table: str) -> str:
     training = settings["distillation"]
     tokens = report["tokens_per_step"] * training["steps"]
     versions = ", ".join(f"{name} {value}" for name, value in environment.items() if value and name != "hardware")
-    return f"""# EchoAtt student of {_public_name(settings["teacher"])}
+    return f"""# EchoAtt student of {_public_name(_teacher(settings))}
 
 A decoder language model in which {len(plan.echo_layers)} of {len(plan)} layers reuse the attention weights of an
 earlier layer and have no query and key projection of their own (EchoAtt, arXiv 2409.14595). It was made from its teacher
@@ -71,12 +71,12 @@ tokenizer = AutoTokenizer.from_pretrained("path or repository")
 
 {table}
 
-On {report["results"][0]["tokens"]:,} held-out tokens in rows of {settings["data"]["row_length"]}; agreement and KL are with the teacher.
+On {report["results"][0]["tokens"]:,} held-out tokens in rows of {settings["data"]["row_length"]}{_compared(report)}.
 
 ## Distillation
 
 Stage 1, from the teacher: {training["steps"] - training["stage2_steps"]} steps; stage 2, on the text alone: {training["stage2_steps"]} steps;
-{report["tokens_per_step"]:,} tokens a step. {_describe_training(training)}All settings and the log are in `report.json`.
+{report["tokens_per_step"]:,} tokens a step. {_describe_training(settings)}All settings and the log are in `report.json`.
 
 Made with {versions}; {environment["hardware"]}.
 
@@ -90,14 +90,27 @@ Made with {versions}; {environment["hardware"]}.
 
 def _describe_training(settings: dict) -> str:
     """What was done beyond the usual, in whole sentences with a space behind; empty where nothing was."""
-    sentences = []
-    if settings["attention_weight"]:
+    sentences, training, stored = [], settings["distillation"], settings.get("stored_teacher")
+    if stored:
         sentences.append(
-            f"Stage 1 also compared the attention outputs of echo layers, with a weight of {settings['attention_weight']}."
+            f"Of the teacher, its {stored['top_k']} likeliest tokens at each position were stored, and the mass of the rest."
         )
-    if settings["lora_rank"]:
-        sentences.append(f"Adapters (LoRA) of rank {settings['lora_rank']} were trained and merged.")
+    if training["attention_weight"]:
+        sentences.append(
+            f"Stage 1 also compared the attention outputs of echo layers, with a weight of {training['attention_weight']}."
+        )
+    if training["lora_rank"]:
+        sentences.append(f"Adapters (LoRA) of rank {training['lora_rank']} were trained and merged.")
     return "".join(f"{sentence} " for sentence in sentences)
+
+
+def _compared(report: dict) -> str:
+    return "; agreement and KL are with the teacher" if "kl" in report["results"][0] else ""
+
+
+def _teacher(settings: dict) -> str:
+    """What the student was distilled from; a stored teacher remembers what it was made from."""
+    return settings["teacher"] or settings["stored_teacher"]["teacher"]
 
 
 def _start(report: dict) -> str:

@@ -19,9 +19,11 @@ __all__ = [
     "LogitLosses",
     "check_divergence",
     "chunked_loss",
+    "divergence_from_stored",
     "divergence_from_teacher",
     "forward_kl",
     "jensen_shannon",
+    "merge_rest",
     "next_token_loss",
     "next_tokens",
     "relative_distance",
@@ -133,6 +135,29 @@ def divergence_from_teacher(
         with torch.no_grad():
             expected = _log_probs(teacher_logits(tokens).to(logits.device), temperature)
         return DIVERGENCES[divergence](_upcast(logits) / temperature, expected) * temperature**2
+
+    return loss
+
+
+def divergence_from_stored(divergence: str, token_ids: torch.Tensor, log_probs: torch.Tensor) -> TokenLoss:
+    """
+    A loss of tokens: a divergence of the distributions over the k tokens that a stored teacher kept and one more outcome,
+    any other token. See [`merge_rest`].
+
+    Args:
+        divergence (`str`): a name of `DIVERGENCES`.
+        token_ids (`torch.Tensor` of shape `(B, T, k)`, int64): the tokens that were kept.
+        log_probs (`torch.Tensor` of shape `(B, T, k + 1)`): the teacher's, those of all other tokens together last.
+
+    Returns:
+        `Callable`: logits `(N, V)` and the slice of tokens they are of -> `(N,)`, in nats.
+    """
+    token_ids, log_probs = token_ids.flatten(0, 1), log_probs.flatten(0, 1)
+
+    def loss(logits: torch.Tensor, tokens: slice) -> torch.Tensor:
+        ids, expected = token_ids[tokens].to(logits.device), log_probs[tokens].to(logits.device)
+        # Rounded to 16 bits they do not add up to 1 any more.
+        return DIVERGENCES[divergence](merge_rest(logits, ids), _log_probs(expected))
 
     return loss
 
@@ -283,6 +308,26 @@ def _log_probs(logits: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
 def _kl(log_probs: torch.Tensor, other_log_probs: torch.Tensor) -> torch.Tensor:
     """KL(first || second) of distributions `(N, V)`, `(N,)`."""
     return F.kl_div(other_log_probs, log_probs, log_target=True, reduction="none").sum(-1)
+
+
+def merge_rest(logits: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
+    """
+    Logits of a distribution over k tokens and one more outcome, any other token.
+
+    A divergence of two distributions that are merged alike is computed as that of whole ones. It is never larger, and
+    equal where both share out the rest alike.
+
+    Args:
+        logits (`torch.Tensor` of shape `(..., V)`): of any float dtype, computed in float32 at least.
+        token_ids (`torch.Tensor` of shape `(..., k)`, int64): k different tokens, fewer than V.
+
+    Returns:
+        `torch.Tensor` of shape `(..., k + 1)`, float32: the logits of the k tokens, then that of all others together.
+        Of log-probabilities, log-probabilities.
+    """
+    logits = _upcast(logits)
+    rest = logits.scatter(-1, token_ids, -torch.inf).logsumexp(-1, keepdim=True)
+    return torch.cat([logits.gather(-1, token_ids), rest], -1)
 
 
 def relative_distance(

@@ -25,13 +25,22 @@ from .modeling_echoatt import EchoAttForCausalLM
 from .outputs import format_markdown, last_complete_checkpoint, write_whole
 from .preparation import check_plan, choose_plan, convert_tuned, load_rows
 from .runs import describe_environment, processes, unfinished_run, without_paths
-from .settings import CompressionSettings, DataSettings, DistillationSettings, StudentSettings
+from .settings import CompressionSettings, DataSettings, DistillationSettings, StoreSettings, StudentSettings
 from .sharing import SharingPlan
 from .similarity import AttentionSimilarity, measure_on_rows
-from .teachers import default_device, load_model, load_tokenizer
+from .stored_teacher import StoredTeacher, write_stored_teacher
+from .teachers import BUILTIN_TEACHER, default_device, load_model, load_tokenizer
 
 
-__all__ = ["DistillationInterrupted", "compress", "distill", "distill_student", "format_table", "write_student"]
+__all__ = [
+    "DistillationInterrupted",
+    "compress",
+    "distill",
+    "distill_student",
+    "format_table",
+    "store_teacher",
+    "write_student",
+]
 
 
 class DistillationInterrupted(KeyboardInterrupt):
@@ -130,13 +139,54 @@ def _convert_once(
     return student, facts
 
 
+def store_teacher(
+    settings: StoreSettings, output: str | Path, *, overwrite: bool = False, resume: bool = False
+) -> dict:
+    """
+    Keep what a teacher says of a text, for distillation without it, see [`write_stored_teacher`].
+
+    Args:
+        settings ([`StoreSettings`]):
+            Which teacher, which text, and what to keep.
+        output, overwrite, resume:
+            See [`compress`].
+
+    Returns:
+        `dict`: the manifest of the store.
+
+    Raises:
+        `ValueError`: a setting is out of range, or a finished part of a resumed run is corrupt.
+    """
+    with unfinished_run(Path(output), settings.to_json(), overwrite, resume, result="store") as work:
+        teacher, store = load_model(settings.teacher).to(default_device()), settings.store
+        tokenizer = load_tokenizer(settings.teacher, teacher)
+        rows, held_out_rows = load_rows(settings.data, tokenizer, teacher)
+        rows = rows.shuffle(seed=store.seed)
+        if store.rows is not None:
+            rows = rows.take(store.rows)
+        public = without_paths(asdict(settings))
+        return write_stored_teacher(
+            work / "store",
+            teacher,
+            tokenizer,
+            rows,
+            held_out_rows,
+            top_k=store.top_k,
+            shard_rows=store.shard_rows,
+            batch_size=store.batch_size,
+            about={name: public[name] for name in ("teacher", "data")},
+            progress=True,
+        )
+
+
 def distill_student(
     student: str,
-    teacher: str,
+    teacher: str | None,
     data: DataSettings,
     distillation: DistillationSettings,
     output: str | Path,
     *,
+    stored_teacher: str | Path | None = None,
     overwrite: bool = False,
     resume: bool = False,
 ) -> dict:
@@ -147,10 +197,13 @@ def distill_student(
     Args:
         student (`str`):
             Folder or repository of a converted student.
-        teacher (`str`):
-            The model it was made from.
+        teacher (`str`, *optional*):
+            The model it was made from. With a stored teacher it is only compared with, where it is given.
         data ([`DataSettings`]), distillation ([`DistillationSettings`]):
             The text and the training.
+        stored_teacher (`str` or `Path`, *optional*):
+            Folder that [`store_teacher`] wrote: the rows to train on, and those to evaluate on, in place of `data`, which
+            must be the default.
         output, overwrite, resume:
             See [`compress`].
 
@@ -161,7 +214,16 @@ def distill_student(
         `ValueError`: the student is not an EchoAtt model, or does not fit the teacher.
         `DistillationInterrupted`: see [`compress`]; several processes stop at once, without a checkpoint.
     """
-    settings = StudentSettings(student=student, teacher=teacher, data=data, distillation=distillation)
+    stored = about = None
+    if stored_teacher is not None:
+        if data != DataSettings():
+            raise ValueError("A stored teacher brings its own text: leave out the options of the data.")
+        stored = StoredTeacher(stored_teacher, progress=True)
+        about = {name: value for name, value in stored.manifest.items() if name not in ("data", "shards")}
+        about, data = {"folder": str(stored_teacher), **about}, DataSettings(**stored.manifest["data"])
+    elif teacher is None:
+        teacher = BUILTIN_TEACHER
+    settings = StudentSettings(student, teacher, about, data, distillation)
     with unfinished_run(Path(output), settings.to_json(), overwrite, resume) as work:
         model = load_model(student).to(default_device())
         if not isinstance(model, EchoAttForCausalLM):
@@ -169,15 +231,22 @@ def distill_student(
                 f"{student!r} is a {type(model).__name__}, not an EchoAtt student: run `echoatt convert`."
             )
         _training_arguments(distillation, work / "checkpoints")  # which check themselves
-        models = _Models(load_model(teacher).to(default_device()), model, load_tokenizer(student, model))
-        train_rows, held_out_rows = load_rows(data, models.tokenizer, model)
+        tokenizer = load_tokenizer(student, model)
+        models = _Models(load_model(teacher).to(default_device()) if teacher is not None else None, model, tokenizer)
+        if stored is None:
+            train_rows, held_out_rows = load_rows(data, tokenizer, model)
+        else:
+            stored.check_student(model, tokenizer)
+            if models.teacher is not None:
+                stored.check_teacher(models.teacher)
+            train_rows, held_out_rows = stored, stored.held_out_rows
         return _distill_and_write(work, models, train_rows, held_out_rows, settings, {})
 
 
 def _distill_and_write(
     work: Path,
     models: "_Models",
-    train_rows: Dataset | IterableDataset,
+    train_rows: Dataset | IterableDataset | StoredTeacher,
     held_out_rows: list[dict],
     settings: "CompressionSettings | StudentSettings",
     facts: dict,
@@ -186,7 +255,8 @@ def _distill_and_write(
     start, distillation = time.time(), settings.distillation
     evaluations = _Evaluations(work / "evaluations.json", models, held_out_rows)
     processes().wait_for_everyone()  # all have read the same evaluations
-    evaluations.run("teacher", models.teacher)
+    if models.teacher is not None:
+        evaluations.run("teacher", models.teacher)
     evaluations.run("converted", models.student)
     trainer = distill(
         models.student,
@@ -216,8 +286,8 @@ def _distill_and_write(
 
 def distill(
     student: PreTrainedModel,
-    teacher: PreTrainedModel,
-    train_rows: Dataset | IterableDataset,
+    teacher: PreTrainedModel | None,
+    train_rows: Dataset | IterableDataset | StoredTeacher,
     settings: DistillationSettings,
     checkpoints: Path,
     *,
@@ -230,9 +300,9 @@ def distill(
     Args:
         student, teacher (`PreTrainedModel`):
             The models; the student is trained in place. With `settings.lora_rank` adapters are trained and merged, and
-            the student may share the teacher's weights.
-        train_rows (`Dataset` or `IterableDataset`):
-            Packed rows, as returned by [`pack_rows`].
+            the student may share the teacher's weights. With a stored teacher the other one is not used.
+        train_rows (`Dataset`, `IterableDataset` or [`StoredTeacher`]):
+            Packed rows, as returned by [`pack_rows`], or with what the teacher says of them.
         settings ([`DistillationSettings`]):
             Steps, rates and weights.
         checkpoints (`Path`):
@@ -254,7 +324,7 @@ def distill(
     callback = _StageCallback(settings, evaluate)
     trainer = EchoAttTrainer(
         model=model,
-        teacher=teacher if settings.stage1_steps else None,
+        teacher=teacher if settings.stage1_steps and not isinstance(train_rows, StoredTeacher) else None,
         args=_training_arguments(settings, checkpoints),
         train_dataset=train_rows,
         eval_dataset=held_out_rows if settings.eval_steps else None,
@@ -288,20 +358,20 @@ def format_table(results: list[dict]) -> str:
     Returns:
         `str`: lines of the table.
     """
-    header = ["", "perplexity", "bits/byte", "agreement", "KL (nats)", "parameters", "KV bytes/token"]
-    lines = [header]
-    for entry in results:
-        lines.append(
-            [
-                entry["name"],
-                f"{entry['perplexity']:.3f}",
-                f"{entry['bits_per_byte']:.4f}",
-                f"{entry['agreement']:.1%}",
-                f"{entry['kl']:.4f}",
-                f"{entry['parameters']:,}",
-                f"{entry['kv_bytes_per_token']:,}",
-            ]
-        )
+    columns = {
+        "name": ("", ""),
+        "perplexity": ("perplexity", ".3f"),
+        "bits_per_byte": ("bits/byte", ".4f"),
+        "agreement": ("agreement", ".1%"),
+        "kl": ("KL (nats)", ".4f"),
+        "parameters": ("parameters", ","),
+        "kv_bytes_per_token": ("KV bytes/token", ","),
+    }
+    columns = {
+        key: column for key, column in columns.items() if key in results[0]
+    }  # no teacher, nothing to agree with
+    lines = [[title for title, _ in columns.values()]]
+    lines += [[format(entry[key], form) for key, (_, form) in columns.items()] for entry in results]
     return format_markdown(lines)
 
 
@@ -348,7 +418,7 @@ def _training_arguments(settings: DistillationSettings, output_dir: Path) -> Ech
 
 @dataclass(frozen=True)
 class _Models:
-    teacher: PreTrainedModel
+    teacher: PreTrainedModel | None
     student: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
 
@@ -363,6 +433,7 @@ class _Evaluations:
         self._sizes = {
             role: {"parameters": model.num_parameters(), "kv_bytes_per_token": count_kv_bytes_per_token(model)}
             for role, model in (("teacher", models.teacher), ("student", models.student))
+            if model is not None
         }
 
     def run(self, name: str, model: PreTrainedModel) -> None:

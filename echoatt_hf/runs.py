@@ -45,9 +45,11 @@ def resumable_search(
 
 
 @contextmanager
-def unfinished_run(output: Path, settings: str, overwrite: bool, resume: bool) -> Iterator[Path]:
+def unfinished_run(
+    output: Path, settings: str, overwrite: bool, resume: bool, result: str = "student"
+) -> Iterator[Path]:
     """
-    The folder of a run that is not finished. When the block ends well, its folder `student` takes the place of
+    The folder of a run that is not finished. When the block ends well, its folder `result` takes the place of
     `output`; when it fails, what a resumed run can use is kept. Of several processes all enter, on folders that they
     share, and the main one makes and moves them.
     """
@@ -67,7 +69,7 @@ def unfinished_run(output: Path, settings: str, overwrite: bool, resume: bool) -
         if not state.is_main_process:
             raise
         # After a wrong setting a run with the same settings would only fail again.
-        worth_keeping = ["checkpoints"]
+        worth_keeping = ["checkpoints", "store/manifest.json"]
         if not isinstance(error, ValueError):
             worth_keeping += ["measured.json", "conversion.json"]
         if not any((work / name).exists() for name in worth_keeping):
@@ -75,7 +77,7 @@ def unfinished_run(output: Path, settings: str, overwrite: bool, resume: bool) -
         raise
     state.wait_for_everyone()
     if state.is_main_process:
-        replace_folder(work / "student", output)
+        replace_folder(work / result, output)
         shutil.rmtree(work)
 
 

@@ -15,6 +15,8 @@ __all__ = [
     "DataSettings",
     "DistillationSettings",
     "PlanSettings",
+    "StoreSettings",
+    "StoredTeacherSettings",
     "StudentSettings",
 ]
 
@@ -145,6 +147,24 @@ class DistillationSettings:
 
 
 @dataclass(frozen=True)
+class StoredTeacherSettings:
+    """What to keep of a teacher's predictions. Each field's `metadata["help"]` says what it is for."""
+
+    top_k: int = setting(
+        64, "Tokens whose log-probabilities are kept at each position; all others together count as one more."
+    )
+    rows: int | None = setting(None, "Most rows to store, drawn at random; all rows of the text if not given.")
+    shard_rows: int = setting(512, "Rows in a file, which is what a stopped run can lose.")
+    batch_size: int = setting(8, "Rows in a forward pass.")
+    seed: int = setting(0, "Seed of the order of rows.")
+
+    def __post_init__(self):
+        _check_at_least_one(self, "top_k", "shard_rows", "batch_size")
+        if self.rows is not None:
+            _check_at_least_one(self, "rows")
+
+
+@dataclass(frozen=True)
 class _RunSettings:
     def to_json(self) -> str:
         """The settings as a JSON text."""
@@ -163,11 +183,21 @@ class CompressionSettings(_RunSettings):
 
 
 @dataclass(frozen=True)
+class StoreSettings(_RunSettings):
+    """All that decides what [`store_teacher`] makes."""
+
+    teacher: str = BUILTIN_TEACHER
+    data: DataSettings = field(default_factory=DataSettings)
+    store: StoredTeacherSettings = field(default_factory=StoredTeacherSettings)
+
+
+@dataclass(frozen=True)
 class StudentSettings(_RunSettings):
     """All that decides what [`distill_student`] makes."""
 
     student: str
-    teacher: str = BUILTIN_TEACHER
+    teacher: str | None = BUILTIN_TEACHER
+    stored_teacher: dict | None = None
     data: DataSettings = field(default_factory=DataSettings)
     distillation: DistillationSettings = field(default_factory=DistillationSettings)
 
