@@ -172,7 +172,8 @@ class EchoAttTrainer(Trainer):
         """
         Loss of the current stage, in nats per target token of the whole batch; the cross-entropy while evaluating.
         """
-        inputs = dict(inputs)
+        # Transformers keeps the documents of packed rows apart only where there is no cache.
+        inputs = {**inputs, "use_cache": False}
         labels = inputs.pop("labels", None)
         if labels is None:
             raise ValueError(

@@ -41,6 +41,7 @@ class DataSettings:
     data_split: str = setting("train", "Split of a data set of the Hub.")
     streaming: bool = setting(False, "Read the data as it goes instead of loading it first.")
     row_length: int = setting(256, "Tokens in a row.")
+    document_masks: bool = setting(False, "Keep the documents in a row from seeing each other.")
     evaluation_rows: int = setting(128, "Most rows to evaluate on.")
 
     def __post_init__(self):
