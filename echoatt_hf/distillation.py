@@ -83,6 +83,11 @@ class EchoAttTrainingArguments(TrainingArguments):
             raise ValueError(f"kl_temperature is {self.kl_temperature}; it must be above 0.")
         if self.stage1_steps > 0 and not any(getattr(self, name) for name in _WEIGHTS):
             raise ValueError(f"{', '.join(_WEIGHTS)} are all 0: stage 1 would learn nothing.")
+        if self.attention_weight > 0 and (self.torch_compile or self.torch_compile_backend or self.torch_compile_mode):
+            raise ValueError(
+                f"attention_weight is {self.attention_weight} and torch_compile is set, but compiled models do not show what "
+                "the attention of a layer gives: leave out one of them."
+            )
         steps = self.stage1_steps + self.stage2_steps
         if steps == 0:
             raise ValueError("stage1_steps and stage2_steps are both 0: give at least one stage some steps.")

@@ -64,7 +64,8 @@ FUSED_MODULES = {
     "query_key_value": ("v_proj", lambda rows, attention: _part_of_heads(rows, attention, 3)),
     "q_proj": ("gate_proj", lambda rows, attention: _part_of_heads(rows, attention, 2)),
 }
-_PROJECTIONS = ("v_proj", *FUSED_MODULES)
+PROJECTIONS = ("v_proj", *FUSED_MODULES)
+"""Names under which the families project queries and values, whole or fused."""
 _OUTPUT_MODULES = ("o_proj", "dense", "out_proj", "c_proj")
 _GATE_MODULES = ("gate_proj", "g_proj")
 _DROPOUT_MODULES = ("attn_dropout", "attention_dropout", "resid_dropout")
@@ -316,7 +317,7 @@ def find_attention_modules(model: nn.Module, needed: Iterable[int] = ()) -> dict
     """
     found, reasons = {}, {}
     for module in model.modules():
-        if hasattr(module, "layer_idx") and any(hasattr(module, name) for name in _PROJECTIONS):
+        if hasattr(module, "layer_idx") and any(hasattr(module, name) for name in PROJECTIONS):
             reason = _unsupported_reason(module)
             if reason is None:
                 found.setdefault(module.layer_idx, module)
@@ -354,7 +355,7 @@ def _unsupported_reason(attention: nn.Module) -> str | None:
     """Why an attention module does more than an echo layer can take over, or `None` if it does not."""
     if _eager_attention(attention) is None:
         return "does not call the attention interface of transformers"
-    known = {*_QUERY_KEY_MODULES, *_PROJECTIONS, *_OUTPUT_MODULES, *_GATE_MODULES, *_DROPOUT_MODULES}
+    known = {*_QUERY_KEY_MODULES, *PROJECTIONS, *_OUTPUT_MODULES, *_GATE_MODULES, *_DROPOUT_MODULES}
     unknown = [name for name, _ in attention.named_children() if name not in known]
     if unknown:
         return f"has the modules {', '.join(unknown)}"
@@ -363,7 +364,7 @@ def _unsupported_reason(attention: nn.Module) -> str | None:
     parameters = [name for name, _ in attention.named_parameters(recurse=False) if name not in known]
     if parameters:
         return f"has parameters of its own: {', '.join(parameters)}"
-    if all(name == "q_proj" for name in _PROJECTIONS if hasattr(attention, name)):
+    if all(name == "q_proj" for name in PROJECTIONS if hasattr(attention, name)):
         return "has no value projection"
     return None
 

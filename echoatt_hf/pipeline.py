@@ -14,7 +14,7 @@ from datasets import Dataset, IterableDataset
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState
 
-from .adapters import add_lora, merge_lora
+from .adapters import add_lora, merge_lora, share_weights
 from .alignment import find_echoes, get_parameters, replace_parameter
 from .conversion import count_kv_bytes_per_token
 from .data import collate_rows
@@ -32,6 +32,13 @@ from .teachers import default_device, load_model, load_tokenizer
 
 
 __all__ = ["DistillationInterrupted", "compress", "distill", "distill_student", "format_table", "write_student"]
+
+# transformers renamed it.
+_CHECKPOINTING = (
+    "activation_checkpointing"
+    if hasattr(PreTrainedModel, "activation_checkpointing_enable")
+    else "gradient_checkpointing"
+)
 
 
 class DistillationInterrupted(KeyboardInterrupt):
@@ -156,12 +163,15 @@ def distill_student(
     """
     settings = StudentSettings(student=student, teacher=teacher, data=data, distillation=distillation)
     with unfinished_run(Path(output), settings.to_json(), overwrite, resume) as work:
-        model = load_model(student).to(default_device())
+        model = load_model(student)
         if not isinstance(model, EchoAttForCausalLM):
             raise ValueError(
                 f"{student!r} is a {type(model).__name__}, not an EchoAtt student: run `echoatt convert`."
             )
-        models = _Models(load_model(teacher).to(default_device()), model, load_tokenizer(student, model))
+        original = load_model(teacher).to(default_device())
+        if distillation.lora_rank:
+            share_weights(model, original)
+        models = _Models(original, model.to(default_device()), load_tokenizer(student, model))
         train_rows, held_out_rows = load_rows(data, models.tokenizer, model)
         return _distill_and_write(work, models, train_rows, held_out_rows, settings, {})
 
@@ -300,6 +310,7 @@ def _training_arguments(settings: DistillationSettings, output_dir: Path) -> Ech
     values = asdict(settings)
     batch_size, accumulation_steps = values.pop("batch_size"), values.pop("accumulation_steps")
     del values["steps"], values["lora_rank"]
+    values[_CHECKPOINTING] = values.pop("gradient_checkpointing")
     values["eval_steps"] = settings.eval_steps or None
     return EchoAttTrainingArguments(
         output_dir=str(output_dir),
@@ -339,18 +350,33 @@ class _Evaluations:
     def run(self, name: str, model: PreTrainedModel) -> None:
         if name in self._done:
             return
-        result = evaluate_model(
-            model,
-            self._rows,
-            teacher=self._models.teacher,
-            tokenizer=self._models.tokenizer,
-            description=f"evaluate {name}",
-        )
+        with _without_autocast(model, self._models.teacher):
+            result = evaluate_model(
+                model,
+                self._rows,
+                teacher=self._models.teacher,
+                tokenizer=self._models.tokenizer,
+                description=f"evaluate {name}",
+            )
         self._done[name] = result | self._sizes["teacher" if model is self._models.teacher else "student"]
         write_whole(self._file, json.dumps(self._done))
 
     def results(self) -> list[dict]:
         return [{"name": name, **result} for name, result in self._done.items()]
+
+
+@contextmanager
+def _without_autocast(*models: PreTrainedModel) -> Iterator[None]:
+    """
+    The forward passes of the models' own: for mixed precision accelerate puts others in their place, on the objects, and
+    results must not depend on how a student was trained.
+    """
+    wrapped = [(model, vars(model).pop("forward")) for model in models if "forward" in vars(model)]
+    try:
+        yield
+    finally:
+        for model, forward in wrapped:
+            model.forward = forward
 
 
 class _StageCallback(TrainerCallback):

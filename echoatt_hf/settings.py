@@ -117,6 +117,11 @@ class DistillationSettings:
     weight_decay: float = setting(0.0, "Weight decay of AdamW.")
     save_steps: int = setting(200, "Steps between checkpoints.")
     eval_steps: int = setting(0, "Steps between evaluations of the loss on held-out rows; 0 for none on the way.")
+    bf16: bool = setting(False, "Train in bfloat16, with weights in float32.")
+    gradient_checkpointing: bool = setting(
+        False, "Keep only the inputs of layers for the backward pass: less memory, one more forward pass."
+    )
+    torch_compile: bool = setting(False, "Compile the student for training; not with an attention weight.")
     seed: int = setting(0, "Seed of the order of rows and of dropout.")
 
     def __post_init__(self):
