@@ -1,12 +1,13 @@
 """
 EchoAtt for Hugging Face: layers of a decoder language model share their attention.
 
-Importing the package registers the architecture with the Auto classes of transformers. All other names are imported
-when they are first used.
+Importing the package registers the architecture with the Auto classes of transformers, and with PEFT. All other names
+are imported when they are first used.
 """
 
 import importlib
 
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -18,6 +19,7 @@ from transformers import (
 from .configuration_echoatt import ECHOATT_VERSION as __version__
 from .configuration_echoatt import EchoAttConfig
 from .modeling_echoatt import (
+    PROJECTIONS,
     EchoAttForCausalLM,
     EchoAttForSequenceClassification,
     EchoAttForTokenClassification,
@@ -31,8 +33,11 @@ AutoModelForCausalLM.register(EchoAttConfig, EchoAttForCausalLM, exist_ok=True)
 AutoModelForSequenceClassification.register(EchoAttConfig, EchoAttForSequenceClassification, exist_ok=True)
 AutoModelForTokenClassification.register(EchoAttConfig, EchoAttForTokenClassification, exist_ok=True)
 
+# What a `LoraConfig` without target modules adapts, as for most families: queries and values, here each where it is.
+TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.setdefault("echoatt", list(PROJECTIONS))
+
 _MODULES = {
-    "adapters": ["add_lora", "merge_lora"],
+    "adapters": ["add_lora", "merge_lora", "share_weights"],
     "alignment": ["align_heads", "match_heads", "permute_heads"],
     "conversion": ["ConversionReport", "convert", "count_cache_bytes", "count_kv_bytes_per_token"],
     "data": ["collate_rows", "load_documents", "pack_rows", "split_documents"],

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from .modeling_echoatt import EchoAttForCausalLM
 
 
-__all__ = ["add_lora", "merge_lora"]
+__all__ = ["add_lora", "merge_lora", "share_weights"]
 
 _FAMILY_CODE = ("transformers.models.", "transformers_modules.")
 
@@ -76,6 +76,32 @@ def merge_lora(adapted: PeftModel) -> PreTrainedModel:
         for parameter in adapted.get_base_model().parameters():
             parameter.data = parameter.data.clone()
     return adapted.merge_and_unload().requires_grad_(True)
+
+
+def share_weights(student: EchoAttForCausalLM, teacher: PreTrainedModel) -> int:
+    """
+    Give a student that was loaded by itself the teacher's own memory for every weight in which they are equal, frozen: as
+    if it had been made by `convert(teacher, plan, share_weights=True)`.
+
+    Args:
+        student ([`EchoAttForCausalLM`]):
+            The student, in place. What it shares is on the teacher's device afterwards: share before moving the student
+            there, and it never needs memory for it.
+        teacher (`PreTrainedModel`):
+            The model it was made from, on its device and in its dtype.
+
+    Returns:
+        `int`: bytes that the student needs no more.
+    """
+    weights, shared = dict(teacher.named_parameters()), 0
+    for name, parameter in student.language_model.named_parameters():
+        weight = weights.get(name)
+        if weight is None or (weight.shape, weight.dtype) != (parameter.shape, parameter.dtype):
+            continue
+        if torch.equal(parameter.to(weight.device), weight):
+            parameter.requires_grad_(False).data = weight.data
+            shared += weight.nbytes
+    return shared
 
 
 def _own_linear_layers(model: nn.Module) -> list[str]:

@@ -11,6 +11,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel, Trainer, TrainingArguments, get_scheduler
 from transformers.pytorch_utils import id_tensor_storage
 
+from .data import STORED_COLUMNS
 from .heads import OutputHead
 from .losses import (
     DIVERGENCES,
@@ -28,7 +29,6 @@ from .stored_teacher import StoredTeacher
 
 __all__ = ["EchoAttTrainer", "EchoAttTrainingArguments"]
 
-_STORED = ("teacher_ids", "teacher_logprobs")
 _WEIGHTS = ("kl_weight", "ce_weight", "hidden_weight", "attention_weight")
 
 
@@ -102,6 +102,11 @@ class EchoAttTrainingArguments(TrainingArguments):
         check_divergence(self.divergence)
         if self.stage1_steps > 0 and not any(getattr(self, name) for name in _WEIGHTS):
             raise ValueError(f"{', '.join(_WEIGHTS)} are all 0: stage 1 would learn nothing.")
+        if self.attention_weight > 0 and (self.torch_compile or self.torch_compile_backend or self.torch_compile_mode):
+            raise ValueError(
+                f"attention_weight is {self.attention_weight} and torch_compile is set, but compiled models do not show what "
+                "the attention of a layer gives: leave out one of them."
+            )
         steps = self.stage1_steps + self.stage2_steps
         if steps == 0:
             raise ValueError("stage1_steps and stage2_steps are both 0: give at least one stage some steps.")
@@ -200,9 +205,10 @@ class EchoAttTrainer(Trainer):
         """
         Loss of the current stage, in nats per target token of the whole batch; the cross-entropy while evaluating.
         """
-        inputs = dict(inputs)
+        # Transformers keeps the documents of packed rows apart only where there is no cache.
+        inputs = {**inputs, "use_cache": False}
         labels = inputs.pop("labels", None)
-        stored = {name: inputs.pop(name) for name in _STORED if name in inputs}
+        stored = {name: inputs.pop(name) for name in STORED_COLUMNS if name in inputs}
         if labels is None:
             raise ValueError(
                 "The batch has no labels: use `collate_rows`, or a collator that adds labels (-100 = not predicted)."
@@ -295,7 +301,7 @@ class EchoAttTrainer(Trainer):
     def _set_signature_columns_if_needed(self) -> None:
         """Keep what a stored teacher adds to a batch, which `Trainer` would take out as nothing the model knows."""
         super()._set_signature_columns_if_needed()
-        self._signature_columns = [*dict.fromkeys([*self._signature_columns, *_STORED])]
+        self._signature_columns = [*dict.fromkeys([*self._signature_columns, *STORED_COLUMNS])]
 
     def _add_parts(self, parts: dict[str, torch.Tensor]) -> None:
         for name, part in parts.items():
@@ -367,9 +373,9 @@ def _attention_outputs(model: nn.Module, layers: Sequence[int]) -> Iterator[dict
 
 def _stored_parts(stored: dict) -> list[torch.Tensor]:
     """Token ids `(B, T, k)` and log-probabilities `(B, T, k + 1)` of a batch of a stored teacher."""
-    if len(stored) < len(_STORED):
-        raise ValueError(f"The batch lacks {' or '.join(_STORED)} of the stored teacher: use `collate_rows`.")
-    return [stored[name] for name in _STORED]
+    if len(stored) < len(STORED_COLUMNS):
+        raise ValueError(f"The batch lacks {' or '.join(STORED_COLUMNS)} of the stored teacher: use `collate_rows`.")
+    return [stored[name] for name in STORED_COLUMNS]
 
 
 def _check_teacher(student: nn.Module | None, teacher: PreTrainedModel | None, args: EchoAttTrainingArguments) -> None:

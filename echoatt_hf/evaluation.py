@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from datasets import Dataset
 from tqdm.auto import tqdm
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 
-from .data import collate_rows, load_documents, pack_rows
+from .data import load_documents, pack_rows, stack_rows
 from .teachers import default_device, load_model
 
 
@@ -35,7 +35,7 @@ def evaluate_model(
         model (`PreTrainedModel`):
             Causal language model.
         rows (iterable of `dict`):
-            Rows with `input_ids` of T tokens, as returned by [`pack_rows`]. In each, T - 1 tokens are predicted.
+            Rows of T tokens, as returned by [`pack_rows`]. In each, T - 1 tokens are predicted.
         teacher (`PreTrainedModel`, *optional*):
             Model with the same vocabulary to compare with.
         tokenizer (`PreTrainedTokenizerBase`, *optional*):
@@ -62,8 +62,9 @@ def evaluate_model(
         batch_rows(rows, batch_size), total=count, desc=description, disable=description is None, leave=False
     )
     with inference(*([model] if teacher is None else [model, teacher])):
-        for input_ids in batches:
-            totals += _sum_batch(model, teacher, input_ids)
+        for batch in batches:
+            totals += _sum_batch(model, teacher, batch)
+            input_ids = batch["input_ids"]
             tokens += input_ids[:, 1:].numel()
             if tokenizer is not None:
                 # A difference: at the start of a text some tokenizers drop the space that the first token stands for.
@@ -232,20 +233,20 @@ def inference(*models: PreTrainedModel) -> Iterator[None]:
             module.training = True
 
 
-def batch_rows(rows: Iterable[dict], batch_size: int) -> Iterator[torch.Tensor]:
-    """Token ids `(B, T)` of packed rows, `batch_size` rows at a time."""
+def batch_rows(rows: Iterable[dict], batch_size: int) -> Iterator[BatchEncoding]:
+    """What a model takes of packed rows, `(B, T)` each, `batch_size` rows at a time."""
     iterator = iter(rows)
     while batch := list(islice(iterator, batch_size)):
-        yield collate_rows(batch)["input_ids"]
+        yield stack_rows(batch)
 
 
-def _sum_batch(model: PreTrainedModel, teacher: PreTrainedModel | None, input_ids: torch.Tensor) -> torch.Tensor:
+def _sum_batch(model: PreTrainedModel, teacher: PreTrainedModel | None, batch: BatchEncoding) -> torch.Tensor:
     """Sums over a batch `(B, T)`: negative log-likelihood, KL and equal first tokens, `(3,)` in float64."""
-    logits = model(input_ids=input_ids.to(model.device), use_cache=False).logits
+    logits = model(**batch.to(model.device), use_cache=False).logits
     teacher_logits = logits if teacher is model else None
     if teacher is not None and teacher is not model:
-        teacher_logits = teacher(input_ids=input_ids.to(teacher.device), use_cache=False).logits.to(logits.device)
-    return sum_logits(logits, teacher_logits, input_ids)
+        teacher_logits = teacher(**batch.to(teacher.device), use_cache=False).logits.to(logits.device)
+    return sum_logits(logits, teacher_logits, batch["input_ids"])
 
 
 def sum_logits(logits: torch.Tensor, teacher_logits: torch.Tensor | None, input_ids: torch.Tensor) -> torch.Tensor:

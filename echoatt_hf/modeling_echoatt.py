@@ -64,7 +64,8 @@ FUSED_MODULES = {
     "query_key_value": ("v_proj", lambda rows, attention: _part_of_heads(rows, attention, 3)),
     "q_proj": ("gate_proj", lambda rows, attention: _part_of_heads(rows, attention, 2)),
 }
-_PROJECTIONS = ("v_proj", *FUSED_MODULES)
+PROJECTIONS = ("v_proj", *FUSED_MODULES)
+"""Names under which the families project queries and values, whole or fused."""
 _OUTPUT_MODULES = ("o_proj", "dense", "out_proj", "c_proj")
 _GATE_MODULES = ("gate_proj", "g_proj")
 _DROPOUT_MODULES = ("attn_dropout", "attention_dropout", "resid_dropout")
@@ -110,8 +111,8 @@ class EchoRecords:
     """
     The recorded attention calls of one forward pass, by the index of their source layer.
 
-    Made new for each forward pass and handed down to the layers as a keyword argument, so that no state stays on
-    modules. Deliberately not a `dict`: FSDP2 rebuilds dicts it finds among the arguments, and the layers must all see
+    Made new for each forward pass of the headless model and handed down to the layers as a keyword argument, so that no
+    state stays on modules. Deliberately not a `dict`: FSDP2 rebuilds dicts it finds among the arguments, and the layers must all see
     the same object. For the same reason `to` returns the object itself; a record moves when an echo on another device
     reads it.
     """
@@ -138,6 +139,10 @@ _REENTRANT_ERROR = (
     "EchoAtt models do not support reentrant gradient checkpointing (use_reentrant=True): it gives source layers wrong "
     'gradients. Use non-reentrant checkpointing, {"use_reentrant": False}.'
 )
+
+
+def _give_records(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    return args, kwargs | {"echo_records": EchoRecords()}
 
 
 class SourceConfig:
@@ -312,7 +317,7 @@ def find_attention_modules(model: nn.Module, needed: Iterable[int] = ()) -> dict
     """
     found, reasons = {}, {}
     for module in model.modules():
-        if hasattr(module, "layer_idx") and any(hasattr(module, name) for name in _PROJECTIONS):
+        if hasattr(module, "layer_idx") and any(hasattr(module, name) for name in PROJECTIONS):
             reason = _unsupported_reason(module)
             if reason is None:
                 found.setdefault(module.layer_idx, module)
@@ -350,7 +355,7 @@ def _unsupported_reason(attention: nn.Module) -> str | None:
     """Why an attention module does more than an echo layer can take over, or `None` if it does not."""
     if _eager_attention(attention) is None:
         return "does not call the attention interface of transformers"
-    known = {*_QUERY_KEY_MODULES, *_PROJECTIONS, *_OUTPUT_MODULES, *_GATE_MODULES, *_DROPOUT_MODULES}
+    known = {*_QUERY_KEY_MODULES, *PROJECTIONS, *_OUTPUT_MODULES, *_GATE_MODULES, *_DROPOUT_MODULES}
     unknown = [name for name, _ in attention.named_children() if name not in known]
     if unknown:
         return f"has the modules {', '.join(unknown)}"
@@ -359,7 +364,7 @@ def _unsupported_reason(attention: nn.Module) -> str | None:
     parameters = [name for name, _ in attention.named_parameters(recurse=False) if name not in known]
     if parameters:
         return f"has parameters of its own: {', '.join(parameters)}"
-    if all(name == "q_proj" for name in _PROJECTIONS if hasattr(attention, name)):
+    if all(name == "q_proj" for name in PROJECTIONS if hasattr(attention, name)):
         return "has no value projection"
     return None
 
@@ -548,17 +553,18 @@ class EchoAttPreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     _can_compile_fullgraph = True
 
-    def _shared_kwargs(self, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """Keyword arguments for the family's model: those of the caller, of the configuration, and new records."""
+    def _family_kwargs(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Keyword arguments for the family's model: those of the caller and of the configuration."""
         for name in ("output_attentions", "output_hidden_states"):
             if kwargs.get(name) is None and getattr(self.config, name):
                 kwargs[name] = True
-        if self.config.echo_layers:
-            kwargs["echo_records"] = EchoRecords()
         return kwargs
 
     def _share(self, model: PreTrainedModel) -> PreTrainedModel:
         _share_attention(model, self.config)
+        if self.config.echo_layers:
+            # By whichever way the headless model is called: fused language model heads leave the family's head out.
+            model.base_model.register_forward_pre_hook(_give_records, with_kwargs=True)
         _extend_tp_plan(model)
         for name in _GENERATION_TRAITS:
             if hasattr(model, name):
@@ -635,7 +641,7 @@ class EchoAttModel(EchoAttPreTrainedModel):
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
-            **self._shared_kwargs(kwargs),
+            **self._family_kwargs(kwargs),
         )
 
     def get_input_embeddings(self) -> nn.Module:
@@ -753,12 +759,17 @@ class EchoAttForCausalLM(EchoAttPreTrainedModel, GenerationMixin):
             labels=labels,
             use_cache=use_cache,
             logits_to_keep=logits_to_keep,
-            **self._shared_kwargs(kwargs),
+            **self._family_kwargs(kwargs),
         )
 
     def prepare_inputs_for_generation(self, *args, **kwargs) -> dict[str, Any]:
         """As the base family does it. See [`~GenerationMixin.prepare_inputs_for_generation`]."""
         return self.language_model.prepare_inputs_for_generation(*args, **kwargs)
+
+    @property
+    def base_model(self) -> PreTrainedModel:
+        """`PreTrainedModel`: the base family's headless model, which gives hidden states for a head of the caller's."""
+        return self.language_model.base_model
 
     def get_input_embeddings(self) -> nn.Module:
         return self.language_model.get_input_embeddings()

@@ -14,7 +14,7 @@ from datasets import Dataset, IterableDataset
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState
 
-from .adapters import add_lora, merge_lora
+from .adapters import add_lora, merge_lora, share_weights
 from .alignment import find_echoes, get_parameters, replace_parameter
 from .conversion import count_kv_bytes_per_token
 from .data import collate_rows
@@ -41,6 +41,13 @@ __all__ = [
     "store_teacher",
     "write_student",
 ]
+
+# transformers renamed it.
+_CHECKPOINTING = (
+    "activation_checkpointing"
+    if hasattr(PreTrainedModel, "activation_checkpointing_enable")
+    else "gradient_checkpointing"
+)
 
 
 class DistillationInterrupted(KeyboardInterrupt):
@@ -225,20 +232,22 @@ def distill_student(
         teacher = BUILTIN_TEACHER
     settings = StudentSettings(student, teacher, about, data, distillation)
     with unfinished_run(Path(output), settings.to_json(), overwrite, resume) as work:
-        model = load_model(student).to(default_device())
+        model = load_model(student)
         if not isinstance(model, EchoAttForCausalLM):
             raise ValueError(
                 f"{student!r} is a {type(model).__name__}, not an EchoAtt student: run `echoatt convert`."
             )
         _training_arguments(distillation, work / "checkpoints")  # which check themselves
-        tokenizer = load_tokenizer(student, model)
-        models = _Models(load_model(teacher).to(default_device()) if teacher is not None else None, model, tokenizer)
+        original = load_model(teacher).to(default_device()) if teacher is not None else None
+        if distillation.lora_rank and original is not None:
+            share_weights(model, original)
+        models = _Models(original, model.to(default_device()), load_tokenizer(student, model))
         if stored is None:
-            train_rows, held_out_rows = load_rows(data, tokenizer, model)
+            train_rows, held_out_rows = load_rows(data, models.tokenizer, model)
         else:
-            stored.check_student(model, tokenizer)
-            if models.teacher is not None:
-                stored.check_teacher(models.teacher)
+            stored.check_student(model, models.tokenizer)
+            if original is not None:
+                stored.check_teacher(original)
             train_rows, held_out_rows = stored, stored.held_out_rows
         return _distill_and_write(work, models, train_rows, held_out_rows, settings, {})
 
@@ -399,6 +408,7 @@ def _training_arguments(settings: DistillationSettings, output_dir: Path) -> Ech
             f"batch_size is {batch_size}, which {number} processes with accumulation_steps {accumulation_steps} do not divide."
         )
     del values["steps"], values["lora_rank"]
+    values[_CHECKPOINTING] = values.pop("gradient_checkpointing")
     values["eval_steps"] = settings.eval_steps or None
     return EchoAttTrainingArguments(
         output_dir=str(output_dir),
@@ -439,19 +449,34 @@ class _Evaluations:
     def run(self, name: str, model: PreTrainedModel) -> None:
         if name in self._done:
             return
-        result = evaluate_model(
-            model,
-            self._rows,
-            teacher=self._models.teacher,
-            tokenizer=self._models.tokenizer,
-            description=f"evaluate {name}" if processes().is_main_process else None,
-        )
+        with _without_autocast(*filter(None, (model, self._models.teacher))):
+            result = evaluate_model(
+                model,
+                self._rows,
+                teacher=self._models.teacher,
+                tokenizer=self._models.tokenizer,
+                description=f"evaluate {name}" if processes().is_main_process else None,
+            )
         self._done[name] = result | self._sizes["teacher" if model is self._models.teacher else "student"]
         if processes().is_main_process:  # all evaluate, as each may have a part of the model only
             write_whole(self._file, json.dumps(self._done))
 
     def results(self) -> list[dict]:
         return [{"name": name, **result} for name, result in self._done.items()]
+
+
+@contextmanager
+def _without_autocast(*models: PreTrainedModel) -> Iterator[None]:
+    """
+    The forward passes of the models' own: for mixed precision accelerate puts others in their place, on the objects, and
+    results must not depend on how a student was trained.
+    """
+    wrapped = [(model, vars(model).pop("forward")) for model in models if "forward" in vars(model)]
+    try:
+        yield
+    finally:
+        for model, forward in wrapped:
+            model.forward = forward
 
 
 class _StageCallback(TrainerCallback):

@@ -5,10 +5,11 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset, IterableDataset
-from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import BatchEncoding, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from .conversion import ConversionReport, convert
 from .data import load_documents, pack_rows, split_documents
+from .evaluation import inference
 from .modeling_echoatt import EchoAttForCausalLM
 from .planning import plan_from_similarity
 from .search import PlanSearch, make_space, search_plan
@@ -46,12 +47,13 @@ def load_rows(
         `tuple`: training rows, and held-out rows in a list.
 
     Raises:
-        `ValueError`: the row is longer than the model's context, or the text does not fill a row.
+        `ValueError`: the row is longer than the model's context, the model cannot keep the documents of a row apart, or
+            the text does not fill a row.
     """
-    _check_row_length(settings, model)
+    _check_rows(settings, model)
     documents, held_out = _load_both(settings)
-    held_out_rows = pack_rows(held_out, tokenizer, settings.row_length).take(settings.evaluation_rows)
-    return pack_rows(documents, tokenizer, settings.row_length), list(held_out_rows)
+    held_out_rows = _pack(settings, held_out, tokenizer).take(settings.evaluation_rows)
+    return _pack(settings, documents, tokenizer), list(held_out_rows)
 
 
 def load_held_out_rows(
@@ -66,11 +68,12 @@ def load_held_out_rows(
         model (`PreTrainedModel`): the model the rows are for, whose context they must fit.
 
     Raises:
-        `ValueError`: the row is longer than the model's context, or the text does not fill a row.
+        `ValueError`: the row is longer than the model's context, the model cannot keep the documents of a row apart, or
+            the text does not fill a row.
     """
-    _check_row_length(settings, model)
+    _check_rows(settings, model)
     held_out = _load_held_out(settings) if settings.held_out_data else _load_both(settings)[1]
-    return list(pack_rows(held_out, tokenizer, settings.row_length).take(settings.evaluation_rows))
+    return list(_pack(settings, held_out, tokenizer).take(settings.evaluation_rows))
 
 
 def load_calibration_rows(
@@ -85,11 +88,12 @@ def load_calibration_rows(
         teacher (`PreTrainedModel`): the model the rows are for, whose context they must fit.
 
     Raises:
-        `ValueError`: the row is longer than the model's context, or the text does not fill a row.
+        `ValueError`: the row is longer than the model's context, the model cannot keep the documents of a row apart, or
+            the text does not fill a row.
     """
-    _check_row_length(settings.data, teacher)
+    _check_rows(settings.data, teacher)
     documents, _ = _load_both(settings.data)
-    return list(pack_rows(documents, tokenizer, settings.data.row_length).take(settings.calibration.calibration_rows))
+    return list(_pack(settings.data, documents, tokenizer).take(settings.calibration.calibration_rows))
 
 
 def _load_both(settings: DataSettings) -> tuple[Dataset | IterableDataset, Dataset | IterableDataset]:
@@ -109,12 +113,32 @@ def _load_held_out(settings: DataSettings) -> Dataset | IterableDataset:
     return load_documents(settings.held_out_data, text_column=settings.text_column)
 
 
-def _check_row_length(settings: DataSettings, model: PreTrainedModel) -> None:
+def _pack(
+    settings: DataSettings, documents: Dataset | IterableDataset, tokenizer: PreTrainedTokenizerBase
+) -> Dataset | IterableDataset:
+    return pack_rows(documents, tokenizer, settings.row_length, document_masks=settings.document_masks)
+
+
+def _check_rows(settings: DataSettings, model: PreTrainedModel) -> None:
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if context is not None and settings.row_length > context:
         raise ValueError(
             f"row_length is {settings.row_length}, but the model's context is {context} tokens: choose at most that."
         )
+    if settings.document_masks and not _keeps_documents_apart(model):
+        raise ValueError(
+            f"document_masks is set, but models of type {model.config.get_text_config().model_type!r} with "
+            f"{model.config._attn_implementation} attention let the documents in a row see each other: leave it out, or "
+            "choose another attention implementation."
+        )
+
+
+def _keeps_documents_apart(model: PreTrainedModel) -> bool:
+    """Whether the second document of a row is the same to a model whatever the first one is."""
+    inputs = {"input_ids": torch.tensor([[0, 1, 4, 5], [2, 3, 4, 5]]), "position_ids": torch.tensor([[0, 1] * 2] * 2)}
+    with inference(model):
+        logits = model(**BatchEncoding(inputs).to(model.device), use_cache=False).logits[:, 2:].float()
+    return bool((logits[0] - logits[1]).norm() <= 1e-3 * logits[0].norm())
 
 
 def plan_teacher(

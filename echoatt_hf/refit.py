@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import nn
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel
+from transformers import BatchEncoding, PreTrainedModel
 
 from .alignment import (
     EchoParameters,
@@ -145,8 +145,8 @@ class TunedEchoes:
         equations = {source: (_NormalEquations(), _NormalEquations()) for source in sources}
         with inference(self._teacher):
             for part, rows in enumerate(self._parts):
-                for input_ids in batch_rows(rows, self._batch_size):
-                    records, (args, kwargs), expected = _record_layer(self._teacher, layer, input_ids)
+                for batch in batch_rows(rows, self._batch_size):
+                    records, (args, kwargs), expected = _record_layer(self._teacher, layer, batch)
                     for source in sources:
                         call = partial(self._become(layer, source), *args, **kwargs | {"echo_records": records})
                         inputs, output = run_until(projection, call)
@@ -195,7 +195,7 @@ class TunedEchoes:
                 self._teacher.set_submodule(names[attentions[layer]], attentions[layer])
 
 
-def _record_layer(teacher: PreTrainedModel, layer: int, input_ids: torch.Tensor):
+def _record_layer(teacher: PreTrainedModel, layer: int, batch: BatchEncoding):
     """Records of the layers up to `layer`, the arguments of its attention, and what its output projection puts out."""
     attentions, call, records = find_attention_modules(teacher), [], EchoRecords()
 
@@ -205,7 +205,7 @@ def _record_layer(teacher: PreTrainedModel, layer: int, input_ids: torch.Tensor)
     with recording(attentions.values()), attentions[layer].register_forward_pre_hook(remember, with_kwargs=True):
         _, expected = run_until(
             find_output_projection(attentions[layer]),
-            partial(teacher, input_ids=input_ids.to(teacher.device), use_cache=False, echo_records=records),
+            partial(teacher, **batch.to(teacher.device), use_cache=False, echo_records=records),
         )
     return records, call, expected
 
@@ -244,13 +244,13 @@ class _NormalEquations:
 def _accumulate(
     student: tuple[PreTrainedModel, nn.Module],
     teacher: tuple[PreTrainedModel, nn.Module],
-    batches: Iterable[torch.Tensor],
+    batches: Iterable[BatchEncoding],
 ) -> _NormalEquations:
     """Normal equations of one layer; models come with the output projection of that layer."""
     equations = _NormalEquations()
-    for input_ids in batches:
+    for batch in batches:
         (inputs, output), (_, expected) = (
-            run_until(module, partial(model, input_ids=input_ids.to(model.device), use_cache=False))
+            run_until(module, partial(model, **batch.to(model.device), use_cache=False))
             for model, module in (student, teacher)
         )
         equations.add(student[1], inputs, expected.to(output.device) - output)

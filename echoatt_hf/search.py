@@ -222,7 +222,7 @@ class _Measure:
     ):
         self._teacher, self._echoes, self._state, self._bar = teacher, echoes, state, bar
         self._batches = [batch.to(teacher.device) for batch in batch_rows(rows, 8)]
-        self.tokens = sum(batch.numel() for batch in self._batches)
+        self.tokens = sum(batch["input_ids"].numel() for batch in self._batches)
         self._logits: list[torch.Tensor] = []  # the teacher's, made when they are needed
         self.known: dict[str, float] = json.loads(state.read_text()) if state is not None and state.exists() else {}
 
@@ -248,13 +248,13 @@ class _Measure:
 
     def _measure(self, plan: list[int]) -> float:
         if not self._logits:
-            self._logits = [self._teacher(input_ids=batch, use_cache=False).logits for batch in self._batches]
+            self._logits = [self._teacher(**batch, use_cache=False).logits for batch in self._batches]
         total = tokens = 0
         with self._echoes.in_place(plan):
             for batch, expected in zip(self._batches, self._logits, strict=True):
-                logits = self._teacher(input_ids=batch, use_cache=False, echo_records=EchoRecords()).logits
-                total += sum_logits(logits, expected, batch)[1].item()
-                tokens += batch[:, 1:].numel()
+                logits = self._teacher(**batch, use_cache=False, echo_records=EchoRecords()).logits
+                total += sum_logits(logits, expected, batch["input_ids"])[1].item()
+                tokens += batch["input_ids"][:, 1:].numel()
         return total / tokens
 
 

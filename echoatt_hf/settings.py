@@ -44,6 +44,7 @@ class DataSettings:
     data_split: str = setting("train", "Split of a data set of the Hub.")
     streaming: bool = setting(False, "Read the data as it goes instead of loading it first.")
     row_length: int = setting(256, "Tokens in a row.")
+    document_masks: bool = setting(False, "Keep the documents in a row from seeing each other.")
     evaluation_rows: int = setting(128, "Most rows to evaluate on.")
 
     def __post_init__(self):
@@ -123,6 +124,11 @@ class DistillationSettings:
     weight_decay: float = setting(0.0, "Weight decay of AdamW.")
     save_steps: int = setting(200, "Steps between checkpoints.")
     eval_steps: int = setting(0, "Steps between evaluations of the loss on held-out rows; 0 for none on the way.")
+    bf16: bool = setting(False, "Train in bfloat16, with weights in float32.")
+    gradient_checkpointing: bool = setting(
+        False, "Keep only the inputs of layers for the backward pass: less memory, one more forward pass."
+    )
+    torch_compile: bool = setting(False, "Compile the student for training; not with an attention weight.")
     seed: int = setting(0, "Seed of the order of rows and of dropout.")
 
     def __post_init__(self):

@@ -1,7 +1,7 @@
 """How similar layers attend: cosine similarity of attention rows between all layers and all heads."""
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +16,8 @@ from .modeling_echoatt import EchoRecords, compute_attention_weights, find_atten
 
 
 __all__ = ["AttentionSimilarity", "measure_attention_similarity", "measure_on_rows"]
+
+_INPUTS = ("input_ids", "attention_mask", "position_ids")
 
 
 @dataclass(frozen=True)
@@ -117,7 +119,7 @@ class AttentionSimilarity:
 
 
 def measure_attention_similarity(
-    model: PreTrainedModel, batches: Iterable[dict[str, torch.Tensor]], *, progress: bool = False
+    model: PreTrainedModel, batches: Iterable[Mapping[str, torch.Tensor]], *, progress: bool = False
 ) -> AttentionSimilarity:
     """
     Measure how similarly the layers of a model attend.
@@ -130,7 +132,8 @@ def measure_attention_similarity(
         model (`PreTrainedModel`):
             Causal language model or headless decoder of a supported family.
         batches (iterable of `dict`):
-            Batches with `input_ids` `(B, T)` and optionally `attention_mask` `(B, T)`, 1 = keep.
+            Batches with `input_ids` `(B, T)` and optionally either `attention_mask` `(B, T)`, 1 = keep, or `position_ids`
+            `(B, T)` that start again with each document of a row.
         progress (`bool`, *optional*, defaults to `False`):
             Show a progress bar.
 
@@ -148,13 +151,10 @@ def measure_attention_similarity(
     total, rows = None, 0
     with inference(model), _eager_attention(model), recording(modules.values()):
         for batch in tqdm(batches, desc="analyze", disable=not progress, leave=False):
-            input_ids = batch["input_ids"].to(model.device)
-            mask = batch.get("attention_mask")
-            mask = torch.ones_like(input_ids) if mask is None else mask.to(model.device)
+            inputs = {name: batch[name].to(model.device) for name in _INPUTS if name in batch}
             records = EchoRecords()
-            model(input_ids=input_ids, attention_mask=mask, use_cache=False, echo_records=records)
-            # A row is compared if its query is a token and there is more than one token up to it.
-            compared = mask.bool() & (mask.cumsum(-1) > 1)
+            model(**inputs, use_cache=False, echo_records=records)
+            compared = _compared_rows(inputs)
             if total is None:
                 total = _empty_total(num_layers, modules, records)
             rows += int(compared.sum())
@@ -183,8 +183,15 @@ def measure_on_rows(model: PreTrainedModel, rows: Sequence[dict], *, progress: b
         progress (`bool`, *optional*, defaults to `False`):
             Show a progress bar.
     """
-    batches = [{"input_ids": input_ids} for input_ids in batch_rows(rows, 4)]
-    return measure_attention_similarity(model, batches, progress=progress)
+    return measure_attention_similarity(model, list(batch_rows(rows, 4)), progress=progress)
+
+
+def _compared_rows(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Attention rows whose query is a token and which can attend to another one, `(B, T)`."""
+    if "position_ids" in inputs:
+        return inputs["position_ids"] > 0
+    mask = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"]))
+    return mask.bool() & (mask.cumsum(-1) > 1)
 
 
 def _unit_rows(module: torch.nn.Module, records: EchoRecords, compared: torch.Tensor) -> torch.Tensor:

@@ -290,6 +290,24 @@ def test_streamed_text_trains(workplace, tmp_path, run_in_process):
     assert [entry["step"] for entry in report["training_log"] if "eval_loss" in entry] == [1, 2, 3]
 
 
+@pytest.mark.parametrize("rank", [0, 2])
+def test_results_of_mixed_precision_are_those_of_the_student_that_is_saved(workplace, tmp_path, run_in_process, rank):
+    data = ["--data", workplace / "text", *FAST[:4]]
+    result = run_in_process(
+        "compress", workplace / "teacher", *data, *FAST[4:], "--plan", "0,1,1,3,3,5", "--steps", 6, "--learning-rate", 1e-2,
+        "--warmup-steps", 1, "--lora-rank", rank, "--bf16", "--gradient-checkpointing", "--output", tmp_path / "out",
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["settings"]["distillation"]["bf16"] is True
+    run_in_process(
+        "evaluate", tmp_path / "out", "--teacher", workplace / "teacher", *data, "--output", tmp_path / "results.json"
+    )
+    found = json.loads((tmp_path / "results.json").read_text())
+    assert report["results"][-1]["loss"] == pytest.approx(found["loss"], rel=1e-5)
+    assert report["results"][-1]["kl"] == pytest.approx(found["kl"], rel=1e-4)
+
+
 def test_adapters_are_merged_into_a_plain_student(workplace, tmp_path, run_in_process, monkeypatch):
     from echoatt_hf import pipeline
 

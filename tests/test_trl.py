@@ -1,0 +1,88 @@
+"""TRL's SFTTrainer fine-tunes a student as any other model."""
+
+import pytest
+import torch
+from conftest import CHECKPOINTING, make_teacher, plan_of, train_byte_level_bpe
+from datasets import Dataset
+from peft import LoraConfig
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from echoatt_hf import EchoAttForCausalLM
+
+
+trl = pytest.importorskip("trl", reason="trl is not installed")
+
+# Of TRL and PEFT about what they use themselves.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.(is_)?gradient_checkpointing. is deprecated:FutureWarning"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning:trl"),
+]
+
+TEXTS = [f"def f{number}(x):\n    return x + {number}\n" for number in range(48)]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    backend = train_byte_level_bpe(TEXTS, 290, ["<|endoftext|>"])
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|endoftext|>", pad_token="<|endoftext|>")
+
+
+@pytest.fixture
+def student(tokenizer, tmp_path):
+    teacher = make_teacher(vocab_size=len(tokenizer), pad_token_id=0, eos_token_id=0, bos_token_id=0)
+    EchoAttForCausalLM.from_teacher(teacher, plan_of("llama")).save_pretrained(tmp_path / "student")
+    return AutoModelForCausalLM.from_pretrained(tmp_path / "student")
+
+
+def make_trainer(student, tokenizer, folder, adapters=None, **options):
+    config = trl.SFTConfig(
+        str(folder), **{CHECKPOINTING: False, "bf16": False, "max_length": 64, "max_steps": 8, **options}, logging_steps=1,
+        per_device_train_batch_size=4, learning_rate=1e-2, report_to="none", use_cpu=True, disable_tqdm=True,
+        save_strategy="no",
+    )  # fmt: skip
+    return trl.SFTTrainer(
+        model=student, args=config, train_dataset=Dataset.from_dict({"text": TEXTS}), processing_class=tokenizer,
+        peft_config=adapters,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("adapters", [False, True], ids=["weights", "adapters"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"packing": True}, {"packing": True, CHECKPOINTING: True}],
+    ids=["padded", "packed", "packed, checkpointed"],
+)
+def test_fine_tuning(student, tokenizer, tmp_path, options, adapters):
+    trainer = make_trainer(student, tokenizer, tmp_path, LoraConfig() if adapters else None, **options)
+    (batch,) = [next(iter(trainer.get_train_dataloader()))]
+    labels, packed = batch["labels"], options.get("packing", False)
+    assert ("position_ids" in batch) is packed
+    # The first loss is that of the model's own forward pass; of packed texts that of each text alone.
+    positions = batch["position_ids"][0] if packed else torch.arange(labels.shape[1])
+    ends = [*(positions == 0).nonzero().flatten().tolist()[1:], labels.shape[1]]
+    total = count = start = 0
+    with torch.no_grad():
+        for end in ends:
+            part = {
+                name: batch[name][:, start:end] for name in ("input_ids", "labels", "attention_mask") if name in batch
+            }
+            tokens = int((part["labels"][:, 1:] != -100).sum())
+            total += tokens * student.eval()(**part).loss.item()
+            count, start = count + tokens, end
+    student.train()
+    found = trainer.compute_loss(trainer.model, dict(batch)).item()
+    assert found == pytest.approx(total / count, rel=1e-4)
+
+    before = {name: value.clone() for name, value in trainer.model.named_parameters()}
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[-1] < losses[0] - 0.05
+    for name, value in trainer.model.named_parameters():
+        assert torch.equal(value, before[name]) is not value.requires_grad, name
+        assert value.requires_grad is (not adapters or "lora_" in name)
+    if not adapters:
+        trainer.save_model(str(tmp_path / "tuned"))
+        reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "tuned")
+        tokens = batch["input_ids"][:, :8]
+        with torch.no_grad():
+            assert torch.equal(reloaded(tokens).logits, student.eval()(tokens).logits)
