@@ -33,6 +33,9 @@ app = typer.Typer(
     epilog="An error is one line; --debug shows where it came from.",
 )
 
+# Bad input, files and disks, and losses that are not finite.
+EXPECTED_ERRORS = (ValueError, OSError, FloatingPointError)
+
 Teacher = Annotated[str, typer.Argument(help="'builtin', a folder, or a repository of the Hub.")]
 Output = Annotated[Path, typer.Option(help="What to write.", show_default=False)]
 Similarity = Annotated[
@@ -361,7 +364,7 @@ def one_line_errors(can_resume: bool) -> Iterator[None]:
     except Exception as error:
         if "--debug" in sys.argv:
             raise
-        message, is_misuse = " ".join(str(error).split()), isinstance(error, (ValueError, OSError))
+        message, is_misuse = " ".join(str(error).split()), isinstance(error, EXPECTED_ERRORS)
         if not is_misuse:
             message = f"{type(error).__name__}: {message} (this is a bug: run again with --debug, and report it)"
         print(f"echoatt: error: {message}", file=sys.stderr)

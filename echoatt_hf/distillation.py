@@ -92,6 +92,9 @@ class EchoAttTrainingArguments(TrainingArguments):
         default=0.0, metadata={"help": "Weight of the distance of the attention outputs of echo layers in stage 1."}
     )
 
+    # `EchoAttTrainer` stops at such a loss instead of leaving it out of the log.
+    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Leave losses that are not finite out."})
+
     def __post_init__(self):
         for name in ("stage1_steps", "stage2_steps", *_WEIGHTS):
             value = getattr(self, name)
@@ -200,6 +203,38 @@ class EchoAttTrainer(Trainer):
     def stage(self) -> int:
         """`int`: the stage of the step that comes next, 1 or 2."""
         return 1 if self.state.global_step < self.args.stage1_steps else 2
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        """
+        Loss and gradients of a batch.
+
+        Raises:
+            `FloatingPointError`: the loss is not finite; the message names the step and the rows. The weights are those
+                before the step.
+        """
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        # Waits for the device, in place of `logging_nan_inf_filter`, which does so too and is off.
+        if not torch.isfinite(loss):
+            raise FloatingPointError(self._describe_failure(model, inputs, loss))
+        return loss
+
+    def _describe_failure(self, model, inputs: dict, loss: torch.Tensor) -> str:
+        number = len(inputs["input_ids"])
+        failed = list(range(number))
+        if self.accelerator.num_processes == 1:  # a model on several devices may not run on one of them alone
+            rows = [{name: value[row : row + 1] for name, value in inputs.items()} for row in failed]
+            with torch.no_grad(), self.compute_loss_context_manager():
+                losses = [self.compute_loss(model, self._prepare_inputs(row)) for row in rows]
+            failed = [row for row, value in enumerate(losses) if not torch.isfinite(value)] or failed
+        begins = "; ".join(" ".join(map(str, inputs["input_ids"][row, :8].tolist())) for row in failed[:3])
+        remedy = "look at these rows of the text, or leave them out"
+        if len(failed) == number:
+            remedy = "as no row is spared, lower the learning rate, or compute in float32"
+        return (
+            f"The loss of step {self.state.global_step + 1} (stage {self.stage}) is {loss.item()}, for {len(failed)} of "
+            f"the {number} rows in the batch, which begin with the tokens {begins}{' ...' if len(failed) > 3 else ''}. The "
+            f"step is not made, and checkpoints are as they were: {remedy}."
+        )
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """

@@ -1,19 +1,28 @@
 """Outputs that are written whole or not at all."""
 
+import errno
+import hashlib
+import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 
 __all__ = [
     "check_output_file",
     "check_output_folder",
+    "explained_disk_errors",
     "format_markdown",
+    "hash_file",
     "last_complete_checkpoint",
     "replace_folder",
+    "seal_folder",
     "whole_folder",
     "write_whole",
 ]
@@ -66,6 +75,45 @@ def format_markdown(lines: list[list[str]], left: int = 0) -> str:
     return "\n".join(texts)
 
 
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+SEAL = "checksums.json"
+
+
+@contextmanager
+def explained_disk_errors(folder: Path) -> Iterator[None]:
+    """
+    Say what could not be written, and how much room there is, when the disk is full.
+
+    The errors of safetensors and torch then are no `OSError`, and that of torch does not say what the matter is.
+
+    Args:
+        folder (`Path`): what is written in the block.
+
+    Raises:
+        `OSError`: the disk or the quota is full, a file is larger than allowed, or the disk fails.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        free = shutil.disk_usage(folder.parent).free
+        number = error.errno if isinstance(error, OSError) else _disk_error_number(str(error), free)
+        if number not in DISK_ERRORS:
+            raise
+        raise OSError(
+            number,
+            f"{os.strerror(number)}: {str(folder)!r} cannot be written, its disk has {free / 2**20:,.1f} MiB left. Make "
+            "room and run the same command again, with --resume where it has it",
+        ) from error
+
+
+def _disk_error_number(message: str, free: int) -> int | None:
+    if found := re.search(r"\(os error (\d+)\)", message):  # safetensors
+        return int(found.group(1))
+    if "unexpected pos" in message or "PytorchStreamWriter" in message:  # torch, which does not say why
+        return errno.ENOSPC if free < 2**20 else errno.EIO
+    return None
+
+
 @contextmanager
 def whole_folder(output: Path, overwrite: bool = False) -> Iterator[Path]:
     """
@@ -86,7 +134,8 @@ def whole_folder(output: Path, overwrite: bool = False) -> Iterator[Path]:
     folder = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
     try:
         folder.chmod(0o777 & ~_umask())
-        yield folder
+        with explained_disk_errors(output):
+            yield folder
         replace_folder(folder, output)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -121,18 +170,52 @@ def write_whole(path: Path, content: str | bytes) -> None:
         raise
 
 
+def hash_file(path: Path) -> str:
+    """SHA-256 of a file."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while part := file.read(2**20):
+            digest.update(part)
+    return digest.hexdigest()
+
+
+def seal_folder(folder: Path) -> None:
+    """Write `checksums.json`: that all files of a folder are there, and what each was."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != SEAL)
+    hashes = {path.relative_to(folder).as_posix(): hash_file(path) for path in files}
+    write_whole(folder / SEAL, json.dumps(hashes, indent=2) + "\n")
+
+
 def last_complete_checkpoint(folder: Path) -> str | None:
     """
-    The last checkpoint of a `Trainer` whose save was not cut short: the trainer's state is what it writes last.
+    The last checkpoint of a `Trainer` whose save was not cut short: which has been sealed.
 
     Args:
         folder (`Path`): the `output_dir` of the trainer.
 
     Returns:
         `str` or `None`: the checkpoint's folder, nothing if there is none.
+
+    Raises:
+        `ValueError`: one of its files is missing or not as it was written; the message names it.
     """
-    complete = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json")]
-    return str(max(complete, key=lambda path: int(path.name.split("-")[1]))) if complete else None
+    complete = [path.parent for path in folder.glob(f"checkpoint-*/{SEAL}")]
+    if not complete:
+        return None
+    last = max(complete, key=lambda path: int(path.name.split("-")[1]))
+    try:
+        hashes = json.loads((last / SEAL).read_text())
+    except ValueError:
+        hashes = {SEAL: ""}
+    for name, expected in hashes.items():
+        path = last / name
+        if not path.is_file() or hash_file(path) != expected:
+            state = "corrupt" if path.is_file() else "missing"
+            raise ValueError(
+                f"The checkpoint {str(last)!r} is damaged, its file {name!r} is {state}: delete that folder, and the same "
+                "command with --resume goes on from the checkpoint before, or from the start."
+            )
+    return str(last)
 
 
 def _umask() -> int:

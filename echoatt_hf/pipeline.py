@@ -22,9 +22,9 @@ from .distillation import EchoAttTrainer, EchoAttTrainingArguments
 from .evaluation import evaluate_model
 from .hub import write_model_card
 from .modeling_echoatt import EchoAttForCausalLM
-from .outputs import format_markdown, last_complete_checkpoint, write_whole
+from .outputs import format_markdown, write_whole
 from .preparation import check_plan, choose_plan, convert_tuned, load_rows
-from .runs import describe_environment, processes, unfinished_run, without_paths
+from .runs import describe_environment, processes, train_from_last_checkpoint, unfinished_run, without_paths
 from .settings import CompressionSettings, DataSettings, DistillationSettings, StoreSettings, StudentSettings
 from .sharing import SharingPlan
 from .similarity import AttentionSimilarity, measure_on_rows
@@ -348,7 +348,7 @@ def distill(
     # Several processes would not all be told of Ctrl-C in the same step.
     is_alone = trainer.accelerator.num_processes == 1
     with _finish_step_on_interrupt(callback) if is_alone else nullcontext():
-        trainer.train(resume_from_checkpoint=last_complete_checkpoint(checkpoints))
+        train_from_last_checkpoint(trainer)
     student.config.use_cache = use_cache  # which `Trainer` turns off
     if callback.interrupted:
         raise DistillationInterrupted

@@ -10,19 +10,68 @@ from pathlib import Path
 import torch
 import transformers
 from accelerate import PartialState
+from transformers import ProgressCallback, Trainer, TrainerCallback, TrainerState
 
 from .configuration_echoatt import ECHOATT_VERSION
-from .outputs import check_output_file, check_output_folder, replace_folder, write_whole
+from .outputs import (
+    check_output_file,
+    check_output_folder,
+    explained_disk_errors,
+    last_complete_checkpoint,
+    replace_folder,
+    seal_folder,
+    write_whole,
+)
 from .settings import CompressionSettings
 from .teachers import default_device
 
 
-__all__ = ["describe_environment", "processes", "resumable_search", "unfinished_run", "without_paths"]
+__all__ = [
+    "describe_environment",
+    "processes",
+    "resumable_search",
+    "train_from_last_checkpoint",
+    "unfinished_run",
+    "without_paths",
+]
 
 
 def processes() -> PartialState:
     """`PartialState`: the processes that were launched together, as by `accelerate launch`, and which one this is."""
     return PartialState(cpu=default_device() == "cpu")
+
+
+def train_from_last_checkpoint(trainer: Trainer) -> None:
+    """
+    Train from the last complete checkpoint in the trainer's `output_dir`, or from the start if there is none.
+
+    Checkpoints are sealed as they become complete. From that of the last step nothing is trained; `Trainer` itself would
+    make one step more.
+
+    Raises:
+        `ValueError`: the checkpoint has a file that is not as it was written.
+    """
+    trainer.add_callback(_SealCheckpoints())
+    checkpoint = last_complete_checkpoint(Path(trainer.args.output_dir))
+    if checkpoint is not None:
+        state = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
+        if state.global_step >= trainer.args.max_steps:
+            trainer._load_from_checkpoint(checkpoint)
+            trainer.state = state
+            return
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint)
+    finally:
+        for callback in trainer.callback_handler.callbacks:
+            if isinstance(callback, ProgressCallback) and callback.training_bar is not None:
+                callback.training_bar.close()  # which `Trainer` leaves open when it fails, over what is said of it
+
+
+class _SealCheckpoints(TrainerCallback):
+    def on_save(self, args, state, control, **kwargs):
+        processes().wait_for_everyone()  # each may write a part
+        if state.is_world_process_zero:
+            seal_folder(Path(args.output_dir) / f"checkpoint-{state.global_step}")
 
 
 @contextmanager
@@ -64,7 +113,8 @@ def unfinished_run(
             "on a file system that all machines share."
         )
     try:
-        yield work
+        with explained_disk_errors(output):
+            yield work
     except Exception as error:
         if not state.is_main_process:
             raise
@@ -78,11 +128,13 @@ def unfinished_run(
     state.wait_for_everyone()
     if state.is_main_process:
         replace_folder(work / result, output)
+        (work / "settings.json").unlink()  # without which nothing resumes from what is left if this is the end
         shutil.rmtree(work)
 
 
 def _work_folder(output: Path) -> Path:
     return output.with_name(output.name + ".partial")
+
 
 
 def _open_work_folder(

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from .data import collate_rows
 from .evaluation import inference
 from .losses import merge_rest
-from .outputs import write_whole
+from .outputs import hash_file, write_whole
 from .runs import describe_environment
 
 
@@ -134,8 +134,8 @@ def write_stored_teacher(
     Write what a teacher says of each token of some rows, to be read as a [`StoredTeacher`].
 
     The folder holds `manifest.json`, `held_out.safetensors` and the shards `shard-00000.safetensors`, ..., each written
-    whole or not at all. In a folder whose store is not finished the shards that are there are checked and kept, and the
-    store becomes byte for byte what it would have become without the stop.
+    whole or not at all. Shards that are there, of a run that was stopped, are checked and kept, and the store becomes byte
+    for byte what it would have become without the stop.
 
     Args:
         folder (`str` or `Path`):
@@ -163,9 +163,8 @@ def write_stored_teacher(
         `dict`: content of `manifest.json`.
 
     Raises:
-        `FileExistsError`: the folder holds a finished store.
         `ValueError`: there are no rows, they differ in length, `top_k` does not fit the vocabulary, the teacher gives
-            NaN, or an unfinished store was made of something else or has a file that is not as it was written.
+            NaN, or the store that is there was made of something else or has a file that is not as it was written.
     """
     folder, iterator = Path(folder), iter(rows)
     first = next(iterator, None)
@@ -183,6 +182,7 @@ def write_stored_teacher(
         "tokenizer_sha256": hash_tokenizer(tokenizer),
         "vocab_size": vocab_size,
         "row_length": len(first["input_ids"]),
+        "shard_rows": shard_rows,
         "top_k": top_k,
         "temperature": 1.0,
         "missing_mass": MISSING_MASS,
@@ -222,9 +222,7 @@ def write_stored_teacher(
             shards[number : number + 1] = [entry]
             _write_manifest(folder, header | {"shards": shards})
     if len(shards) > number + 1:
-        raise ValueError(
-            f"The text has fewer rows than the unfinished store {str(folder)!r}: start anew with --overwrite."
-        )
+        raise ValueError(f"The text has fewer rows than the store {str(folder)!r}: start anew with --overwrite.")
     held_out = np.asarray([row["input_ids"] for row in held_out_rows], id_dtype)
     count = sum(shard["rows"] for shard in shards)
     manifest = header | {
@@ -282,16 +280,15 @@ def _stack_shards(rows: Iterator[dict], shard_rows: int) -> Iterator[np.ndarray]
 def _finished_shards(folder: Path, header: dict) -> list[dict]:
     """Entries of the shards that are there, of a store that must have been begun with the same header."""
     folder.mkdir(parents=True, exist_ok=True)
-    for cut_short in folder.glob(".*"):  # what a killed run was writing
-        cut_short.unlink()
+    for pattern in (".*.safetensors.*", f".{MANIFEST}.*"):  # what a killed run was writing
+        for file in folder.glob(pattern):
+            file.unlink()
     if not (folder / MANIFEST).exists():
         return []
     found = _read_manifest(folder)
-    if "data_sha256" in found:
-        raise FileExistsError(f"{str(folder)!r} holds a finished stored teacher: choose another folder.")
     if changed := [name for name, value in header.items() if found.get(name) != value]:
         raise ValueError(
-            f"The unfinished store {str(folder)!r} was made of something else: {', '.join(changed)} changed. Start anew "
+            f"The store {str(folder)!r} was made of something else: {', '.join(changed)} changed. Start anew "
             "with --overwrite."
         )
     return found["shards"]
@@ -310,11 +307,7 @@ def _check_file(folder: Path, entry: dict, remedy: str) -> None:
     path = folder / entry["file"]
     if not path.exists():
         raise FileNotFoundError(f"{str(path)!r} of the stored teacher is missing: {remedy}.")
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while part := file.read(2**20):
-            digest.update(part)
-    if digest.hexdigest() != entry["sha256"]:
+    if hash_file(path) != entry["sha256"]:
         size = path.stat().st_size
         found = "its content has changed" if size == entry["bytes"] else f"{size:,} of {entry['bytes']:,} bytes"
         raise ValueError(f"{str(path)!r} of the stored teacher is corrupt ({found}): {remedy}.")

@@ -31,7 +31,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast,
 
 from echoatt_hf.data import STDLIB, collate_rows, load_documents, pack_rows, split_documents
 from echoatt_hf.evaluation import evaluate_model
-from echoatt_hf.outputs import last_complete_checkpoint
+from echoatt_hf.runs import train_from_last_checkpoint
 
 
 END_OF_TEXT = "<|endoftext|>"
@@ -133,7 +133,7 @@ def train(arguments: argparse.Namespace, model: LlamaForCausalLM, rows, checkpoi
         train_dataset=rows,
         data_collator=collate_rows,
     )
-    trainer.train(resume_from_checkpoint=last_complete_checkpoint(checkpoints))
+    train_from_last_checkpoint(trainer)
     return [entry for entry in trainer.state.log_history if "loss" in entry]
 
 

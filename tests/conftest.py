@@ -68,8 +68,9 @@ def pytest_collection_modifyitems(config, items):
     expression = config.option.markexpr
     if not expression:
         for item in items:
-            if item.get_closest_marker("slow"):
-                item.add_marker(pytest.mark.skip(reason="slow: ask for it with -m slow"))
+            for name in ("slow", "faults"):
+                if item.get_closest_marker(name):
+                    item.add_marker(pytest.mark.skip(reason=f"{name}: ask for it with -m {name}"))
     if "families" not in expression:
         left_out = {item for item in items if item.get_closest_marker("families") and not is_always_run(item)}
         config.hook.pytest_deselected(items=list(left_out))

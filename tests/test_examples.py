@@ -326,3 +326,26 @@ def test_the_comparison_is_a_share_of_the_tokens_of_the_paper(example):
     assert "before any training" in report.describe(report.compare(runs, 0.4))
     runs[1]["curve"] = [(0, 20), (100, 16)]
     assert "does not reach" in report.describe(report.compare(runs, 0.4))
+
+
+# Stored teachers.
+
+
+def test_stored_teachers_are_measured(study, example, monkeypatch, capsys):
+    folder, _ = study
+    monkeypatch.chdir(folder)
+    few = ["--top-k", "3", "200", "--steps", "4", "--rounds", "1", "--row-length", "16", "--evaluation-rows", "4"]
+    example("measure_stored_teacher").main(
+        ["--teacher", "teacher", "--data", "text", "--ratio", "0.33", "--batch-size", "2", *few]
+    )
+    output = capsys.readouterr().out
+    quality, speed = (table.splitlines() for table in output.split("\n\n")[-3:-1])
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in quality[2:]]
+    names = ["live", "top 3", "top 200", "top 3, renormalised", "top 200, renormalised"]
+    assert [line[0] for line in cells] == names
+    assert [line[1] for line in cells] == ["", "16", "804", "16", "804"]
+    perplexity = {line[0]: float(line[3]) for line in cells}
+    assert perplexity["top 200"] == pytest.approx(perplexity["live"], rel=0.01)
+    assert perplexity["top 3, renormalised"] != perplexity["top 3"]
+    assert [line.strip("|").split("|")[0].strip() for line in speed[2:]] == ["live", "top 3", "top 200"]
+    assert "tokens/s" in speed[0] and "uses" in speed[-1] or "never" in speed[-1]
