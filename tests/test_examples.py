@@ -326,3 +326,23 @@ def test_the_comparison_is_a_share_of_the_tokens_of_the_paper(example):
     assert "before any training" in report.describe(report.compare(runs, 0.4))
     runs[1]["curve"] = [(0, 20), (100, 16)]
     assert "does not reach" in report.describe(report.compare(runs, 0.4))
+
+
+@pytest.mark.slow
+def test_measure_loss_memory(tmp_path):
+    script = [
+        sys.executable,
+        str(ROOT / "examples" / "measure_loss_memory.py"),
+        "--output",
+        str(tmp_path / "memory.json"),
+    ]
+    result = subprocess.run(
+        [*script, "--vocab-sizes", "20000", "--tokens", "4096", "--repeats", "1"],
+        env=process_environment(), capture_output=True, text=True, timeout=300, check=True,
+    )  # fmt: skip
+    assert "tokens/s" in result.stdout
+    (found,) = json.loads((tmp_path / "memory.json").read_text())["results"]
+    peaks = found["peak_bytes"]
+    whole, chunks = (peaks[how] - peaks["states"] for how in ("whole", "chunks"))
+    assert whole > 4 * 4096 * 20_000  # at the least the logits in float32
+    assert 0 < chunks < whole / 2
