@@ -136,7 +136,6 @@ def _work_folder(output: Path) -> Path:
     return output.with_name(output.name + ".partial")
 
 
-
 def _open_work_folder(
     output: Path,
     settings: str,

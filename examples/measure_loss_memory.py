@@ -1,8 +1,8 @@
 """
 Memory and time of a training step with a teacher, with the losses in chunks and from all logits at once.
 
-Memory is what a step needs beyond a step that stops at the last hidden states but has all parameters, gradients and hidden
-states: the peak of the process on a CPU, each step in one of its own, and of what is allocated on a GPU, if there is one.
+Memory is what a step needs beyond one with all parameters, gradients and hidden states but the logits of one token in a
+row: the peak of the process on a CPU, each step in one of its own, and of what is allocated on a GPU, if there is one.
 Time is that of the same steps, one by one in turn in one process.
 """
 
@@ -55,9 +55,8 @@ def step(trainer: EchoAttTrainer, tokens: int, how: str) -> None:
         parameter.grad = torch.zeros_like(parameter)
     if how == "states":
         with torch.no_grad():
-            teacher_states = trainer.teacher.model(batch).last_hidden_state
-        states = model.language_model.model(batch).last_hidden_state
-        loss = (states - teacher_states).square().mean()
+            expected = trainer.teacher(batch, logits_to_keep=1).logits
+        loss = (model(batch, logits_to_keep=1).logits - expected).square().mean()
     else:
         loss = trainer.compute_loss(model, {"input_ids": batch, "labels": batch}, return_outputs=how == "whole")
         loss = loss[0] if how == "whole" else loss

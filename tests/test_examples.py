@@ -349,3 +349,23 @@ def test_stored_teachers_are_measured(study, example, monkeypatch, capsys):
     assert perplexity["top 3, renormalised"] != perplexity["top 3"]
     assert [line.strip("|").split("|")[0].strip() for line in speed[2:]] == ["live", "top 3", "top 200"]
     assert "tokens/s" in speed[0] and "uses" in speed[-1] or "never" in speed[-1]
+
+
+@pytest.mark.slow
+def test_measure_loss_memory(tmp_path):
+    script = [
+        sys.executable,
+        str(ROOT / "examples" / "measure_loss_memory.py"),
+        "--output",
+        str(tmp_path / "memory.json"),
+    ]
+    result = subprocess.run(
+        [*script, "--vocab-sizes", "20000", "--tokens", "4096", "--repeats", "1"],
+        env=process_environment(), capture_output=True, text=True, timeout=300, check=True,
+    )  # fmt: skip
+    assert "tokens/s" in result.stdout
+    (found,) = json.loads((tmp_path / "memory.json").read_text())["results"]
+    peaks = found["peak_bytes"]
+    whole, chunks = (peaks[how] - peaks["states"] for how in ("whole", "chunks"))
+    assert whole > 4 * 4096 * 20_000  # at the least the logits in float32
+    assert 0 < chunks < whole / 2

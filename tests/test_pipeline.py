@@ -390,6 +390,7 @@ BAD_INPUT = {
     "no steps": (["--steps", "0"], "steps is 0"),
     "batch that cannot be split": (["--batch-size", "4", "--accumulation-steps", "3"], "does not divide"),
     "weight below 0": (["--kl-weight", "-1"], "kl_weight is -1"),
+    "divergence that is none": (["--divergence", "backward"], "divergence is 'backward'"),
     "attention weight below 0": (["--attention-weight", "-1"], "attention_weight is -1"),
     "attention weight without echo layers": (["--plan", "0,1,2,3,4,5", "--attention-weight", "1"], "no echo layers"),
     "rank below 0": (["--lora-rank", "-1"], "lora_rank is -1"),
