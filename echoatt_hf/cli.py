@@ -102,7 +102,8 @@ def compress(
     resume: Resume = False,
 ) -> None:
     """Make a student from a teacher: analyze, plan, convert, distill, evaluate."""
-    from .pipeline import compress, format_table
+    from .card import format_table
+    from .pipeline import compress
     from .sharing import SharingPlan
 
     settings = CompressionSettings(
@@ -217,7 +218,8 @@ def distill(
     resume: Resume = False,
 ) -> None:
     """Distil a student from its teacher in two stages."""
-    from .pipeline import distill_student, format_table
+    from .card import format_table
+    from .pipeline import distill_student
 
     report = distill_student(student, teacher, data, distillation, output, overwrite=overwrite, resume=resume)
     print(f"\n{format_table(report['results'])}\n\nwritten to {output}")
@@ -272,6 +274,7 @@ def zero_shot(
 ) -> None:
     """Evaluate a model on multiple choice, last words and minimal pairs, by the rules of lm-evaluation-harness."""
     from .outputs import check_output_file, write_whole
+    from .runs import without_paths
     from .teachers import default_device, load_model, load_tokenizer
     from .zero_shot import evaluate_zero_shot, format_zero_shot, read_zero_shot_tasks
 
@@ -283,7 +286,8 @@ def zero_shot(
     results = evaluate_zero_shot(loaded, tokenizer, tasks, batch_size=batch_size, limit=limit, progress=True)
     print(format_zero_shot(results))
     if output is not None:
-        write_whole(output, json.dumps({"model": model, "limit": limit, "results": results}, indent=2) + "\n")
+        measured = without_paths({"model": model, "limit": limit, "results": results})
+        write_whole(output, json.dumps(measured, indent=2) + "\n")
         print(f"\nwritten to {output}")
 
 

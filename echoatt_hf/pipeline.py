@@ -16,22 +16,22 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 
 from .adapters import add_lora, merge_lora
 from .alignment import find_echoes, get_parameters, replace_parameter
+from .card import write_model_card
 from .conversion import count_kv_bytes_per_token
 from .data import collate_rows
 from .distillation import EchoAttTrainer, EchoAttTrainingArguments
 from .evaluation import evaluate_model
-from .hub import write_model_card
 from .modeling_echoatt import EchoAttForCausalLM
-from .outputs import format_markdown, last_complete_checkpoint, write_whole
+from .outputs import last_complete_checkpoint, write_whole
 from .preparation import check_plan, choose_plan, convert_tuned, load_rows
-from .runs import describe_environment, unfinished_run, without_paths
+from .runs import describe_data, describe_environment, describe_teacher, unfinished_run, without_paths
 from .settings import CompressionSettings, DataSettings, DistillationSettings, StudentSettings
 from .sharing import SharingPlan
 from .similarity import AttentionSimilarity, measure_on_rows
 from .teachers import default_device, load_model, load_tokenizer
 
 
-__all__ = ["DistillationInterrupted", "compress", "distill", "distill_student", "format_table", "write_student"]
+__all__ = ["DistillationInterrupted", "compress", "distill", "distill_student", "write_student"]
 
 
 class DistillationInterrupted(KeyboardInterrupt):
@@ -190,6 +190,8 @@ def _distill_and_write(
     )
     report = {
         "settings": without_paths(asdict(settings)),
+        "teacher": describe_teacher(models.teacher, "main"),
+        "data": describe_data(settings.data),
         "plan": SharingPlan(models.student.config.echo_sources).to_dict(),
         **facts,
         "results": evaluations.results(),
@@ -260,40 +262,13 @@ def distill(
     return trainer
 
 
-def format_table(results: list[dict]) -> str:
-    """
-    The results of a run as a Markdown table, which also reads well in a terminal.
-
-    Args:
-        results (`list[dict]`): entries of `report["results"]`.
-
-    Returns:
-        `str`: lines of the table.
-    """
-    header = ["", "perplexity", "bits/byte", "agreement", "KL (nats)", "parameters", "KV bytes/token"]
-    lines = [header]
-    for entry in results:
-        lines.append(
-            [
-                entry["name"],
-                f"{entry['perplexity']:.3f}",
-                f"{entry['bits_per_byte']:.4f}",
-                f"{entry['agreement']:.1%}",
-                f"{entry['kl']:.4f}",
-                f"{entry['parameters']:,}",
-                f"{entry['kv_bytes_per_token']:,}",
-            ]
-        )
-    return format_markdown(lines)
-
-
 def write_student(folder: Path, student: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, report: dict) -> None:
     """Write a student with its tokenizer, report, plan and model card."""
     student.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     write_whole(folder / "sharing_plan.json", json.dumps(report["plan"], indent=2) + "\n")
     write_whole(folder / "report.json", json.dumps(report, indent=2) + "\n")
-    write_model_card(folder, report, format_table(report["results"]))
+    write_model_card(folder)
 
 
 def _training_arguments(settings: DistillationSettings, output_dir: Path) -> EchoAttTrainingArguments:
