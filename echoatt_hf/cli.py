@@ -304,6 +304,39 @@ def _parse_tasks(arguments: list[str]) -> dict[str, str]:
 
 
 @app.command()
+@with_settings()
+def push(
+    folder: Annotated[
+        Path, typer.Argument(help="Folder of a student, as `echoatt compress` writes it.", metavar="DIR")
+    ],
+    repository: Annotated[str, typer.Argument(help="Repository of the Hub, with its owner.", metavar="REPO")],
+    private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
+    revision: Annotated[str | None, typer.Option(help="Branch to push to, made if it is not there.")] = None,
+    create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request instead.")] = False,
+    license: Annotated[
+        str | None, typer.Option(help="Licence, by the Hub's name; if not given, that of the card or of the teacher.")
+    ] = None,
+    commit_message: Annotated[str, typer.Option(help="Title of the commit.")] = "Upload EchoAtt student",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything and list what would be sent.")] = False,
+) -> None:
+    """Publish a student on the Hub, in one commit, after checks of all that is sent."""
+    from .hub import push_student
+
+    print(
+        push_student(
+            folder,
+            repository,
+            private=private or None,
+            revision=revision,
+            create_pr=create_pr,
+            license=license,
+            commit_message=commit_message,
+            dry_run=dry_run,
+        )
+    )
+
+
+@app.command()
 def env() -> None:
     """Print versions and hardware, to paste into an issue."""
     from importlib.metadata import version
