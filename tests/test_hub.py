@@ -1,5 +1,6 @@
 """Publishing a student: what is checked, what is sent, and that it loads anywhere. The client is the real one."""
 
+import importlib
 import json
 import os
 import shutil
@@ -486,3 +487,94 @@ def test_trainer_folder_can_be_pushed_with_the_checks(trained, online, quick):
     _, home = trained
     published = push_student(home / "distilled", REPOSITORY)
     assert "training_args.bin" in published.left_out and "checkpoint-2/" in published.left_out
+
+
+# The examples
+
+
+def example(name, monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "examples"))
+    return importlib.import_module(name)
+
+
+def test_example_lists_and_pushes_a_student(online, folder, quick, monkeypatch, capsys):
+    main = example("push_to_hub", monkeypatch).main
+    publishing.write_model_card(folder, license="mit")
+    main([REPOSITORY, "--folder", str(folder)])
+    assert "model.safetensors" in capsys.readouterr().out and online.repositories == {}
+    main([REPOSITORY, "--folder", str(folder), "--publish"])
+    assert online.repositories[REPOSITORY].private
+
+
+@pytest.mark.slow
+def test_example_makes_the_student_it_pushes(online, quick, monkeypatch, tmp_path):
+    example("push_to_hub", monkeypatch).main(
+        [REPOSITORY, "--folder", str(tmp_path / "new"), "--steps", "1", "--publish"]
+    )
+    data = ModelCard(files_of(online)["README.md"].content.decode()).data
+    assert (data.license, data.language) == ("apache-2.0", "code")
+
+
+@pytest.mark.slow
+def test_example_loads_a_student_in_both_ways(online, folder, quick, tmp_path):
+    push_student(folder, REPOSITORY, license="mit")
+    oid = online.repositories[REPOSITORY].find("main").oid
+    script = str(Path(__file__).parents[1] / "examples" / "load_from_hub.py")
+    printed = []
+    for plugin, arguments in ((True, []), (False, ["--trust-remote-code"])):
+        run = 'import runpy, sys\nsys.argv = sys.argv[1:]\nrunpy.run_path(sys.argv[0], run_name="__main__")'
+        result = in_process(run, online, tmp_path, script, REPOSITORY, *arguments, plugin=plugin)
+        assert result.returncode == 0, result.stderr
+        assert f"revision {oid}" in result.stdout and "2 echo layers" in result.stdout
+        printed.append(result.stdout.splitlines())
+    assert printed[0][1].startswith("echoatt_hf.") and printed[1][1].startswith("transformers_modules.")
+    assert printed[0][2:] == printed[1][2:]
+
+
+@pytest.fixture(scope="module")
+def pair(saved, tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        app = example("app_gradio", patch)
+    teacher = tmp_path_factory.mktemp("teacher")
+    make_teacher(num_hidden_layers=5, vocab_size=300).save_pretrained(teacher)
+    return app, app.load_pair(str(teacher), str(saved))
+
+
+def test_app_shows_both_texts_speeds_and_the_heat_map(pair):
+    app, models = pair
+    *texts, teacher_speed, student_speed, image = app.compare(models, "Once upon", 6, 0)
+    for text, model in zip(texts, (models.teacher, models.student), strict=True):
+        ids = models.tokenizer("Once upon", return_tensors="pt")
+        expected = model.generate(**ids, max_new_tokens=6, do_sample=False)[0, ids["input_ids"].shape[1] :]
+        assert text == models.tokenizer.decode(expected, skip_special_tokens=True)
+    assert f"{models.teacher.num_parameters():,} parameters" in teacher_speed
+    assert f"{models.student.num_parameters():,} parameters" in student_speed and float(student_speed.split()[0]) > 0
+    assert Path(image).read_bytes().startswith(b"\x89PNG")
+    assert (
+        app.generate(models.student, models.tokenizer, "Once", 6, 1.0)[0]
+        == app.generate(models.student, models.tokenizer, "Once", 6, 1.0)[0]
+    )  # sampling starts from the same seed on both sides
+    with pytest.raises(ValueError, match="The prompt is empty"):
+        app.generate(models.student, models.tokenizer, "", 6, 0)
+
+
+def test_app_without_gradio_needs_it_only_for_the_page(pair, monkeypatch):
+    app, models = pair
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    with pytest.raises(ImportError):
+        app.build_app(models)
+    monkeypatch.setattr(sys, "argv", ["app.py"])
+    with pytest.raises(SystemExit, match="name a teacher and a student"):
+        app.main()
+
+
+def test_page_of_the_app(pair):
+    gradio = pytest.importorskip("gradio")
+    app, models = pair
+    page = app.build_app(models)
+    assert isinstance(page, gradio.Blocks)
+    [click] = page.fns.values()
+    assert len(click.inputs) == 3 and [type(part).__name__ for part in click.outputs] == [
+        *("Textbox", "Textbox", "Markdown", "Markdown", "Image")
+    ]
+    assert len(click.fn("Once upon", 4, 0)) == len(click.outputs)
