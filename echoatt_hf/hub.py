@@ -160,7 +160,7 @@ def push_model(
     model: EchoAttPreTrainedModel,
     repo_id: str,
     *,
-    commit_message: str = "Upload model",
+    commit_message: str | None = None,
     commit_description: str | None = None,
     private: bool | None = None,
     token: str | None = None,
@@ -176,6 +176,7 @@ def push_model(
     of it, and checks before, see [`push_student`].
     """
     api = HfApi(token=token)
+    tags = [*(model.model_tags or []), *([tags] if isinstance(tags, str) else tags or [])]
     with tempfile.TemporaryDirectory() as staging:
         staged = Path(staging)
         model.save_pretrained(staged, max_shard_size=max_shard_size)
@@ -184,7 +185,8 @@ def push_model(
         old = _remote_card(api, repo_id, revision)
         write_whole(staged / "README.md", make_card(staged, old, repo_id=repo_id, tags=tags))
         _check_files(staged, staged, repo_id)
-        return _send(staged, api, repo_id, private, revision, create_pr, commit_message, commit_description)
+        message = commit_message or "Upload model"
+        return _send(staged, api, repo_id, private, revision, create_pr, message, commit_description)
 
 
 class PublishingCallback(TrainerCallback):

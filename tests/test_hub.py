@@ -41,7 +41,8 @@ def saved(tmp_path_factory):
     student, report = convert(make_teacher(num_hidden_layers=5, vocab_size=300), PLAN)
     student.save_pretrained(folder)
     tokenizer = train_byte_level_bpe(["Once upon a time"] * 3, 290, ["<|endoftext|>"])
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>").save_pretrained(folder)
+    special = {"eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>"}
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder)
     (folder / "conversion.json").write_text(json.dumps(report.to_dict()))
     return folder
 
