@@ -43,6 +43,7 @@ _MODULES = {
     "data": ["collate_rows", "load_documents", "pack_rows", "split_documents"],
     "distillation": ["EchoAttTrainer", "EchoAttTrainingArguments"],
     "evaluation": ["compute_agreement", "compute_perplexity", "evaluate_model", "metric_path"],
+    "hub": ["PublishingCallback", "push_student"],
     "pipeline": ["compress"],
     "planning": ["plan_from_similarity"],
     "refit": ["refit_outputs"],

@@ -107,7 +107,8 @@ def compress(
     resume: Resume = False,
 ) -> None:
     """Make a student from a teacher: analyze, plan, convert, distill, evaluate."""
-    from .pipeline import compress, format_table
+    from .card import format_table
+    from .pipeline import compress
     from .sharing import SharingPlan
 
     settings = CompressionSettings(
@@ -253,7 +254,8 @@ def distill(
     resume: Resume = False,
 ) -> None:
     """Distil a student from its teacher in two stages, in one process or under `accelerate launch`."""
-    from .pipeline import distill_student, format_table
+    from .card import format_table
+    from .pipeline import distill_student
     from .runs import processes
 
     report = distill_student(
@@ -312,6 +314,7 @@ def zero_shot(
 ) -> None:
     """Evaluate a model on multiple choice, last words and minimal pairs, by the rules of lm-evaluation-harness."""
     from .outputs import check_output_file, write_whole
+    from .runs import without_paths
     from .teachers import default_device, load_model, load_tokenizer
     from .zero_shot import evaluate_zero_shot, format_zero_shot, read_zero_shot_tasks
 
@@ -323,7 +326,8 @@ def zero_shot(
     results = evaluate_zero_shot(loaded, tokenizer, tasks, batch_size=batch_size, limit=limit, progress=True)
     print(format_zero_shot(results))
     if output is not None:
-        write_whole(output, json.dumps({"model": model, "limit": limit, "results": results}, indent=2) + "\n")
+        measured = without_paths({"model": model, "limit": limit, "results": results})
+        write_whole(output, json.dumps(measured, indent=2) + "\n")
         print(f"\nwritten to {output}")
 
 
@@ -337,6 +341,39 @@ def _parse_tasks(arguments: list[str]) -> dict[str, str]:
             raise ValueError(f"--task names {name!r} twice: give each file or folder a name of its own.")
         tasks[name] = path
     return tasks
+
+
+@app.command()
+@with_settings()
+def push(
+    folder: Annotated[
+        Path, typer.Argument(help="Folder of a student, as `echoatt compress` writes it.", metavar="DIR")
+    ],
+    repository: Annotated[str, typer.Argument(help="Repository of the Hub, with its owner.", metavar="REPO")],
+    private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
+    revision: Annotated[str | None, typer.Option(help="Branch to push to, made if it is not there.")] = None,
+    create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request instead.")] = False,
+    license: Annotated[
+        str | None, typer.Option(help="Licence, by the Hub's name; if not given, that of the card or of the teacher.")
+    ] = None,
+    commit_message: Annotated[str, typer.Option(help="Title of the commit.")] = "Upload EchoAtt student",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything and list what would be sent.")] = False,
+) -> None:
+    """Publish a student on the Hub, in one commit, after checks of all that is sent."""
+    from .hub import push_student
+
+    print(
+        push_student(
+            folder,
+            repository,
+            private=private or None,
+            revision=revision,
+            create_pr=create_pr,
+            license=license,
+            commit_message=commit_message,
+            dry_run=dry_run,
+        )
+    )
 
 
 @app.command()

@@ -13,6 +13,7 @@ from transformers.pytorch_utils import id_tensor_storage
 
 from .data import STORED_COLUMNS
 from .heads import OutputHead
+from .hub import PublishingCallback
 from .losses import (
     DIVERGENCES,
     LogitLosses,
@@ -23,7 +24,7 @@ from .losses import (
     relative_distance,
     target_mask,
 )
-from .modeling_echoatt import find_attention_modules
+from .modeling_echoatt import EchoAttPreTrainedModel, find_attention_modules
 from .stored_teacher import StoredTeacher
 
 
@@ -188,6 +189,8 @@ class EchoAttTrainer(Trainer):
         if model is not None:
             _check_trainable(model, teacher)
         super().__init__(model=model, args=args, **kwargs)
+        self._publishing = PublishingCallback(teacher)
+        self.add_callback(self._publishing)
         # `train` counts the target tokens of a batch only for models whose loss they divide.
         self.model_accepts_loss_kwargs = True
         # What is compiled is compiled whole.
@@ -351,6 +354,21 @@ class EchoAttTrainer(Trainer):
             logs["stage"] = 1 if self.state.global_step <= self.args.stage1_steps else 2
             self._parts = {}
         super().log(logs, start_time)
+
+    def create_model_card(
+        self, language=None, license=None, tags=None, model_name=None, finetuned_from=None, dataset=None, **kwargs
+    ) -> None:
+        """The card of a student, see [`make_card`]; of adapters and other models that of the base class."""
+        model = self.accelerator.unwrap_model(self.model)
+        if not isinstance(model, EchoAttPreTrainedModel):
+            options = {"tags": tags, "model_name": model_name, "finetuned_from": finetuned_from, "dataset": dataset}
+            return super().create_model_card(language=language, license=license, **options, **kwargs)
+        lists = {
+            name: [value] if isinstance(value, str) else value
+            for name, value in (("tags", tags), ("datasets", dataset))
+        }
+        options = {"language": language, "license": license, "title": model_name, "base_model": finetuned_from}
+        self._publishing.write(self.args, self.state, model, **options, **lists)
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None):
         """One schedule for each stage, the second scaled to `stage2_learning_rate`."""

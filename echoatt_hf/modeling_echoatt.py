@@ -600,6 +600,17 @@ class EchoAttPreTrainedModel(PreTrainedModel):
             self.config.auto_map = copy.deepcopy(_AUTO_MAP)
         super().save_pretrained(save_directory, **kwargs)
 
+    def push_to_hub(self, repo_id: str, **kwargs):
+        """
+        Push the model with the code that loads it and, where `echoatt_hf` is installed, a card that says what it is. See
+        [`~PreTrainedModel.push_to_hub`].
+        """
+        try:
+            from echoatt_hf.hub import push_model
+        except ImportError:
+            return super().push_to_hub(repo_id, **kwargs)
+        return push_model(self, repo_id, **kwargs)
+
 
 class EchoAttModel(EchoAttPreTrainedModel):
     """

@@ -16,15 +16,23 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 
 from .adapters import add_lora, merge_lora, share_weights
 from .alignment import find_echoes, get_parameters, replace_parameter
+from .card import write_model_card
 from .conversion import count_kv_bytes_per_token
 from .data import collate_rows
 from .distillation import EchoAttTrainer, EchoAttTrainingArguments
 from .evaluation import evaluate_model
-from .hub import write_model_card
 from .modeling_echoatt import EchoAttForCausalLM
-from .outputs import format_markdown, write_whole
+from .outputs import write_whole
 from .preparation import check_plan, choose_plan, convert_tuned, load_rows
-from .runs import describe_environment, processes, train_from_last_checkpoint, unfinished_run, without_paths
+from .runs import (
+    describe_data,
+    describe_environment,
+    describe_teacher,
+    processes,
+    train_from_last_checkpoint,
+    unfinished_run,
+    without_paths,
+)
 from .settings import CompressionSettings, DataSettings, DistillationSettings, StoreSettings, StudentSettings
 from .sharing import SharingPlan
 from .similarity import AttentionSimilarity, measure_on_rows
@@ -32,15 +40,7 @@ from .stored_teacher import StoredTeacher, write_stored_teacher
 from .teachers import BUILTIN_TEACHER, default_device, load_model, load_tokenizer
 
 
-__all__ = [
-    "DistillationInterrupted",
-    "compress",
-    "distill",
-    "distill_student",
-    "format_table",
-    "store_teacher",
-    "write_student",
-]
+__all__ = ["DistillationInterrupted", "compress", "distill", "distill_student", "store_teacher", "write_student"]
 
 # transformers renamed it.
 _CHECKPOINTING = (
@@ -171,7 +171,6 @@ def store_teacher(
         rows = rows.shuffle(seed=store.seed)
         if store.rows is not None:
             rows = rows.take(store.rows)
-        public = without_paths(asdict(settings))
         return write_stored_teacher(
             work / "store",
             teacher,
@@ -181,7 +180,11 @@ def store_teacher(
             top_k=store.top_k,
             shard_rows=store.shard_rows,
             batch_size=store.batch_size,
-            about={name: public[name] for name in ("teacher", "data")},
+            about={
+                "teacher": describe_teacher(teacher, "main"),
+                "text": describe_data(settings.data),
+                "data": without_paths(asdict(settings.data)),
+            },
             progress=True,
         )
 
@@ -221,13 +224,14 @@ def distill_student(
         `ValueError`: the student is not an EchoAtt model, or does not fit the teacher.
         `DistillationInterrupted`: see [`compress`]; several processes stop at once, without a checkpoint.
     """
-    stored = about = None
+    stored, about, facts = None, None, {}
     if stored_teacher is not None:
         if data != DataSettings():
             raise ValueError("A stored teacher brings its own text: leave out the options of the data.")
         stored = StoredTeacher(stored_teacher, progress=True)
         about = {name: value for name, value in stored.manifest.items() if name not in ("data", "shards")}
         about, data = {"folder": str(stored_teacher), **about}, DataSettings(**stored.manifest["data"])
+        facts = {"teacher": stored.manifest["teacher"], "data": stored.manifest["text"]}
     elif teacher is None:
         teacher = BUILTIN_TEACHER
     settings = StudentSettings(student, teacher, about, data, distillation)
@@ -249,7 +253,7 @@ def distill_student(
             if original is not None:
                 stored.check_teacher(original)
             train_rows, held_out_rows = stored, stored.held_out_rows
-        return _distill_and_write(work, models, train_rows, held_out_rows, settings, {})
+        return _distill_and_write(work, models, train_rows, held_out_rows, settings, facts)
 
 
 def _distill_and_write(
@@ -278,6 +282,8 @@ def _distill_and_write(
     )
     report = {
         "settings": without_paths(asdict(settings)),
+        "teacher": describe_teacher(models.teacher, "main") if models.teacher is not None else {},
+        "data": describe_data(settings.data),
         "plan": SharingPlan(models.student.config.echo_sources).to_dict(),
         **facts,
         "results": evaluations.results(),
@@ -357,33 +363,6 @@ def distill(
     return trainer
 
 
-def format_table(results: list[dict]) -> str:
-    """
-    The results of a run as a Markdown table, which also reads well in a terminal.
-
-    Args:
-        results (`list[dict]`): entries of `report["results"]`.
-
-    Returns:
-        `str`: lines of the table.
-    """
-    columns = {
-        "name": ("", ""),
-        "perplexity": ("perplexity", ".3f"),
-        "bits_per_byte": ("bits/byte", ".4f"),
-        "agreement": ("agreement", ".1%"),
-        "kl": ("KL (nats)", ".4f"),
-        "parameters": ("parameters", ","),
-        "kv_bytes_per_token": ("KV bytes/token", ","),
-    }
-    columns = {
-        key: column for key, column in columns.items() if key in results[0]
-    }  # no teacher, nothing to agree with
-    lines = [[title for title, _ in columns.values()]]
-    lines += [[format(entry[key], form) for key, (_, form) in columns.items()] for entry in results]
-    return format_markdown(lines)
-
-
 def write_student(
     folder: Path,
     student: PreTrainedModel,
@@ -391,12 +370,15 @@ def write_student(
     report: dict,
     state_dict: dict | None = None,
 ) -> None:
-    """Write a student, of which `state_dict` are the weights where it has parts of them, with its report and card."""
+    """
+    Write a student, of which `state_dict` are the weights where it has parts of them, with its tokenizer, report, plan
+    and model card.
+    """
     student.save_pretrained(folder, state_dict=state_dict)
     tokenizer.save_pretrained(folder)
     write_whole(folder / "sharing_plan.json", json.dumps(report["plan"], indent=2) + "\n")
     write_whole(folder / "report.json", json.dumps(report, indent=2) + "\n")
-    write_model_card(folder, report, format_table(report["results"]))
+    write_model_card(folder)
 
 
 def _training_arguments(settings: DistillationSettings, output_dir: Path) -> EchoAttTrainingArguments:

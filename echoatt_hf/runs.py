@@ -10,9 +10,12 @@ from pathlib import Path
 import torch
 import transformers
 from accelerate import PartialState
-from transformers import ProgressCallback, Trainer, TrainerCallback, TrainerState
+from huggingface_hub import try_to_load_from_cache
+from transformers import PreTrainedModel, ProgressCallback, Trainer, TrainerCallback, TrainerState
+from transformers.utils import CONFIG_NAME
 
 from .configuration_echoatt import ECHOATT_VERSION
+from .data import STDLIB
 from .outputs import (
     check_output_file,
     check_output_folder,
@@ -22,12 +25,14 @@ from .outputs import (
     seal_folder,
     write_whole,
 )
-from .settings import CompressionSettings
-from .teachers import default_device
+from .settings import CompressionSettings, DataSettings
+from .teachers import builtin_teacher_path, default_device
 
 
 __all__ = [
+    "describe_data",
     "describe_environment",
+    "describe_teacher",
     "processes",
     "resumable_search",
     "train_from_last_checkpoint",
@@ -194,6 +199,43 @@ def _commit() -> str:
     except (OSError, subprocess.CalledProcessError):
         return ""
     return result.stdout.strip()
+
+
+def describe_teacher(teacher: PreTrainedModel, revision: str | None = None) -> dict[str, str]:
+    """
+    What a report says of a teacher.
+
+    Args:
+        teacher (`PreTrainedModel`): the teacher.
+        revision (`str`, *optional*): the branch it was loaded from, whose commit is looked up in the cache of the Hub.
+
+    Returns:
+        `dict`: its `name`; of one from the Hub, its `repository` and, if the branch is known, its `revision`; of the
+        built-in one, its `license`. Empty of one that was made in memory.
+    """
+    name = teacher.name_or_path
+    if name == str(builtin_teacher_path()):
+        return {"name": "the built-in teacher of echoatt_hf", "license": "apache-2.0"}
+    if Path(name).exists():
+        return {"name": Path(name).resolve().name} if name else {}
+    cached = try_to_load_from_cache(name, CONFIG_NAME, revision=revision)
+    if not isinstance(cached, str):
+        return {"name": Path(name).name}
+    commit = {"revision": Path(cached).parent.name} if revision else {}
+    return {"name": name, "repository": name, **commit}
+
+
+def describe_data(settings: DataSettings) -> dict:
+    """What a report says of the text: `names` of its parts, `repositories` of the Hub, and the `language` where it is known."""
+    names, repositories = [], []
+    for name in settings.data:
+        is_local = Path(name).expanduser().exists()
+        if name != STDLIB and not is_local:
+            repositories.append(name)
+        stdlib = f"the standard library of Python {platform.python_version()}"
+        names.append(stdlib if name == STDLIB else Path(name).name if is_local else name)
+    described = {"names": names, "repositories": repositories}
+    return described | ({"language": "code"} if settings.data == [STDLIB] else {})
 
 
 def without_paths(settings: dict) -> dict:

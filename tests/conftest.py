@@ -13,6 +13,7 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 from families import FAMILIES, SIZES, VOCAB_SIZE  # noqa: E402
 from family_table import FamilyTable, is_always_run  # noqa: E402
+from hub_server import HubServer  # noqa: E402
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers  # noqa: E402
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel  # noqa: E402
 
@@ -140,6 +141,13 @@ def stories260k() -> Path:
     if not (folder / "model.safetensors").exists():
         pytest.skip("the weights of stories260k are not here")
     return folder
+
+
+@pytest.fixture
+def hub():
+    """A Hub of its own for each test."""
+    with HubServer() as server:
+        yield server
 
 
 class _DeprecationsFail(logging.Handler):

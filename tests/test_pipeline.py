@@ -13,6 +13,7 @@ import torch
 from conftest import process_environment, train_byte_level_bpe
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from echoatt_hf.card import find_gaps
 from echoatt_hf.outputs import replace_folder, whole_folder, write_whole
 
 
@@ -146,7 +147,7 @@ def test_card_has_no_gaps(compressed):
 
     folder, _ = compressed
     card = (folder / "README.md").read_text()
-    assert "None" not in card and "More Information" not in card
+    assert find_gaps(card) == []
     assert "searched by its effect" in card and "by similarity" in card and "refitted in closed form" in card
     assert "base_model" not in card  # a local path means nothing to others
     assert ModelCard.load(folder / "README.md").data.pipeline_tag == "text-generation"
@@ -325,7 +326,7 @@ def test_adapters_are_merged_into_a_plain_student(workplace, tmp_path, run_in_pr
     assert type(model).__name__ == "EchoAttForCausalLM" and not (tmp_path / "whole" / "adapter_config.json").exists()
     assert model.num_parameters() == last["parameters"]
     card = (tmp_path / "whole" / "README.md").read_text()
-    assert "rank 4" in card and "merged" in card
+    assert "--lora-rank 4" in card and "--attention-weight 0.1" in card
     evaluate = ["evaluate", tmp_path / "whole", "--teacher", workplace / "teacher", "--data", workplace / "text"]
     assert run_in_process(*evaluate, *FAST[:4], "--output", tmp_path / "evaluation.json").returncode == 0
     assert json.loads((tmp_path / "evaluation.json").read_text())["kl"] == pytest.approx(last["kl"], rel=1e-4)

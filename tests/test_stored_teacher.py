@@ -465,7 +465,7 @@ def test_store_teacher_says_what_it_costs(workplace):
     manifest = StoredTeacher(folder / "store").manifest
     assert "5,120 tokens in 160 rows and 3 files" in output and "84 bytes per token" in output
     assert f"{1 - manifest['rest_mass']:.2%} of the probability is that of the top 20" in output
-    assert manifest["teacher"] == "teacher" and manifest["data"]["data"] == ["text"]
+    assert manifest["teacher"] == {"name": "teacher"} and manifest["data"]["data"] == ["text"]
     assert sorted(path.name for path in folder.iterdir()) == ["store", "student", "teacher", "text"]
 
 

@@ -3,8 +3,8 @@
 import datasets
 import evaluate
 
+from echoatt_hf.card import CITATION
 from echoatt_hf.evaluation import compute_perplexity
-from echoatt_hf.hub import CITATION
 
 
 _DESCRIPTION = """

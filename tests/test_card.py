@@ -1,0 +1,202 @@
+"""The model card of a student: what it says, what it leaves out, and what it leaves alone."""
+
+import json
+import re
+import shlex
+
+import pytest
+from conftest import make_teacher, plan_of
+from huggingface_hub import ModelCard
+
+from echoatt_hf import CompressionSettings, DistillationSettings, EchoAttForCausalLM, PlanSettings, cli, convert
+from echoatt_hf.card import TEMPLATE, find_gaps, has_own_text, make_card
+from echoatt_hf.settings import CalibrationSettings, DataSettings
+
+
+ENTRY = {
+    "tokens": 1000,
+    "perplexity": 12.5,
+    "bits_per_byte": 1.1,
+    "agreement": 0.75,
+    "kl": 0.1,
+    "parameters": 10,
+    "kv_bytes_per_token": 4,
+}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A folder with the configuration of a student, and nothing else that a card takes its facts from."""
+    student = EchoAttForCausalLM.from_teacher(make_teacher(), plan_of("llama"))
+    student.config.architectures = ["EchoAttForCausalLM"]
+    student.config.save_pretrained(tmp_path)
+    return tmp_path
+
+
+def write(folder, name, content):
+    (folder / name).write_text(json.dumps(content))
+
+
+def report_of(**changes):
+    settings = CompressionSettings(
+        teacher="org/teacher",
+        distillation=DistillationSettings(steps=12, learning_rate=3e-3),
+        data=DataSettings(data=["org/text", "more.txt"]),
+        calibration=CalibrationSettings(align=False),
+    )
+    return {
+        "settings": json.loads(settings.to_json()),
+        "teacher": {"name": "org/teacher", "repository": "org/teacher", "revision": "a" * 40},
+        "data": {"names": ["org/text", "more.txt"], "repositories": ["org/text"]},
+        "results": [{"name": "teacher", **ENTRY}, {"name": "stage 1", **ENTRY, "perplexity": 13.25}],
+        "tokens_per_step": 100,
+        "environment": {"echoatt_hf": "0.1", "commit": "", "hardware": "a machine"},
+    } | changes
+
+
+def test_card_with_nothing_known_has_no_gaps(folder):
+    card = make_card(folder)
+    assert find_gaps(card) == [] and "None" not in card
+    assert "1000" not in card and "base_model" not in card and "model-index" not in card
+    assert "was not trained" in card and "Nothing was measured" in card
+    assert not re.search(r"\n\n\n", card) and "  \n" not in card
+    assert ModelCard(card).data.to_dict() == {
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["echoatt", "attention-sharing", "distillation"],
+    }
+
+
+def test_card_says_what_the_report_knows(folder):
+    write(folder, "report.json", report_of())
+    card = make_card(folder, repo_id="alice/student", license="mit")
+    data = ModelCard(card).data
+    assert (data.base_model, data.base_model_relation, data.license) == ("org/teacher", "finetune", "mit")
+    assert data.datasets == ["org/text"]
+    metrics = {result.metric_type: result.metric_value for result in data.eval_results}
+    assert metrics == {"perplexity": 13.25, "agreement": 0.75}
+    for fact in (
+        "a" * 40,
+        "| stage 1 |     13.250 |",
+        "10 steps from the teacher, then 2",
+        "1,200 tokens",
+        "a machine",
+    ):
+        assert fact in card, fact
+    assert 'name = "alice/student"' in card and "revision=revision, trust_remote_code=True" in card
+    assert "commit" not in card.split("## Training")[1]  # which is not known
+    assert find_gaps(card) == [] and not re.search(r"\n\n\n", card)
+
+
+def test_what_was_inherited_and_dropped_is_said_of_a_converted_student(folder):
+    student, report = convert(make_teacher(), plan_of("llama"))
+    write(folder, "conversion.json", report.to_dict())
+    card = make_card(folder)
+    assert str(report) in card and "q_proj" in card and f"{student.num_parameters():,}" in card
+
+
+def test_zero_shot_results_come_with_their_standard_errors(folder):
+    result = {"acc": 0.5, "acc_stderr": 0.05, "acc_norm": 0.6, "acc_norm_stderr": None, "count": 100}
+    write(folder, "zero_shot.json", {"model": "student", "limit": 100, "results": {"piqa": result}})
+    card = make_card(folder)
+    assert "0.5000 ± 0.0500" in card and "first 100 questions" in card
+    found = {entry.metric_type: entry.metric_value for entry in ModelCard(card).data.eval_results}
+    assert found == {"acc": 0.5, "acc_stderr": 0.05, "acc_norm": 0.6}
+    assert {entry.dataset_name for entry in ModelCard(card).data.eval_results} == {"piqa"}
+
+
+@pytest.mark.parametrize(
+    ("architecture", "task", "auto_class"),
+    [
+        ("EchoAttForSequenceClassification", "text-classification", "AutoModelForSequenceClassification"),
+        ("EchoAttForTokenClassification", "token-classification", "AutoModelForTokenClassification"),
+        ("EchoAttModel", "feature-extraction", "AutoModel"),
+    ],
+)
+def test_every_model_is_loaded_by_its_own_class(folder, architecture, task, auto_class):
+    config = json.loads((folder / "config.json").read_text())
+    write(folder, "config.json", config | {"architectures": [architecture]})
+    card = make_card(folder)
+    assert ModelCard(card).data.pipeline_tag == task and f"{auto_class}.from_pretrained(" in card
+
+
+# Updates
+
+
+def test_an_update_writes_marked_sections_anew_and_keeps_the_rest(folder):
+    old = make_card(folder)
+    assert not has_own_text(old)
+    mine = old.replace("# EchoAtt student\n", "# My student\n\nA word of mine: None of your business.\n")
+    mine = mine.replace("## Limits\n", "## Uses\n\nFor tests.\n\n## Limits\n").replace("tags:\n", "tags:\n- mine\n")
+    mine = mine.replace("library_name:", "license: mit\ninference: false\nlibrary_name:")
+    assert has_own_text(mine)
+    write(folder, "report.json", report_of())
+    new = make_card(folder, mine, repo_id="alice/student")
+    assert "Nothing was measured" not in new and "| stage 1 |" in new
+    for kept in ("# My student", "A word of mine", "## Uses\n\nFor tests."):
+        assert kept in new
+    data = ModelCard(new).data.to_dict()
+    assert data["license"] == "mit" and data["inference"] is False
+    assert data["tags"] == ["echoatt", "attention-sharing", "distillation", "mine"]
+    assert make_card(folder, new, repo_id="alice/student") == new
+    assert find_gaps(new) == []
+
+
+def test_a_section_whose_marks_were_removed_is_its_owners(folder):
+    mine = re.sub(r"<!-- /?echoatt: limits -->\n", "", make_card(folder)).replace("- It was measured on", "- I say:")
+    write(folder, "report.json", report_of())
+    new = make_card(folder, mine)
+    assert "- I say:" in new and "- It was measured on" not in new and "| stage 1 |" in new
+
+
+def test_a_card_without_marks_keeps_its_text(folder):
+    new = make_card(folder, "---\nlicense: mit\n---\n\n# All mine\n")
+    assert new.endswith("---\n\n# All mine\n") and ModelCard(new).data.library_name == "transformers"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "fine-tuned from None",
+        "[More Information Needed]",
+        "TODO",
+        "{{ repo_id }}",
+        "{% if x %}",
+        '"path or repository"',
+    ],
+)
+def test_gaps_are_found(folder, text):
+    assert find_gaps(make_card(folder).replace("## Limits", f"{text}\n\n## Limits")) != []
+    assert find_gaps("```python\nf(x=None)  # {{}}\n```\n\nNone of this is a gap.") == []
+
+
+def test_sections_of_the_template_have_two_marks_each():
+    text = TEMPLATE.read_text()
+    opened, closed = (re.findall(rf"<!-- {mark}echoatt: (\w+) -->", text) for mark in ("", "/"))
+    assert opened == closed and len(opened) == len({*opened}) == text.count("\n## ") + 1
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        CompressionSettings(),
+        CompressionSettings(
+            teacher="a teacher",
+            data=DataSettings(data=["one.txt", "two.txt"], streaming=True, row_length=64),
+            plan=PlanSettings(plan="0,1,1,3", ratio=0.5),
+            calibration=CalibrationSettings(refit=False),
+            distillation=DistillationSettings(steps=50, stage2_steps=0, learning_rate=1e-4, seed=3),
+        ),
+    ],
+    ids=["defaults", "others"],
+)
+def test_the_command_in_the_card_makes_the_same_run(folder, settings, monkeypatch):
+    from typer.testing import CliRunner
+
+    write(folder, "report.json", report_of(settings=json.loads(settings.to_json())))
+    command = re.search(r"^echoatt (compress .*)$", make_card(folder), re.MULTILINE).group(1)
+    seen = []
+    monkeypatch.setattr("echoatt_hf.pipeline.compress", lambda settings, *_, **__: seen.append(settings))
+    CliRunner().invoke(cli.app, shlex.split(command))
+    assert seen == [settings]
+    assert (command == "compress builtin --output student") == (settings == CompressionSettings())

@@ -1,0 +1,581 @@
+"""Publishing a student: what is checked, what is sent, and that it loads anywhere. The client is the real one."""
+
+import importlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import FP32_TOLERANCE, make_teacher, process_environment, train_byte_level_bpe
+from hub_server import TOKEN, USER
+from huggingface_hub import HfApi, ModelCard, constants
+from safetensors.torch import load_file, save_file
+from transformers import AutoModel, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+import echoatt_hf
+from echoatt_hf import cli, convert, push_student
+from echoatt_hf import hub as publishing
+
+
+pytestmark = pytest.mark.hub
+
+REPOSITORY = f"{USER}/student"
+PLAN = [0, 1, 1, 1, 4]
+INPUTS = {"input_ids": torch.arange(3, 19).reshape(2, 8)}
+WHOLE = {
+    *("README.md", "config.json", "configuration_echoatt.py", "conversion.json", "generation_config.json"),
+    *("model.safetensors", "modeling_echoatt.py", "tokenizer.json", "tokenizer_config.json"),
+}
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A folder as `echoatt convert` writes it."""
+    folder = tmp_path_factory.mktemp("saved") / "mine"
+    student, report = convert(make_teacher(num_hidden_layers=5, vocab_size=300), PLAN)
+    student.save_pretrained(folder)
+    tokenizer = train_byte_level_bpe(["Once upon a time"] * 3, 290, ["<|endoftext|>"])
+    special = {"eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>"}
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder)
+    (folder / "conversion.json").write_text(json.dumps(report.to_dict()))
+    return folder
+
+
+@pytest.fixture
+def folder(saved, tmp_path):
+    return Path(shutil.copytree(saved, tmp_path / "mine"))
+
+
+@pytest.fixture
+def logits(saved):
+    with torch.no_grad():
+        return AutoModelForCausalLM.from_pretrained(saved)(**INPUTS).logits
+
+
+@pytest.fixture
+def online(hub, monkeypatch, tmp_path):
+    """This process takes the server for the Hub."""
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+    monkeypatch.setattr(
+        constants, "HUGGINGFACE_CO_URL_TEMPLATE", f"{hub.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+    )
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    return hub
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Without the load in a clean process, for tests of other things."""
+    monkeypatch.setattr(publishing, "_check_remote_load", lambda staged: None)
+
+
+@pytest.fixture
+def run():
+    """The command `echoatt push`, in this process."""
+    from typer.testing import CliRunner
+
+    return lambda *arguments: CliRunner().invoke(cli.app, ["push", *map(str, arguments)])
+
+
+def files_of(hub, revision="main", repository=REPOSITORY):
+    return hub.repositories[repository].find(revision).files
+
+
+def in_process(script, hub, home, *arguments, plugin=True, token=TOKEN):
+    """Run a script in a process that takes the server for the Hub, with or without `echoatt_hf`."""
+    environment = hub.environment(home, token)
+    prelude = ""
+    if plugin:
+        environment["PYTHONPATH"] = process_environment()["PYTHONPATH"]
+    else:
+        environment.pop("PYTHONPATH", None)
+        prelude = 'import sys\nsys.modules["echoatt_hf"] = None\n'
+    return subprocess.run(
+        [sys.executable, *([] if plugin else ["-I"]), "-c", prelude + textwrap.dedent(script), *map(str, arguments)],
+        env=environment,
+        cwd=home,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+# From the command to the model in a process that has no plugin
+
+
+CLEAN = """
+    import torch
+    from safetensors.torch import load_file, save_file
+    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+    name, inputs, outputs, revision = sys.argv[1:]
+    inputs, found = load_file(inputs), {}
+    try:
+        AutoConfig.from_pretrained(name)
+    except ValueError as error:
+        print(" ".join(str(error).split()))
+    else:
+        raise SystemExit("loaded without being told that the code is trusted")
+    options = {"trust_remote_code": True, "revision": revision}
+    assert type(AutoConfig.from_pretrained(name, **options)).__name__ == "EchoAttConfig"
+    for auto_class in (AutoModelForCausalLM, AutoModel, AutoModelForSequenceClassification):
+        model = auto_class.from_pretrained(name, **options).eval()
+        assert type(model).__module__.startswith("transformers_modules"), type(model)
+        with torch.no_grad():
+            found[auto_class.__name__] = model(**inputs)[0].contiguous()
+    assert AutoTokenizer.from_pretrained(name, revision=revision)("Once")["input_ids"]
+    save_file(found, outputs)
+"""
+
+
+def load_in_clean_process(hub, home, revision="main", token=TOKEN, repository=REPOSITORY):
+    save_file(INPUTS, home / "inputs.safetensors")
+    arguments = [repository, home / "inputs.safetensors", home / "outputs.safetensors", revision]
+    return in_process(CLEAN, hub, home, *arguments, plugin=False, token=token)
+
+
+def test_pushed_student_loads_where_the_plugin_is_not(online, folder, run, logits, tmp_path):
+    (folder / "training_args.bin").write_bytes(b"a pickle")
+    (folder / "checkpoint-5").mkdir()
+    pushed = run(folder, REPOSITORY, "--private", "--license", "mit", "--commit-message", "My student")
+    assert pushed.exit_code == 0, pushed.stderr
+    assert "left out: checkpoint-5/, training_args.bin" in pushed.stdout
+    assert online.repositories[REPOSITORY].private
+    assert online.repositories[REPOSITORY].history() == ["initial commit", "My student"]
+    files = files_of(online)
+    assert {*files} == WHOLE | {".gitattributes"}
+    assert not (folder / "README.md").exists()  # the folder is left as it is
+    for name in WHOLE - {"README.md"}:
+        assert files[name].content == (folder / name).read_bytes()
+    loaded = load_in_clean_process(online, tmp_path)
+    assert loaded.returncode == 0, loaded.stderr
+    assert "trust_remote_code=True" in loaded.stdout  # the message of transformers itself
+    found = load_file(tmp_path / "outputs.safetensors")
+    torch.testing.assert_close(found["AutoModelForCausalLM"], logits, **FP32_TOLERANCE)
+    with torch.no_grad():
+        hidden = AutoModel.from_pretrained(folder)(**INPUTS).last_hidden_state
+    torch.testing.assert_close(found["AutoModel"], hidden, **FP32_TOLERANCE)
+    assert found["AutoModelForSequenceClassification"].shape == (2, 2)
+    stranger = tmp_path / "stranger"
+    stranger.mkdir()
+    refused = load_in_clean_process(online, stranger, token=None)
+    assert refused.returncode != 0 and "401" in refused.stderr and REPOSITORY in refused.stderr
+
+
+def test_card_on_the_hub_names_the_repository_and_the_licence(online, folder, quick):
+    push_student(folder, REPOSITORY, license="mit")
+    card = files_of(online)["README.md"].content.decode()
+    assert f'name = "{REPOSITORY}"' in card and "revision=revision" in card
+    assert HfApi(endpoint=online.url).model_info(REPOSITORY).card_data.license == "mit"
+
+
+def test_dry_run_lists_what_would_be_sent_and_sends_nothing(online, folder, run, quick):
+    listed = run(folder, REPOSITORY, "--license", "mit", "--dry-run")
+    assert listed.exit_code == 0, listed.stderr
+    assert online.repositories == {} and not any(line.startswith(("PUT", "POST")) for line in online.requests)
+    rows = [line.split() for line in listed.stdout.splitlines()[:-1]]
+    published = push_student(folder, REPOSITORY, license="mit")
+    sent = {name: file for name, file in files_of(online).items() if name != ".gitattributes"}
+    assert [row[0] for row in rows] == sorted(sent) and len(rows) == len(WHOLE)
+    for name, size, sha256 in rows:
+        assert int(size.replace(",", "")) == len(sent[name].content) == published.files[name][0]
+        assert sent[name].sha256.startswith(sha256) and len(sha256) == 12
+
+
+def test_branch_and_pull_request(online, folder, quick):
+    push_student(folder, REPOSITORY, license="mit")
+    before = online.repositories[REPOSITORY].find("main").oid
+    (folder / "generation_config.json").write_text('{"max_length": 7}')
+    push_student(folder, REPOSITORY, license="mit", revision="next")
+    proposed = push_student(folder, REPOSITORY, license="mit", create_pr=True)
+    assert "/discussions/1" in str(proposed) and online.repositories[REPOSITORY].find("main").oid == before
+    for revision in ("next", "refs/pr/1"):
+        assert b"7" in files_of(online, revision)["generation_config.json"].content
+    with pytest.raises(ValueError, match="A pull request goes to main, not to 'next'"):
+        push_student(folder, REPOSITORY, revision="next", create_pr=True)
+
+
+def test_update_keeps_what_was_written_on_the_hub_and_drops_old_weights(online, folder, quick):
+    push_student(folder, REPOSITORY, license="mit")
+    repository = online.repositories[REPOSITORY]
+    files = dict(repository.find("main").files)
+    card = files["README.md"].content.decode().replace("## Limits", "## Uses\n\nOn the Hub.\n\n## Limits")
+    kind = type(files["README.md"])
+    files |= {"README.md": kind(card.encode(), False), "model-1-of-2.safetensors": kind(b"old", True)}
+    repository.commit("main", "edited by hand", files)
+    push_student(folder, REPOSITORY)  # the licence is that of the card on the Hub
+    assert repository.history() == ["initial commit", "Upload EchoAtt student", "edited by hand", "Upload EchoAtt student"]  # fmt: skip
+    updated = files_of(online)
+    assert "On the Hub." in updated["README.md"].content.decode() and "model-1-of-2.safetensors" not in updated
+    (folder / "README.md").write_text(card.replace("On the Hub.", "In the folder."))
+    push_student(folder, REPOSITORY)
+    assert "In the folder." in files_of(online)["README.md"].content.decode()
+
+
+def test_licence_and_language_of_the_teacher(online, folder, quick):
+    api = HfApi(endpoint=online.url, token=TOKEN)
+    api.create_repo(f"{USER}/teacher")
+    card = "---\nlicense: apache-2.0\nlanguage: de\n---\n"
+    api.upload_file(path_or_fileobj=card.encode(), path_in_repo="README.md", repo_id=f"{USER}/teacher")
+    report = {"teacher": {"name": f"{USER}/teacher", "repository": f"{USER}/teacher", "revision": "a" * 40}}
+    (folder / "report.json").write_text(json.dumps(report))
+    push_student(folder, REPOSITORY)
+    data = ModelCard(files_of(online)["README.md"].content.decode()).data
+    assert (data.license, data.language, data.base_model) == ("apache-2.0", "de", f"{USER}/teacher")
+
+
+KILLED = """
+    import sys
+    from echoatt_hf import hub, push_student
+
+    hub._check_remote_load = lambda staged: None
+    push_student(sys.argv[1], sys.argv[2], license="mit")
+"""
+
+
+@pytest.mark.slow
+def test_push_that_was_killed_can_be_repeated(online, folder, quick, tmp_path):
+    environment = online.environment(tmp_path) | {"PYTHONPATH": process_environment()["PYTHONPATH"]}
+    command = [sys.executable, "-c", textwrap.dedent(KILLED), str(folder), REPOSITORY]
+    client = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
+    online.interrupt_upload(1, lambda: os.kill(client.pid, signal.SIGKILL))
+    assert client.wait(timeout=100) == -signal.SIGKILL
+    assert online.repositories[REPOSITORY].history() == ["initial commit"]
+    push_student(folder, REPOSITORY, license="mit")
+    assert {*files_of(online)} == WHOLE | {".gitattributes"}
+
+
+def test_of_two_pushes_at_once_one_is_told_to_repeat(online, folder, quick, monkeypatch, run):
+    push_student(folder, REPOSITORY, license="mit")
+    list_files = HfApi.list_repo_files
+
+    def meanwhile(api, *arguments, **options):
+        files = files_of(online)
+        online.repositories[REPOSITORY].commit("main", "somebody else", dict(files))
+        return list_files(api, *arguments, **options)
+
+    (folder / "generation_config.json").write_text("{}")
+    with monkeypatch.context() as patch:
+        patch.setattr(HfApi, "list_repo_files", meanwhile)
+        refused = run(folder, REPOSITORY)
+    assert refused.exit_code == 2 and "somebody else pushed to it meanwhile" in refused.stderr
+    assert online.repositories[REPOSITORY].history()[-1] == "somebody else"
+    assert run(folder, REPOSITORY).exit_code == 0
+    assert files_of(online)["generation_config.json"].content == b"{}"
+
+
+# What is refused before anything is sent
+
+
+def change_config(folder, **changes):
+    config = {**json.loads((folder / "config.json").read_text()), **changes}
+    (folder / "config.json").write_text(
+        json.dumps({name: value for name, value in config.items() if value is not None})
+    )
+
+
+def write_card(folder, text):
+    publishing.write_model_card(folder)
+    (folder / "README.md").write_text((folder / "README.md").read_text() + text)
+
+
+REFUSED = {
+    "no licence": (lambda folder: None, "give it with --license", []),
+    "no folder": (shutil.rmtree, "no config.json", None),
+    "a gap in the card": (
+        lambda folder: write_card(folder, "More information needed\n"),
+        "leaves something open",
+        None,
+    ),
+    "None in the card": (lambda folder: write_card(folder, "by None\n"), "'None'", None),
+    "a path in the card": (lambda folder: write_card(folder, "in /home/bob/x\n"), "the path '/home/bob'", None),
+    "a path in a report": (
+        lambda folder: (folder / "sharing_plan.json").write_text('{"from": "C:\\\\Users\\\\bob\\\\x"}'),
+        "sharing_plan.json holds the path",
+        None,
+    ),
+    "a token": (
+        lambda folder: (folder / "results.json").write_text(f'{{"with": "hf_{"x" * 30}"}}'),
+        "what looks like a token",
+        None,
+    ),
+    "its own token": (lambda folder: write_card(folder, TOKEN), "the token of the Hub", None),
+    "its own path": (lambda folder: write_card(folder, str(folder)), "its own path", None),
+    "the user": (lambda folder: write_card(folder, "made by carol"), "the name of the user, 'carol'", None),
+    "weights that are no safetensors": (
+        lambda folder: (folder / "model.safetensors").write_bytes(b"\x80\x04pickle"),
+        "is not safetensors",
+        None,
+    ),
+    "only a pickle": (
+        lambda folder: (folder / "model.safetensors").rename(folder / "pytorch_model.bin"),
+        "no weights in safetensors",
+        None,
+    ),
+    "a text that is none": (
+        lambda folder: (folder / "results.json").write_bytes(b"\xff\xfe\x00"),
+        "results.json is not a text",
+        None,
+    ),
+    "no auto_map": (lambda folder: change_config(folder, auto_map=None), "no auto_map", None),
+    "another model": (
+        lambda folder: change_config(folder, model_type="llama", auto_map=None),
+        "not an EchoAtt student",
+        None,
+    ),
+    "no owner": (lambda folder: None, "give it with its owner", ["student", "--license", "mit"]),
+    "no name of a repository": (lambda folder: None, "Repo id", ["a/b/c", "--license", "mit"]),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refused_in_one_line_before_anything_is_sent(case, online, folder, quick, run, monkeypatch):
+    monkeypatch.setattr("getpass.getuser", lambda: "carol")
+    spoil, message, arguments = REFUSED[case]
+    spoil(folder)
+    if not arguments:
+        arguments = [REPOSITORY, *([] if arguments == [] else ["--license", "mit"])]
+    refused = run(folder, *arguments)
+    assert refused.exit_code == 2, refused.output
+    [line] = refused.stderr.strip().splitlines()
+    assert line.startswith("echoatt: error: ") and message in line
+    assert TOKEN not in line and online.repositories == {}
+    assert not any(line.startswith(("PUT", "POST")) for line in online.requests)
+
+
+def test_user_who_owns_the_repository_may_be_named(online, folder, quick, monkeypatch):
+    monkeypatch.setattr("getpass.getuser", lambda: USER)
+    write_card(folder, f"by {USER}")
+    assert push_student(folder, REPOSITORY, license="mit", dry_run=True).commit is None
+
+
+@pytest.mark.slow
+def test_without_a_tokenizer_it_does_not_load(online, folder, run):
+    for file in folder.glob("tokenizer*"):
+        file.unlink()
+    refused = run(folder, REPOSITORY, "--license", "mit", "--dry-run")
+    assert refused.exit_code == 2 and "does not load where echoatt_hf is not installed" in refused.stderr
+
+
+@pytest.mark.slow
+def test_other_outputs_in_the_clean_process_are_noticed(online, folder, monkeypatch):
+    run, seen = subprocess.run, []
+
+    def spoil(command, **options):
+        result = run(command, **options)
+        outputs = load_file(command[-1])
+        save_file({"output": outputs["output"] + 1}, command[-1])
+        seen.append(command)
+        return result
+
+    monkeypatch.setattr(subprocess, "run", spoil)
+    with pytest.raises(ValueError, match="gives other outputs, by up to 1"):
+        push_student(folder, REPOSITORY, license="mit", dry_run=True)
+    assert seen
+
+
+def test_no_answer_or_no_right_is_one_line(online, folder, quick, run, monkeypatch):
+    refused = run(folder, "bob/student", "--license", "mit")
+    assert refused.exit_code == 2 and "403" in refused.stderr and "can be repeated" in refused.stderr
+    monkeypatch.delenv("HF_TOKEN")
+    monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", "nowhere")
+    refused = run(folder, REPOSITORY, "--license", "mit")
+    assert refused.exit_code == 2 and "401" in refused.stderr and online.repositories == {}
+
+
+# `push_to_hub` of models and trainers
+
+
+TRAINED = """
+    import sys
+    import torch
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
+    from echoatt_hf import EchoAttForCausalLM, EchoAttTrainer, EchoAttTrainingArguments, PublishingCallback, collate_rows
+
+    folder, home, user = sys.argv[1:]
+    student, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    assert student.push_to_hub(f"{user}/alone", commit_message="one", private=True)
+    tokenizer.push_to_hub(f"{user}/alone")
+    assert type(AutoModelForCausalLM.from_pretrained(f"{user}/alone")) is EchoAttForCausalLM  # the plugin wins
+    rows = Dataset.from_list([{"input_ids": list(range(3, 11)), "labels": list(range(3, 11))}] * 4)
+    common = {
+        "push_to_hub": True, "hub_strategy": "every_save", "hub_always_push": True, "save_steps": 2, "report_to": "none",
+        "per_device_train_batch_size": 2, "use_cpu": True, "disable_tqdm": True,
+    }
+    args = EchoAttTrainingArguments(
+        f"{home}/distilled", hub_model_id=f"{user}/distilled", stage1_steps=0, stage2_steps=4, learning_rate=1e-4, **common
+    )
+    options = {"train_dataset": rows, "data_collator": collate_rows, "processing_class": tokenizer}
+    trainer = EchoAttTrainer(model=student, args=args, **options)
+    trainer.train()
+    trainer.push_to_hub(license="mit", language="en", dataset="org/rows", tags="mine", finetuned_from="org/teacher")
+    args = TrainingArguments(f"{home}/tuned", hub_model_id=f"{user}/tuned", max_steps=2, **common)
+    trainer = Trainer(model=student, args=args, callbacks=[PublishingCallback()], **options)
+    trainer.train()
+    trainer._finish_current_push()
+"""
+
+
+@pytest.fixture(scope="module")
+def trained(saved, tmp_path_factory):
+    """A server to which a process has pushed a student by each `push_to_hub`, and the folder it trained in."""
+    from hub_server import HubServer
+
+    home = tmp_path_factory.mktemp("trained")
+    with HubServer() as hub:
+        result = in_process(TRAINED, hub, home, saved, home, USER)
+        assert result.returncode == 0, result.stderr
+        yield hub, home
+
+
+@pytest.mark.slow
+def test_model_is_pushed_with_code_and_card_in_one_commit(trained):
+    hub, _ = trained
+    repository = hub.repositories[f"{USER}/alone"]
+    assert repository.history()[1] == "one" and repository.private
+    first = [commit for commit in repository.commits.values() if commit.title == "one"][0]
+    assert {*first.files} >= {"README.md", "config.json", "model.safetensors", *publishing.CODE_FILES}
+    files = files_of(hub, repository=f"{USER}/alone")
+    card = files["README.md"].content.decode()
+    assert "tokenizer.json" in files and publishing.find_gaps(card) == [] and f'name = "{USER}/alone"' in card
+
+
+@pytest.mark.slow
+def test_pushes_in_the_middle_of_a_run_are_whole(trained):
+    hub, _ = trained
+    for name in ("distilled", "tuned"):
+        repository = hub.repositories[f"{USER}/{name}"]
+        middle = next(commit for commit in repository.commits.values() if "step 2" in commit.title)
+        assert {*middle.files} >= (WHOLE - {"conversion.json"}) | {"report.json"}
+        for code in publishing.CODE_FILES:
+            assert middle.files[code].content == (Path(echoatt_hf.__file__).parent / code).read_bytes()
+        assert publishing.find_gaps(middle.files["README.md"].content.decode()) == []
+
+
+@pytest.mark.slow
+def test_push_in_the_middle_loads_where_the_plugin_is_not(trained, tmp_path):
+    hub, _ = trained
+    repository = hub.repositories[f"{USER}/distilled"]
+    middle = next(commit for commit in repository.commits.values() if "step 2" in commit.title)
+    loaded = load_in_clean_process(hub, tmp_path, middle.oid, repository=f"{USER}/distilled")
+    assert loaded.returncode == 0, loaded.stderr
+
+
+@pytest.mark.slow
+def test_card_of_a_trainer_says_what_it_knows(trained):
+    hub, home = trained
+    card = files_of(hub, repository=f"{USER}/distilled")["README.md"].content.decode()
+    data = ModelCard(card).data
+    assert (data.license, data.language, data.datasets) == ("mit", "en", ["org/rows"])
+    assert (data.base_model, data.base_model_relation) == ("org/teacher", "finetune") and "mine" in data.tags
+    assert "4 steps on the text alone" in card.lower() and "| `learning_rate` | 0.0001 |" in card
+    assert f'name = "{USER}/distilled"' in card and str(home) not in card and TOKEN not in card
+    assert "hub_token" not in card and "output_dir" not in card
+
+
+@pytest.mark.slow
+def test_trainer_folder_can_be_pushed_with_the_checks(trained, online, quick):
+    _, home = trained
+    published = push_student(home / "distilled", REPOSITORY)
+    assert "training_args.bin" in published.left_out and "checkpoint-2/" in published.left_out
+
+
+# The examples
+
+
+def example(name, monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "examples"))
+    return importlib.import_module(name)
+
+
+def test_example_lists_and_pushes_a_student(online, folder, quick, monkeypatch, capsys):
+    main = example("push_to_hub", monkeypatch).main
+    publishing.write_model_card(folder, license="mit")
+    main([REPOSITORY, "--folder", str(folder)])
+    assert "model.safetensors" in capsys.readouterr().out and online.repositories == {}
+    main([REPOSITORY, "--folder", str(folder), "--publish"])
+    assert online.repositories[REPOSITORY].private
+
+
+@pytest.mark.slow
+def test_example_makes_the_student_it_pushes(online, quick, monkeypatch, tmp_path):
+    example("push_to_hub", monkeypatch).main(
+        [REPOSITORY, "--folder", str(tmp_path / "new"), "--steps", "1", "--publish"]
+    )
+    data = ModelCard(files_of(online)["README.md"].content.decode()).data
+    assert (data.license, data.language) == ("apache-2.0", "code")
+
+
+@pytest.mark.slow
+def test_example_loads_a_student_in_both_ways(online, folder, quick, tmp_path):
+    push_student(folder, REPOSITORY, license="mit")
+    oid = online.repositories[REPOSITORY].find("main").oid
+    script = str(Path(__file__).parents[1] / "examples" / "load_from_hub.py")
+    printed = []
+    for plugin, arguments in ((True, []), (False, ["--trust-remote-code"])):
+        run = 'import runpy, sys\nsys.argv = sys.argv[1:]\nrunpy.run_path(sys.argv[0], run_name="__main__")'
+        result = in_process(run, online, tmp_path, script, REPOSITORY, *arguments, plugin=plugin)
+        assert result.returncode == 0, result.stderr
+        assert f"revision {oid}" in result.stdout and "2 echo layers" in result.stdout
+        printed.append(result.stdout.splitlines())
+    assert printed[0][1].startswith("echoatt_hf.") and printed[1][1].startswith("transformers_modules.")
+    assert printed[0][2:] == printed[1][2:]
+
+
+@pytest.fixture(scope="module")
+def pair(saved, tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        app = example("app_gradio", patch)
+    teacher = tmp_path_factory.mktemp("teacher")
+    make_teacher(num_hidden_layers=5, vocab_size=300).save_pretrained(teacher)
+    return app, app.load_pair(str(teacher), str(saved))
+
+
+def test_app_shows_both_texts_speeds_and_the_heat_map(pair):
+    app, models = pair
+    *texts, teacher_speed, student_speed, image = app.compare(models, "Once upon", 6, 0)
+    for text, model in zip(texts, (models.teacher, models.student), strict=True):
+        ids = models.tokenizer("Once upon", return_tensors="pt")
+        expected = model.generate(**ids, max_new_tokens=6, do_sample=False)[0, ids["input_ids"].shape[1] :]
+        assert text == models.tokenizer.decode(expected, skip_special_tokens=True)
+    assert f"{models.teacher.num_parameters():,} parameters" in teacher_speed
+    assert f"{models.student.num_parameters():,} parameters" in student_speed and float(student_speed.split()[0]) > 0
+    assert Path(image).read_bytes().startswith(b"\x89PNG")
+    assert (
+        app.generate(models.student, models.tokenizer, "Once", 6, 1.0)[0]
+        == app.generate(models.student, models.tokenizer, "Once", 6, 1.0)[0]
+    )  # sampling starts from the same seed on both sides
+    with pytest.raises(ValueError, match="The prompt is empty"):
+        app.generate(models.student, models.tokenizer, "", 6, 0)
+
+
+def test_app_without_gradio_needs_it_only_for_the_page(pair, monkeypatch):
+    app, models = pair
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    with pytest.raises(ImportError):
+        app.build_app(models)
+    monkeypatch.setattr(sys, "argv", ["app.py"])
+    with pytest.raises(SystemExit, match="name a teacher and a student"):
+        app.main()
+
+
+def test_page_of_the_app(pair):
+    gradio = pytest.importorskip("gradio")
+    app, models = pair
+    page = app.build_app(models)
+    assert isinstance(page, gradio.Blocks)
+    [click] = page.fns.values()
+    assert len(click.inputs) == 3 and [type(part).__name__ for part in click.outputs] == [
+        *("Textbox", "Textbox", "Markdown", "Markdown", "Image")
+    ]
+    assert len(click.fn("Once upon", 4, 0)) == len(click.outputs)
