@@ -12,6 +12,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 
 from .evaluation import inference
 from .losses import LogitLosses, chunked_loss
+from .modeling_echoatt import find_decoder
 
 
 __all__ = ["OutputHead"]
@@ -41,8 +42,8 @@ class OutputHead:
         with_head = [module for module in nested if module.get_output_embeddings() is not None]
         if not with_head:
             raise ValueError(f"{type(model).__name__} has no output head.")
-        # The innermost ones are the family's.
-        self._language_model, self._decoder = with_head[-1], nested[-1]
+        # The innermost one is the family's.
+        self._language_model, self._decoder = with_head[-1], find_decoder(model)
 
     @classmethod
     def find(cls, model: nn.Module) -> "OutputHead | None":
@@ -52,8 +53,10 @@ class OutputHead:
         The family's code may be anything: it is tried out on two tokens, whose logits must be the same one by one as from
         the model.
         """
-        # With ZeRO-3 a module's parameters exist only in its own forward and backward passes.
-        if not is_deepspeed_zero3_enabled():
+        # With ZeRO-3 a module's parameters exist only in its own forward and backward passes. And a forward pass without
+        # gradients is no trial for weights in 4 bits on a CPU: bitsandbytes then packs them so that they never give any.
+        is_packed_by_trial = getattr(model, "is_loaded_in_4bit", False) and model.device.type == "cpu"
+        if not is_deepspeed_zero3_enabled() and not is_packed_by_trial:
             try:
                 head = cls(model)
                 if head._gives_the_logits_of(model):

@@ -336,6 +336,17 @@ def find_attention_modules(model: nn.Module, needed: Iterable[int] = ()) -> dict
     return dict(sorted(found.items()))
 
 
+def find_decoder(model: nn.Module) -> PreTrainedModel:
+    """
+    The innermost model of a decoder language model, which calls the layers.
+
+    Args:
+        model (`nn.Module`):
+            Model of a family of transformers, or what holds one.
+    """
+    return [module for module in model.modules() if isinstance(module, PreTrainedModel)][-1]
+
+
 def find_output_projection(attention: nn.Module) -> nn.Module:
     """
     The output projection of an attention module.
@@ -563,8 +574,8 @@ class EchoAttPreTrainedModel(PreTrainedModel):
     def _share(self, model: PreTrainedModel) -> PreTrainedModel:
         _share_attention(model, self.config)
         if self.config.echo_layers:
-            # By whichever way the headless model is called: fused language model heads leave the family's head out.
-            model.base_model.register_forward_pre_hook(_give_records, with_kwargs=True)
+            # By whichever way the decoder is called: fused language model heads leave the family's head out.
+            find_decoder(model).register_forward_pre_hook(_give_records, with_kwargs=True)
         _extend_tp_plan(model)
         for name in _GENERATION_TRAITS:
             if hasattr(model, name):
