@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Pr
 from echoatt_hf import EchoAttForCausalLM, collate_rows
 from echoatt_hf.distillation import EchoAttTrainer, EchoAttTrainingArguments
 from echoatt_hf.outputs import last_complete_checkpoint, seal_folder
+from echoatt_hf.runs import train_from_last_checkpoint
 
 
 TEXT = [f"Story {n}. Once upon a time {n} small bears ate {n * 3} pots of honey.\n" * 6 for n in range(24)]
@@ -289,6 +290,28 @@ def test_seal_finds_what_changed(tmp_path):
     (folder / "checksums.json").write_text("{")
     with pytest.raises(ValueError, match=r"'checksums.json' is corrupt"):
         last_complete_checkpoint(tmp_path)
+
+
+def test_nothing_is_trained_from_the_checkpoint_of_the_last_step(tmp_path, rows):
+    teacher = make_teacher(48)
+
+    def run():
+        arguments = EchoAttTrainingArguments(
+            str(tmp_path), stage1_steps=3, per_device_train_batch_size=4, save_steps=3, logging_steps=1,
+            report_to="none", use_cpu=True, disable_tqdm=True,
+        )  # fmt: skip
+        student = EchoAttForCausalLM.from_teacher(teacher, [0, 1, 1, 3])
+        trainer = EchoAttTrainer(
+            model=student, teacher=teacher, args=arguments, train_dataset=rows, data_collator=collate_rows
+        )
+        train_from_last_checkpoint(trainer)
+        return student.state_dict(), trainer.state
+
+    whole, _ = run()
+    assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-3")
+    again, state = run()
+    assert all(torch.equal(value, again[name]) for name, value in whole.items())
+    assert state.global_step == 3 and state.log_history
 
 
 # Losses that are not finite.
