@@ -139,7 +139,7 @@ def has_own_text(card: str) -> bool:
 
 
 _GAP = re.compile(
-    r"\bNone\b(?! of)|more information needed|\bTODO\b|\bTBD\b|\{\{.*?\}\}|\{%.*?%\}|path or repository", re.IGNORECASE
+    r"\bNone\b(?! of)|(?i:more information needed)|\bTODO\b|\bTBD\b|\{\{.*?\}\}|\{%.*?%\}|path or repository"
 )
 
 

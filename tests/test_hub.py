@@ -204,6 +204,13 @@ def test_branch_and_pull_request(online, folder, quick):
         push_student(folder, REPOSITORY, revision="next", create_pr=True)
 
 
+def test_private_is_not_promised_of_a_public_repository(online, folder, quick, run):
+    HfApi(endpoint=online.url, token=TOKEN).create_repo(REPOSITORY)
+    refused = run(folder, REPOSITORY, "--license", "mit", "--private")
+    assert refused.exit_code == 2 and "there already, and public" in refused.stderr
+    assert online.repositories[REPOSITORY].history() == ["initial commit"] and not online.large_files
+
+
 def test_update_keeps_what_was_written_on_the_hub_and_drops_old_weights(online, folder, quick):
     push_student(folder, REPOSITORY, license="mit")
     repository = online.repositories[REPOSITORY]
@@ -399,7 +406,7 @@ TRAINED = """
     import sys
     import torch
     from datasets import Dataset
-    from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
+    from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainerCallback, TrainingArguments
     from echoatt_hf import EchoAttForCausalLM, EchoAttTrainer, EchoAttTrainingArguments, PublishingCallback, collate_rows
 
     folder, home, user = sys.argv[1:]
@@ -415,12 +422,18 @@ TRAINED = """
     args = EchoAttTrainingArguments(
         f"{home}/distilled", hub_model_id=f"{user}/distilled", stage1_steps=0, stage2_steps=4, learning_rate=1e-4, **common
     )
+
+    class Wait(TrainerCallback):  # Trainer writes into the folder while it is still being pushed
+
+        def on_step_begin(self, *_, **__):
+            trainer._finish_current_push()
+
     options = {"train_dataset": rows, "data_collator": collate_rows, "processing_class": tokenizer}
-    trainer = EchoAttTrainer(model=student, args=args, **options)
+    trainer = EchoAttTrainer(model=student, args=args, callbacks=[Wait()], **options)
     trainer.train()
     trainer.push_to_hub(license="mit", language="en", dataset="org/rows", tags="mine", finetuned_from="org/teacher")
     args = TrainingArguments(f"{home}/tuned", hub_model_id=f"{user}/tuned", max_steps=2, **common)
-    trainer = Trainer(model=student, args=args, callbacks=[PublishingCallback()], **options)
+    trainer = Trainer(model=student, args=args, callbacks=[PublishingCallback(), Wait()], **options)
     trainer.train()
     trainer._finish_current_push()
 """

@@ -462,7 +462,9 @@ def test_overwrite_replaces_and_a_student_cannot_be_a_teacher(compressed, workpl
     assert_one_line_error(run_in_process(*again), "already an EchoAtt student")
 
 
-@pytest.mark.parametrize("command", ["", "compress", "analyze", "plan", "convert", "distill", "evaluate", "env"])
+@pytest.mark.parametrize(
+    "command", ["", "compress", "analyze", "plan", "convert", "distill", "evaluate", "push", "env"]
+)
 def test_help(run_in_process, command):
     result = run_in_process(*([command] if command else []), "--help")
     assert result.returncode == 0 and "Usage" in result.stdout
