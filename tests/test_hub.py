@@ -19,8 +19,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import echoatt_hf
-from echoatt_hf import cli, convert, push_student
+from echoatt_hf import DataSettings, builtin_teacher_path, cli, convert, push_student
 from echoatt_hf import hub as publishing
+from echoatt_hf.runs import describe_data, describe_teacher
 
 
 pytestmark = pytest.mark.hub
@@ -238,6 +239,33 @@ def test_licence_and_language_of_the_teacher(online, folder, quick):
     push_student(folder, REPOSITORY)
     data = ModelCard(files_of(online)["README.md"].content.decode()).data
     assert (data.license, data.language, data.base_model) == ("apache-2.0", "de", f"{USER}/teacher")
+
+
+def test_teacher_is_named_with_its_repository_and_commit(online, tmp_path):
+    api = HfApi(endpoint=online.url, token=TOKEN)
+    api.create_repo(f"{USER}/teacher")
+    make_teacher().save_pretrained(tmp_path / "local")
+    made = api.upload_folder(repo_id=f"{USER}/teacher", folder_path=tmp_path / "local")
+    api.hf_hub_download(f"{USER}/teacher", "config.json")
+    teacher = make_teacher()
+    assert describe_teacher(teacher) == {}
+    for name, expected in {
+        f"{USER}/teacher": {"name": f"{USER}/teacher", "repository": f"{USER}/teacher"},
+        f"{USER}/unknown": {"name": "unknown"},
+        str(tmp_path / "local"): {"name": "local"},
+        str(builtin_teacher_path()): {"name": "the built-in teacher of echoatt_hf", "license": "apache-2.0"},
+    }.items():
+        teacher.name_or_path = name
+        assert describe_teacher(teacher) == expected
+        known = {"revision": made.oid} if "repository" in expected else {}
+        assert describe_teacher(teacher, "main") == expected | known
+
+
+def test_data_is_named_without_its_place(tmp_path):
+    (tmp_path / "mine.txt").write_text("text")
+    described = describe_data(DataSettings(data=[str(tmp_path / "mine.txt"), "org/rows"]))
+    assert described == {"names": ["mine.txt", "org/rows"], "repositories": ["org/rows"]}
+    assert describe_data(DataSettings())["language"] == "code"
 
 
 KILLED = """
