@@ -124,6 +124,7 @@ def make_card(
         auto_class=auto_class,
         conversion=ConversionReport(**conversion) if conversion else None,
         start=_describe_start(report),
+        has_figure=(folder / "similarity.png").exists(),
         transformers_floor=TRANSFORMERS_FLOOR,
         citation=CITATION,
         **_describe_results(report, zero_shot),
@@ -139,7 +140,7 @@ def has_own_text(card: str) -> bool:
 
 
 _GAP = re.compile(
-    r"\bNone\b(?! of)|more information needed|\bTODO\b|\bTBD\b|\{\{.*?\}\}|\{%.*?%\}|path or repository", re.IGNORECASE
+    r"\bNone\b(?! of)|(?i:more information needed)|\bTODO\b|\bTBD\b|\{\{.*?\}\}|\{%.*?%\}|path or repository"
 )
 
 

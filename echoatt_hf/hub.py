@@ -39,12 +39,30 @@ __all__ = ["Publication", "PublishingCallback", "push_model", "push_student"]
 CODE_FILES = ("configuration_echoatt.py", "modeling_echoatt.py")
 
 # Other files of a folder are left where they are: checkpoints, logs, pickles (the Trainer's training_args.bin is one).
-_SENT = (
-    *("*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", "README.md", "*.png"),
-    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json"),
-    *("merges.txt", "vocab.txt", "tokenizer.model", "spiece.model", "chat_template.jinja"),
-    *("report.json", "sharing_plan.json", "similarity.json", "conversion.json", "zero_shot.json", "results.json"),
-)
+_SENT = [
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "config.json",
+    "generation_config.json",
+    "README.md",
+    "*.png",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "vocab.txt",
+    "tokenizer.model",
+    "spiece.model",
+    "chat_template.jinja",
+    "report.json",
+    "sharing_plan.json",
+    "similarity.json",
+    "conversion.json",
+    "zero_shot.json",
+    "results.json",
+]
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json")
 
 # Whose text is that of a vocabulary, in which a path may stand for itself.
@@ -231,21 +249,35 @@ class PublishingCallback(TrainerCallback):
 
 
 # What makes a run what it is. An argument that is not among them, such as a token or a folder, is never published.
-_TOLD_ARGUMENTS = (
-    *("stage1_steps", "stage2_steps", "stage2_learning_rate", "kl_weight", "kl_temperature", "ce_weight"),
-    *(
-        "hidden_weight",
-        "attention_weight",
-        "learning_rate",
-        "lr_scheduler_type",
-        "warmup_steps",
-        "weight_decay",
-        "optim",
-    ),
-    *("adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "num_train_epochs"),
-    *("per_device_train_batch_size", "gradient_accumulation_steps", "label_smoothing_factor", "neftune_noise_alpha"),
-    *("bf16", "fp16", "tf32", "seed", "data_seed"),
-)
+_TOLD_ARGUMENTS = [
+    "stage1_steps",
+    "stage2_steps",
+    "stage2_learning_rate",
+    "kl_weight",
+    "kl_temperature",
+    "ce_weight",
+    "hidden_weight",
+    "attention_weight",
+    "learning_rate",
+    "lr_scheduler_type",
+    "warmup_steps",
+    "weight_decay",
+    "optim",
+    "adam_beta1",
+    "adam_beta2",
+    "adam_epsilon",
+    "max_grad_norm",
+    "num_train_epochs",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "label_smoothing_factor",
+    "neftune_noise_alpha",
+    "bf16",
+    "fp16",
+    "tf32",
+    "seed",
+    "data_seed",
+]
 
 
 def _changed_arguments(args) -> dict[str, str]:
@@ -447,11 +479,13 @@ def _send(
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         if revision not in (None, "main") and not revision.startswith("refs/"):
             api.create_branch(repo_id, branch=revision, exist_ok=True)
-        head = api.model_info(repo_id, revision=revision).sha
+        there = api.model_info(repo_id, revision=revision)
+        if private and not there.private:
+            raise ValueError("it is there already, and public: make it private on the Hub, or push to another")
         files = {path.name: path for path in sorted(staged.iterdir())}
         stale = [
             name
-            for name in api.list_repo_files(repo_id, revision=head)
+            for name in api.list_repo_files(repo_id, revision=there.sha)
             if name not in files and any(fnmatch(name, pattern) for pattern in _WEIGHTS)
         ]
         return api.create_commit(
@@ -465,7 +499,7 @@ def _send(
             revision=revision,
             create_pr=create_pr,
             # Of two pushes at once the second one fails, and is not mixed with the first.
-            parent_commit=head,
+            parent_commit=there.sha,
         )
 
 

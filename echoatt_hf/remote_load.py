@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file  # noqa: E402
 
 
 def main(folder: str, auto_class: str, inputs: str, outputs: str) -> None:
-    transformers.AutoTokenizer.from_pretrained(folder)
+    transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
     model = getattr(transformers, auto_class).from_pretrained(folder, dtype="auto", trust_remote_code=True)
     if not type(model).__module__.startswith("transformers_modules"):
         raise RuntimeError(f"The model is a {type(model).__module__}.{type(model).__name__}, not one of the folder.")

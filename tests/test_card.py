@@ -167,7 +167,7 @@ def test_a_card_without_marks_keeps_its_text(folder):
 )
 def test_gaps_are_found(folder, text):
     assert find_gaps(make_card(folder).replace("## Limits", f"{text}\n\n## Limits")) != []
-    assert find_gaps("```python\nf(x=None)  # {{}}\n```\n\nNone of this is a gap.") == []
+    assert find_gaps("```python\nf(x=None)  # {{}}\n```\n\nNone of this is a gap, and none was left.") == []
 
 
 def test_sections_of_the_template_have_two_marks_each():

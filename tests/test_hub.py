@@ -19,8 +19,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import echoatt_hf
-from echoatt_hf import cli, convert, push_student
+from echoatt_hf import DataSettings, builtin_teacher_path, cli, convert, push_student
 from echoatt_hf import hub as publishing
+from echoatt_hf.runs import describe_data, describe_teacher
 
 
 pytestmark = pytest.mark.hub
@@ -204,6 +205,13 @@ def test_branch_and_pull_request(online, folder, quick):
         push_student(folder, REPOSITORY, revision="next", create_pr=True)
 
 
+def test_private_is_not_promised_of_a_public_repository(online, folder, quick, run):
+    HfApi(endpoint=online.url, token=TOKEN).create_repo(REPOSITORY)
+    refused = run(folder, REPOSITORY, "--license", "mit", "--private")
+    assert refused.exit_code == 2 and "there already, and public" in refused.stderr
+    assert online.repositories[REPOSITORY].history() == ["initial commit"] and not online.large_files
+
+
 def test_update_keeps_what_was_written_on_the_hub_and_drops_old_weights(online, folder, quick):
     push_student(folder, REPOSITORY, license="mit")
     repository = online.repositories[REPOSITORY]
@@ -231,6 +239,33 @@ def test_licence_and_language_of_the_teacher(online, folder, quick):
     push_student(folder, REPOSITORY)
     data = ModelCard(files_of(online)["README.md"].content.decode()).data
     assert (data.license, data.language, data.base_model) == ("apache-2.0", "de", f"{USER}/teacher")
+
+
+def test_teacher_is_named_with_its_repository_and_commit(online, tmp_path):
+    api = HfApi(endpoint=online.url, token=TOKEN)
+    api.create_repo(f"{USER}/teacher")
+    make_teacher().save_pretrained(tmp_path / "local")
+    made = api.upload_folder(repo_id=f"{USER}/teacher", folder_path=tmp_path / "local")
+    api.hf_hub_download(f"{USER}/teacher", "config.json")
+    teacher = make_teacher()
+    assert describe_teacher(teacher) == {}
+    for name, expected in {
+        f"{USER}/teacher": {"name": f"{USER}/teacher", "repository": f"{USER}/teacher"},
+        f"{USER}/unknown": {"name": "unknown"},
+        str(tmp_path / "local"): {"name": "local"},
+        str(builtin_teacher_path()): {"name": "the built-in teacher of echoatt_hf", "license": "apache-2.0"},
+    }.items():
+        teacher.name_or_path = name
+        assert describe_teacher(teacher) == expected
+        known = {"revision": made.oid} if "repository" in expected else {}
+        assert describe_teacher(teacher, "main") == expected | known
+
+
+def test_data_is_named_without_its_place(tmp_path):
+    (tmp_path / "mine.txt").write_text("text")
+    described = describe_data(DataSettings(data=[str(tmp_path / "mine.txt"), "org/rows"]))
+    assert described == {"names": ["mine.txt", "org/rows"], "repositories": ["org/rows"]}
+    assert describe_data(DataSettings())["language"] == "code"
 
 
 KILLED = """
@@ -399,7 +434,7 @@ TRAINED = """
     import sys
     import torch
     from datasets import Dataset
-    from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
+    from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainerCallback, TrainingArguments
     from echoatt_hf import EchoAttForCausalLM, EchoAttTrainer, EchoAttTrainingArguments, PublishingCallback, collate_rows
 
     folder, home, user = sys.argv[1:]
@@ -415,12 +450,18 @@ TRAINED = """
     args = EchoAttTrainingArguments(
         f"{home}/distilled", hub_model_id=f"{user}/distilled", stage1_steps=0, stage2_steps=4, learning_rate=1e-4, **common
     )
+
+    class Wait(TrainerCallback):  # Trainer writes into the folder while it is still being pushed
+
+        def on_step_begin(self, *_, **__):
+            trainer._finish_current_push()
+
     options = {"train_dataset": rows, "data_collator": collate_rows, "processing_class": tokenizer}
-    trainer = EchoAttTrainer(model=student, args=args, **options)
+    trainer = EchoAttTrainer(model=student, args=args, callbacks=[Wait()], **options)
     trainer.train()
     trainer.push_to_hub(license="mit", language="en", dataset="org/rows", tags="mine", finetuned_from="org/teacher")
     args = TrainingArguments(f"{home}/tuned", hub_model_id=f"{user}/tuned", max_steps=2, **common)
-    trainer = Trainer(model=student, args=args, callbacks=[PublishingCallback()], **options)
+    trainer = Trainer(model=student, args=args, callbacks=[PublishingCallback(), Wait()], **options)
     trainer.train()
     trainer._finish_current_push()
 """

@@ -482,7 +482,7 @@ def test_overwrite_replaces_and_a_student_cannot_be_a_teacher(compressed, workpl
 
 
 @pytest.mark.parametrize(
-    "command", ["", "compress", "analyze", "plan", "convert", "store-teacher", "distill", "evaluate", "env"]
+    "command", ["", "compress", "analyze", "plan", "convert", "store-teacher", "distill", "evaluate", "push", "env"]
 )
 def test_help(run_in_process, command):
     result = run_in_process(*([command] if command else []), "--help")

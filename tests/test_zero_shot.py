@@ -517,7 +517,7 @@ def test_command_prints_a_table_and_writes_json(run, saved, model, tokenizer, fi
     assert "zero-shot: " in result.stderr and "/50 [" in result.stderr, "a progress bar over the texts"
     expected = evaluate_zero_shot(model, tokenizer, tasks, limit=7, batch_size=4)
     written = json.loads(output.read_text())
-    assert written == {"model": str(saved), "limit": 7, "results": expected}
+    assert written == {"model": saved.name, "limit": 7, "results": expected}
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in result.stdout.splitlines() if "|" in line]
     assert rows[0] == ["task", "count", "acc", "acc_norm", "perplexity"]
     assert [row[0] for row in rows[2:]] == ["choice", "last", "group", "- one", "- two"]
