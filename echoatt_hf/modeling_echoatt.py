@@ -447,7 +447,7 @@ def _unsupported_reason(attention: nn.Module) -> str | None:
 def _fused_modules(attention: nn.Module) -> list[str]:
     """Names of the projections that make several things at once, one of which an echo layer keeps."""
     names = [name for name in FUSED_MODULES if hasattr(attention, name)]
-    if "q_proj" in names and attention.q_proj.out_features != 2 * _query_features(attention):
+    if "q_proj" in names and attention.q_proj.out_features != 2 * count_query_features(attention):
         names.remove("q_proj")  # queries alone
     return names
 
@@ -456,7 +456,14 @@ def _head_dim(attention: nn.Module) -> int:
     return attention.head_dim if hasattr(attention, "head_dim") else attention.head_size
 
 
-def _query_features(attention: nn.Module) -> int:
+def count_query_features(attention: nn.Module) -> int:
+    """
+    Features of the queries of an attention module, its heads times their size.
+
+    Args:
+        attention (`nn.Module`):
+            Attention module, as returned by [`find_attention_modules`].
+    """
     return attention.config.num_attention_heads * _head_dim(attention)
 
 
@@ -472,7 +479,7 @@ def count_value_features(attention: nn.Module) -> int:
         return attention.v_proj.out_features
     fused = getattr(attention, _fused_modules(attention)[0])
     features = fused.nf if isinstance(fused, Conv1D) else fused.out_features
-    return (features - _query_features(attention)) // 2
+    return (features - count_query_features(attention)) // 2
 
 
 def _part_of_heads(rows: torch.Tensor, attention: nn.Module, parts: int) -> torch.Tensor:
@@ -1037,6 +1044,7 @@ __all__ = [
     "EchoAttPreTrainedModel",
     "EchoRecords",
     "compute_attention_weights",
+    "count_query_features",
     "count_value_features",
     "find_attention_modules",
     "find_output_projection",
