@@ -137,8 +137,8 @@ class AttentionRecord:
         scaling = self.kwargs.get("scaling")
         query = self.query * (size**-0.5 if scaling is None else scaling)
         # A key head is read once for all the query heads of its group.
-        scores = query.reshape(batch, self.key.shape[1], -1, size) @ self.key.transpose(2, 3)
-        scores = scores.view(batch, heads, 1, -1)
+        query = query.reshape(batch * self.key.shape[1], -1, size)
+        scores = torch.bmm(query, self.key.flatten(0, 1).transpose(1, 2)).view(batch, heads, 1, -1)
         if self.attention_mask is not None:
             is_kept = self.attention_mask.dtype == torch.bool
             hidden = torch.finfo(scores.dtype).min
@@ -180,7 +180,7 @@ class AttentionWeights:
     def attend(self, module: nn.Module, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """As [`AttentionRecord.attend`], with T = 1."""
         batch, heads, _, length = self.weights.shape
-        output = self.weights.view(batch, value.shape[1], -1, length) @ value
+        output = torch.bmm(self.weights.view(batch * value.shape[1], -1, length), value.flatten(0, 1))
         return output.view(batch, 1, heads, -1), self.weights if self.is_eager else None
 
     def to(self, device: torch.device) -> "AttentionWeights":
@@ -340,7 +340,8 @@ class EchoAttention:
             gate = getattr(self, self.echo_gate)(hidden_states).sigmoid()
             output = output * gate.view(*output.shape[:3], -1)  # for each feature, or for each head
         output = getattr(self, self.echo_output)(output.reshape(*input_shape, -1).contiguous())
-        output = nn.functional.dropout(output, self.echo_dropout, self.training)
+        if self.echo_dropout:
+            output = nn.functional.dropout(output, self.echo_dropout, self.training)
         return output, weights
 
     def __reduce__(self):
