@@ -225,12 +225,12 @@ def _make_config(settings: BenchmarkSettings, teacher: str) -> PreTrainedConfig:
 def _read_plan(student: str, config: PreTrainedConfig) -> list[int] | None:
     """The plan that `student` says, or `None` where it names a model."""
     try:
-        return list(make_plan(PlanSettings(plan="blocks", ratio=float(student)), config))
-    except ValueError as error:
-        if "could not convert" not in str(error):
-            raise
-    is_plan = student.endswith(".json") or student.replace(",", "").isdigit()
-    return list(make_plan(PlanSettings(plan=student), config)) if is_plan else None
+        settings = PlanSettings(plan="blocks", ratio=float(student))
+    except ValueError:
+        if not student.endswith(".json") and "," not in student:
+            return None
+        settings = PlanSettings(plan=student)
+    return list(make_plan(settings, config))
 
 
 def _load_student(student: str, teacher: PreTrainedModel, dtype: torch.dtype) -> EchoAttForCausalLM:

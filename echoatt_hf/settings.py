@@ -186,7 +186,7 @@ class BenchmarkSettings:
     random_init: bool = setting(
         False, "Random weights in the shape of the teacher, of which the configuration is read."
     )
-    layers: int | None = setting(None, "With random weights: layers to make, fewer than the teacher's own.")
+    layers: int | None = setting(None, "With random weights: layers to make in place of the teacher's own number.")
     optimizer: str = setting("sgd", "'sgd' or 'adamw', whose states need twice the memory of the weights.")
     prompts: str | None = setting(None, "Text to take tokens from, random ones if not given.")
     repeats: int = setting(5, "Rounds that are timed.")
