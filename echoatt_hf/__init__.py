@@ -39,6 +39,7 @@ TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.setdefault("echoatt", list(PR
 _MODULES = {
     "adapters": ["add_lora", "merge_lora", "share_weights"],
     "alignment": ["align_heads", "match_heads", "permute_heads"],
+    "benchmark": ["format_benchmark", "run_benchmark"],
     "conversion": ["ConversionReport", "convert", "count_cache_bytes", "count_kv_bytes_per_token"],
     "data": ["collate_rows", "load_documents", "pack_rows", "split_documents"],
     "distillation": ["EchoAttTrainer", "EchoAttTrainingArguments"],
@@ -48,7 +49,14 @@ _MODULES = {
     "planning": ["plan_from_similarity"],
     "refit": ["refit_outputs"],
     "search": ["PlanSearch", "search_plan"],
-    "settings": ["CalibrationSettings", "CompressionSettings", "DataSettings", "DistillationSettings", "PlanSettings"],
+    "settings": [
+        "BenchmarkSettings",
+        "CalibrationSettings",
+        "CompressionSettings",
+        "DataSettings",
+        "DistillationSettings",
+        "PlanSettings",
+    ],
     "sharing": ["SharingPlan"],
     "similarity": ["AttentionSimilarity", "measure_attention_similarity"],
     "stored_teacher": ["StoredTeacher", "write_stored_teacher"],

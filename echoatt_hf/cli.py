@@ -13,6 +13,7 @@ from typing import Annotated, get_type_hints
 import typer
 
 from .settings import (
+    BenchmarkSettings,
     CalibrationSettings,
     CompressionSettings,
     DataSettings,
@@ -328,6 +329,40 @@ def zero_shot(
     if output is not None:
         measured = without_paths({"model": model, "limit": limit, "results": results})
         write_whole(output, json.dumps(measured, indent=2) + "\n")
+        print(f"\nwritten to {output}")
+
+
+@app.command()
+@with_settings(settings=BenchmarkSettings)
+def benchmark(
+    settings: BenchmarkSettings,
+    teacher: Annotated[
+        str,
+        typer.Argument(
+            help="'builtin', a folder, a repository of the Hub, or, with random weights, TinyLlama-1.1B, SmolLM2-135M, "
+            "SmolLM2-360M, Qwen2.5-0.5B or Llama-3.2-1B."
+        ),
+    ] = "TinyLlama-1.1B",
+    student_or_plan: Annotated[
+        str,
+        typer.Argument(
+            help="A student, source indices such as 0,1,1,1,4, a plan's .json file, or the ratio of the paper's blocks."
+        ),
+    ] = "0.41",
+    output: Annotated[Path | None, typer.Option(help="Folder for benchmark.json, .md and .png.")] = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Measure the speed and memory of a student beside its teacher, and beside what counting allows at most."""
+    from .benchmark import format_benchmark, run_benchmark, write_benchmark
+    from .outputs import check_output_folder, whole_folder
+
+    if output is not None:
+        check_output_folder(output, overwrite)
+    results = run_benchmark(settings, teacher, student_or_plan, progress=True)
+    print(format_benchmark(results))
+    if output is not None:
+        with whole_folder(output, overwrite) as folder:
+            write_benchmark(results, folder)
         print(f"\nwritten to {output}")
 
 

@@ -9,6 +9,8 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPIN
 
 ECHOATT_VERSION = "0.1.0.dev0"
 
+ECHO_DECODES = ("auto", "weights", "replay")
+
 # Types of layers, in a configuration's `layer_types`, that have no attention weights to share.
 TYPES_WITHOUT_ATTENTION = ("linear_attention", "conv", "mamba", "moe")
 
@@ -112,12 +114,18 @@ class EchoAttConfig(PreTrainedConfig):
             The sharing plan: for each layer the 0-based index of the layer whose attention weights it uses, its own
             index for source and plain layers. `[0, 1, 1, 1, 4]`: layers 2 and 3 echo layer 1. Without it no layer
             echoes.
+        echo_decode (`str`, *optional*, defaults to `"auto"`):
+            How echo layers reuse the attention of a single query token, as in decoding. `"weights"`: the source computes
+            its attention weights, and an echo layer multiplies them with its values. `"replay"`: an echo layer repeats
+            the whole attention call of the source with its values, as for longer inputs. `"auto"`: weights where the
+            call is nothing else, which is in `eager` and `sdpa` attention without soft cap, sinks and dropout, and
+            replay otherwise, where `"weights"` is an error. May be changed at any time.
         echoatt_version (`str`, *optional*):
             Version of `echoatt_hf` that wrote the configuration.
 
     Raises:
-        `ValueError`: the plan does not fit the layers, the base family is not a decoder language model, or a field is
-            unknown.
+        `ValueError`: the plan does not fit the layers, the base family is not a decoder language model, a field is
+            unknown, or `echo_decode` is.
 
     Example:
 
@@ -137,6 +145,7 @@ class EchoAttConfig(PreTrainedConfig):
 
     text_config: Any = None
     echo_sources: Any = None
+    echo_decode: Any = "auto"
     echoatt_version: str | None = None
 
     def __post_init__(self, **kwargs):
@@ -183,6 +192,8 @@ class EchoAttConfig(PreTrainedConfig):
         return getattr(text_config, name)
 
     def __setattr__(self, name: str, value) -> None:
+        if name == "echo_decode" and value not in ECHO_DECODES:
+            raise ValueError(f"echo_decode is {value!r}; it must be one of {', '.join(ECHO_DECODES)}.")
         text_config = self.__dict__.get("text_config")
         is_own = name.startswith("_") or name in self.__dict__ or hasattr(type(self), name)
         if not is_own and isinstance(text_config, PreTrainedConfig) and hasattr(text_config, name):

@@ -7,6 +7,9 @@ embedding, norms and cache update. An echo layer has no query and key projection
 replays the recorded call with them, in whatever implementation the user chose. That is the same as reusing the source's
 attention weights A = softmax(Q Kᵀ / sqrt(d) + mask), O = A · V_own · W_o, but never keeps a T x T matrix.
 
+When one token is decoded, A is no more than a vector for each head. Then the source records A itself, and an echo is one
+product with its values: it reads no keys and computes no softmax.
+
 Source: EchoAtt, arXiv 2409.14595, section 3 (shared attention layers inherit all but the query and key projections).
 """
 
@@ -71,12 +74,29 @@ _GATE_MODULES = ("gate_proj", "g_proj")
 _DROPOUT_MODULES = ("attn_dropout", "attention_dropout", "resid_dropout")
 
 
+# Arguments of an attention call that say nothing about the attention of one token to those before it, but for `scaling`.
+_PLAIN_ARGUMENTS = {
+    "cache_position",
+    "dropout",
+    "is_causal",
+    "output_attentions",
+    "output_hidden_states",
+    "output_router_logits",
+    "position_ids",
+    "scaling",
+    "sliding_window",  # the mask has it
+    "use_cache",
+}
+
+
 @dataclass
 class AttentionRecord:
     """
     The attention call of a source layer, without its values.
 
     Args:
+        implementation (`str`):
+            The attention implementation the user chose.
         query (`torch.Tensor` of shape `(B, H, T, D)`):
             Queries, after rotary embedding.
         key (`torch.Tensor` of shape `(B, H_kv, S, D)`):
@@ -87,15 +107,51 @@ class AttentionRecord:
             Further keyword arguments of the call: scaling, dropout, window, soft cap.
     """
 
+    implementation: str
     query: torch.Tensor
     key: torch.Tensor
     attention_mask: Any
     kwargs: dict[str, Any]
 
+    def attend(self, module: nn.Module, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """
+        Run the call with the values `(B, H_kv, S, D)` of `module`. Returns the output `(B, T, H, D)` and, in eager mode,
+        the attention weights `(B, H, T, S)`.
+        """
+        attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.implementation, module.eager_attention)
+        sinks = self.kwargs.get("s_aux")
+        viewed = module if sinks is None else SinksOfSource(module, sinks)
+        return attention(viewed, self.query, self.key, value, self.attention_mask, **self.kwargs)
+
+    def is_plain(self) -> bool:
+        """Whether the call is nothing but the product of attention weights, without dropout, with the values."""
+        arguments = {name for name, value in self.kwargs.items() if value is not None}
+        return (
+            self.implementation in ("eager", "sdpa")
+            and arguments <= _PLAIN_ARGUMENTS
+            and not self.kwargs.get("dropout")
+        )
+
+    def to_weights(self) -> "AttentionWeights":
+        """What is kept of a plain call of one query token."""
+        batch, heads, _, size = self.query.shape
+        scaling = self.kwargs.get("scaling")
+        query = self.query * (size**-0.5 if scaling is None else scaling)
+        # A key head is read once for all the query heads of its group.
+        query = query.reshape(batch * self.key.shape[1], -1, size)
+        scores = torch.bmm(query, self.key.flatten(0, 1).transpose(1, 2)).view(batch, heads, 1, -1)
+        if self.attention_mask is not None:
+            is_kept = self.attention_mask.dtype == torch.bool
+            hidden = torch.finfo(scores.dtype).min
+            scores = scores.masked_fill(~self.attention_mask, hidden) if is_kept else scores + self.attention_mask
+        weights = scores.softmax(-1, dtype=torch.float32).to(self.query.dtype)
+        return AttentionWeights(weights, self.implementation == "eager")
+
     def to(self, device: torch.device) -> "AttentionRecord":
         if self.query.device == device:
             return self
         return AttentionRecord(
+            self.implementation,
             self.query.to(device),
             self.key.to(device),
             _move(self.attention_mask, device),
@@ -107,26 +163,63 @@ def _move(value: Any, device: torch.device) -> Any:
     return value.to(device) if hasattr(value, "to") else value
 
 
+@dataclass
+class AttentionWeights:
+    """
+    The attention weights of a source layer for one query token, in place of its call.
+
+    Args:
+        weights (`torch.Tensor` of shape `(B, H, 1, S)`):
+            Attention weights.
+        is_eager (`bool`):
+            Whether they are an output of the attention.
+    """
+
+    weights: torch.Tensor
+    is_eager: bool
+
+    def attend(self, module: nn.Module, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """As [`AttentionRecord.attend`], with T = 1."""
+        batch, heads, _, length = self.weights.shape
+        output = torch.bmm(self.weights.view(batch * value.shape[1], -1, length), value.flatten(0, 1))
+        return output.view(batch, 1, heads, -1), self.weights if self.is_eager else None
+
+    def to(self, device: torch.device) -> "AttentionWeights":
+        return self if self.weights.device == device else AttentionWeights(self.weights.to(device), self.is_eager)
+
+
 class EchoRecords:
     """
     The recorded attention calls of one forward pass, by the index of their source layer.
 
-    Made new for each forward pass of the headless model and handed down to the layers as a keyword argument, so that no
-    state stays on modules. Deliberately not a `dict`: FSDP2 rebuilds dicts it finds among the arguments, and the layers must all see
-    the same object. For the same reason `to` returns the object itself; a record moves when an echo on another device
+    Made new for each forward pass of the decoder and handed down to the layers as a keyword argument, so that no state
+    stays on modules. Deliberately not a `dict`: FSDP2 rebuilds dicts it finds among the arguments, and the layers must all
+    see the same object. For the same reason `to` returns the object itself; a record moves when an echo on another device
     reads it.
+
+    Args:
+        decode (`str`, *optional*, defaults to `"replay"`):
+            `echo_decode` of the configuration.
     """
 
-    def __init__(self):
-        self._records: dict[int, AttentionRecord] = {}
+    def __init__(self, decode: str = "replay"):
+        self._records: dict[int, AttentionRecord | AttentionWeights] = {}
         self._grad_enabled = torch.is_grad_enabled()
+        self._decode = decode
 
-    def record(self, layer: int, record: AttentionRecord) -> None:
+    def record(self, layer: int, record: AttentionRecord) -> AttentionRecord | AttentionWeights:
+        """Keep a call, or the weights of one query token, and return what is kept."""
         if self._grad_enabled and not torch.is_grad_enabled():
             raise ValueError(_REENTRANT_ERROR)
+        if self._decode != "replay" and record.query.shape[2] == 1:
+            if record.is_plain():
+                record = record.to_weights()
+            elif self._decode == "weights":
+                raise ValueError(_not_plain_error(layer, record))
         self._records[layer] = record
+        return record
 
-    def get(self, layer: int, device: torch.device) -> AttentionRecord:
+    def get(self, layer: int, device: torch.device) -> AttentionRecord | AttentionWeights:
         # Where it was needed once it stays: the echoes of a block mostly lie on one device.
         self._records[layer] = self._records[layer].to(device)
         return self._records[layer]
@@ -141,8 +234,19 @@ _REENTRANT_ERROR = (
 )
 
 
-def _give_records(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-    return args, kwargs | {"echo_records": EchoRecords()}
+def _not_plain_error(layer: int, record: AttentionRecord) -> str:
+    more = sorted(name for name, value in record.kwargs.items() if value is not None and name not in _PLAIN_ARGUMENTS)
+    return (
+        f"echo_decode is 'weights', but the attention of layer {layer} is not a product of weights and values alone "
+        f"(implementation {record.implementation!r}, dropout {record.kwargs.get('dropout', 0.0)}, further arguments: "
+        f"{', '.join(more) or 'none'}): set it to 'auto' or 'replay'."
+    )
+
+
+def _give_records(
+    config: EchoAttConfig, module: nn.Module, args: tuple, kwargs: dict[str, Any]
+) -> tuple[tuple, dict[str, Any]]:
+    return args, kwargs | {"echo_records": EchoRecords(config.echo_decode)}
 
 
 class SourceConfig:
@@ -160,19 +264,6 @@ class SourceConfig:
         return getattr(self.config, name)
 
 
-def _attend(
-    module: nn.Module,
-    implementation: str,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: Any,
-    **kwargs,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    attention = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, module.eager_attention)
-    return attention(module, query, key, value, attention_mask, **kwargs)
-
-
 def record_attention(
     module: nn.Module,
     query: torch.Tensor,
@@ -183,7 +274,7 @@ def record_attention(
     **kwargs,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """
-    Attention function of source layers: record the call, then run the implementation the user chose.
+    Attention function of source layers: record the call, then run it in the implementation the user chose.
 
     Args:
         module (`nn.Module`):
@@ -203,9 +294,9 @@ def record_attention(
             f"EchoAtt does not support the family {module.config.model_type!r} yet: its layers do not hand keyword "
             "arguments on to their attention."
         )
-    echo_records.record(module.layer_idx, AttentionRecord(query, key, attention_mask, kwargs))
     implementation = module.config.config._attn_implementation
-    return _attend(module, implementation, query, key, value, attention_mask, **kwargs)
+    call = AttentionRecord(implementation, query, key, attention_mask, kwargs)
+    return echo_records.record(module.layer_idx, call).attend(module, value)
 
 
 AttentionInterface.register(RECORD_ATTENTION, record_attention)
@@ -251,21 +342,13 @@ class EchoAttention:
         cache = past_key_values if layer_past is None else layer_past
         if cache is not None:
             value = _cache_values(cache, value, self.layer_idx)
-        sinks = record.kwargs.get("s_aux")
-        output, weights = _attend(
-            self if sinks is None else SinksOfSource(self, sinks),
-            self.config._attn_implementation,
-            record.query,
-            record.key,
-            value,
-            record.attention_mask,
-            **record.kwargs,
-        )
+        output, weights = record.attend(self, value)
         if self.echo_gate is not None:
             gate = getattr(self, self.echo_gate)(hidden_states).sigmoid()
             output = output * gate.view(*output.shape[:3], -1)  # for each feature, or for each head
         output = getattr(self, self.echo_output)(output.reshape(*input_shape, -1).contiguous())
-        output = nn.functional.dropout(output, self.echo_dropout, self.training)
+        if self.echo_dropout:
+            output = nn.functional.dropout(output, self.echo_dropout, self.training)
         return output, weights
 
     def __reduce__(self):
@@ -275,7 +358,7 @@ class EchoAttention:
 
 class SinksOfSource:
     """
-    View of an echo layer's attention that attention functions see which look for sinks there: with its source's.
+    View of an attention module that attention functions see which look for sinks there: with those of the call.
     """
 
     def __init__(self, attention: nn.Module, sinks: torch.Tensor):
@@ -383,7 +466,7 @@ def _unsupported_reason(attention: nn.Module) -> str | None:
 def _fused_modules(attention: nn.Module) -> list[str]:
     """Names of the projections that make several things at once, one of which an echo layer keeps."""
     names = [name for name in FUSED_MODULES if hasattr(attention, name)]
-    if "q_proj" in names and attention.q_proj.out_features != 2 * _query_features(attention):
+    if "q_proj" in names and attention.q_proj.out_features != 2 * count_query_features(attention):
         names.remove("q_proj")  # queries alone
     return names
 
@@ -392,7 +475,14 @@ def _head_dim(attention: nn.Module) -> int:
     return attention.head_dim if hasattr(attention, "head_dim") else attention.head_size
 
 
-def _query_features(attention: nn.Module) -> int:
+def count_query_features(attention: nn.Module) -> int:
+    """
+    Features of the queries of an attention module, its heads times their size.
+
+    Args:
+        attention (`nn.Module`):
+            Attention module, as returned by [`find_attention_modules`].
+    """
     return attention.config.num_attention_heads * _head_dim(attention)
 
 
@@ -408,7 +498,7 @@ def count_value_features(attention: nn.Module) -> int:
         return attention.v_proj.out_features
     fused = getattr(attention, _fused_modules(attention)[0])
     features = fused.nf if isinstance(fused, Conv1D) else fused.out_features
-    return (features - _query_features(attention)) // 2
+    return (features - count_query_features(attention)) // 2
 
 
 def _part_of_heads(rows: torch.Tensor, attention: nn.Module, parts: int) -> torch.Tensor:
@@ -532,9 +622,7 @@ def compute_attention_weights(attention: nn.Module, records: EchoRecords) -> tor
         `torch.Tensor` of shape `(B, H, T, S)`.
     """
     record = records.get(attention.layer_idx, next(attention.parameters()).device)
-    no_values = record.key[..., :1]
-    call = (record.query, record.key, no_values, record.attention_mask)
-    return _attend(attention, "eager", *call, **record.kwargs)[1]
+    return record.attend(attention, record.key[..., :1])[1]
 
 
 def _check_same_heads(echo: nn.Module, source: nn.Module) -> None:
@@ -575,7 +663,8 @@ class EchoAttPreTrainedModel(PreTrainedModel):
         _share_attention(model, self.config)
         if self.config.echo_layers:
             # By whichever way the decoder is called: fused language model heads leave the family's head out.
-            find_decoder(model).register_forward_pre_hook(_give_records, with_kwargs=True)
+            give_records = functools.partial(_give_records, self.config)
+            find_decoder(model).register_forward_pre_hook(give_records, with_kwargs=True)
         _extend_tp_plan(model)
         for name in _GENERATION_TRAITS:
             if hasattr(model, name):
@@ -992,6 +1081,7 @@ __all__ = [
     "EchoAttPreTrainedModel",
     "EchoRecords",
     "compute_attention_weights",
+    "count_query_features",
     "count_value_features",
     "find_attention_modules",
     "find_output_projection",

@@ -10,6 +10,7 @@ from .teachers import BUILTIN_TEACHER
 
 
 __all__ = [
+    "BenchmarkSettings",
     "CalibrationSettings",
     "CompressionSettings",
     "DataSettings",
@@ -150,6 +151,84 @@ class DistillationSettings:
     def stage1_steps(self) -> int:
         """`int`: steps of stage 1."""
         return self.steps - self.stage2_steps
+
+
+BENCHMARK_PRESETS = {
+    "quick": {"measure": ["prefill", "decode", "training"], "length": [128], "batch_size": [1], "context": [128]},
+    "paper": {"measure": ["prefill", "training", "distillation"], "length": [2048]},
+    "decode": {"measure": ["decode"], "batch_size": [1, 8], "context": [2048]},
+    "full": {
+        "measure": ["prefill", "decode", "training", "distillation"],
+        "length": [512, 2048, 8192],
+        "batch_size": [1, 8, 32],
+        "context": [128, 2048, 8192],
+    },
+}
+_BENCHMARK_CHOICES = {
+    "measure": ("prefill", "decode", "training", "distillation"),
+    "baseline": ("eager", "layers", "kv", "none"),
+    "dtype": ("float32", "bfloat16", "float16"),
+    "optimizer": ("sgd", "adamw"),
+}
+
+
+@dataclass(frozen=True)
+class BenchmarkSettings:
+    """What [`run_benchmark`] measures. Each field's `metadata["help"]` says what it is for."""
+
+    preset: str = setting(
+        "quick",
+        f"What is measured where the options below do not say: {', '.join(map(repr, BENCHMARK_PRESETS))}. 'paper' is "
+        "prefill, training and distillation of 2048 tokens, 'decode' 1 and 8 rows after 2048 tokens.",
+    )
+    measure: list[str] | None = setting(
+        None,
+        "'prefill', 'decode', 'training' or 'distillation' (a step of it, the teacher's part too). May be repeated.",
+    )
+    length: list[int] | None = setting(None, "Tokens in a row, but for decoding. May be repeated.")
+    rows: int = setting(1, "Rows, but for decoding.")
+    batch_size: list[int] | None = setting(None, "Rows that are decoded together. May be repeated.")
+    context: list[int] | None = setting(None, "Tokens before the ones that are decoded. May be repeated.")
+    baseline: list[str] = setting(
+        ["eager", "layers", "kv"],
+        "What else to measure: 'eager' (the teacher in eager attention, the paper's setting), 'layers' (the teacher "
+        "without so many layers that it is as small as the student), 'kv' (keys and values shared in the layers that "
+        "echo), 'none'. May be repeated.",
+    )
+    attention: str = setting("sdpa", "Attention implementation of all but the eager teacher.")
+    dtype: str = setting("float32", "Type of the weights: 'float32', 'bfloat16' or 'float16'.")
+    random_init: bool = setting(
+        False, "Random weights in the shape of the teacher, of which the configuration is read."
+    )
+    layers: int | None = setting(None, "With random weights: layers to make in place of the teacher's own number.")
+    optimizer: str = setting("sgd", "'sgd' or 'adamw', whose states need twice the memory of the weights.")
+    prompts: str | None = setting(None, "Text to take tokens from, random ones if not given.")
+    repeats: int = setting(5, "Rounds that are timed.")
+    warmup: int = setting(1, "Rounds before them that are not; in the first memory is measured.")
+
+    def __post_init__(self):
+        if self.preset not in BENCHMARK_PRESETS:
+            raise ValueError(f"preset is {self.preset!r}; it must be one of {', '.join(BENCHMARK_PRESETS)}.")
+        for name in ("measure", "length", "batch_size", "context"):
+            if not getattr(self, name):
+                object.__setattr__(self, name, BENCHMARK_PRESETS[self.preset].get(name, []))
+        for name, choices in _BENCHMARK_CHOICES.items():
+            values = getattr(self, name)
+            for value in [values] if isinstance(values, str) else values:
+                if value not in choices:
+                    raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(choices)}.")
+        _check_at_least_one(self, "rows", "repeats", "warmup")
+        if self.layers is not None and self.layers < 3:
+            raise ValueError(f"layers is {self.layers}; it must be at least 3, of which the one between can echo.")
+        for name in ("length", "batch_size", "context"):
+            for value in getattr(self, name):
+                if value < (1 if name == "batch_size" else 2):
+                    raise ValueError(f"{name} is {value}; it must be at least {1 if name == 'batch_size' else 2}.")
+        needed = {"decode": ("batch_size", "context")}
+        for measure in self.measure:
+            for name in needed.get(measure, ("length",)):
+                if not getattr(self, name):
+                    raise ValueError(f"measure is {measure!r}, for which the preset has no {name}: give --{name}.")
 
 
 @dataclass(frozen=True)

@@ -50,13 +50,19 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 
-from baselines import check_same_model, choose_layers_to_drop, draw_plan, drop_layers, share_keys_values
 from safetensors.torch import load_model as load_weights
 from safetensors.torch import save_model as save_weights
 from study_report import compare, make_curve, make_report, plot_curves
 from transformers import PreTrainedModel
 
 from echoatt_hf import SharingPlan, convert, count_kv_bytes_per_token, evaluate_model, evaluate_zero_shot
+from echoatt_hf.baselines import (
+    check_same_model,
+    choose_layers_to_drop,
+    draw_plan,
+    drop_layers,
+    share_keys_values,
+)
 from echoatt_hf.data import STDLIB, load_documents, pack_rows
 from echoatt_hf.outputs import whole_folder, write_whole
 from echoatt_hf.pipeline import distill

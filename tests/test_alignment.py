@@ -66,8 +66,8 @@ def test_heads_and_attention_in_another_order_give_the_same(family):
     moved_groups = [order[place] // (heads // groups) for place in range(0, heads, heads // groups)]
     outputs = []
     for record in (
-        AttentionRecord(query, key, None, {"scaling": 1.0}),
-        AttentionRecord(query[:, order], key[:, moved_groups], None, {"scaling": 1.0}),
+        AttentionRecord("eager", query, key, None, {"scaling": 1.0}),
+        AttentionRecord("eager", query[:, order], key[:, moved_groups], None, {"scaling": 1.0}),
     ):
         records = EchoRecords()
         records.record(echo.echo_source, record)

@@ -222,7 +222,10 @@ def test_plan_is_checked_again_before_saving(tmp_path):
         ("ehco_sources", "has no field 'ehco_sources': did you mean 'echo_sources'"),
         ("echoat_version", "has no field 'echoat_version': did you mean 'echoatt_version'"),
         ("text_configs", "has no field 'text_configs': did you mean 'text_config'"),
-        ("echo_temperature", "has no field 'echo_temperature': known are text_config, echo_sources, echoatt_version"),
+        (
+            "echo_temperature",
+            "has no field 'echo_temperature': known are text_config, echo_sources, echo_decode, echoatt_version",
+        ),
     ],
 )
 def test_misspelt_field(name, message):

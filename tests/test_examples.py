@@ -1,6 +1,5 @@
 """The scripts in `examples/` run, on very little."""
 
-import copy
 import importlib
 import json
 import signal
@@ -9,10 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
-from conftest import FP32_TOLERANCE, make_batch, make_teacher, process_environment, train_byte_level_bpe
+from conftest import make_teacher, process_environment, train_byte_level_bpe
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
-from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, repeat_kv
 
 
 ROOT = Path(__file__).parents[1]
@@ -200,114 +197,6 @@ def test_a_named_file_needs_a_name(example, capsys):
     with pytest.raises(SystemExit):
         example("reproduce_paper").parse_arguments(["--output", "x", "--task", "piqa.jsonl"])
     assert "is not NAME=PATH" in capsys.readouterr().err
-
-
-def attend_by_hand(attention, states, position_embeddings, shared):
-    """Attention of Llama, one step after the other, with the keys and values in `shared` if there are any."""
-    shape = (*states.shape[:-1], -1, attention.head_dim)
-    query, *own = (
-        projection(states).view(shape).transpose(1, 2)
-        for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
-    )
-    query, key = apply_rotary_pos_emb(query, own[0], *position_embeddings)
-    key, value = shared or (key, own[1])
-    keys, values = (repeat_kv(each, attention.num_key_value_groups) for each in (key, value))
-    scores = query @ keys.transpose(2, 3) * attention.scaling
-    mask = torch.ones(scores.shape[-2:], dtype=torch.bool).tril()
-    weights = scores.masked_fill(~mask, -torch.inf).softmax(-1)
-    return attention.o_proj((weights @ values).transpose(1, 2).flatten(2)), (key, value)
-
-
-def run_llama_by_hand(model, input_ids, sources):
-    body = model.model
-    states, made = body.embed_tokens(input_ids), {}
-    position_embeddings = body.rotary_emb(states, torch.arange(input_ids.shape[1])[None])
-    for index, layer in enumerate(body.layers):
-        normed = layer.input_layernorm(states)
-        output, made[index] = attend_by_hand(layer.self_attn, normed, position_embeddings, made.get(sources[index]))
-        states = states + output
-        states = states + layer.mlp(layer.post_attention_layernorm(states))
-    return model.lm_head(body.norm(states))
-
-
-@pytest.mark.parametrize("attention", ["eager", "sdpa"])
-def test_kv_sharing_equals_the_teacher_with_keys_and_values_put_in(example, attention):
-    teacher, sources = make_teacher(num_hidden_layers=6, attention=attention), [0, 1, 1, 1, 4, 4]
-    student = example("baselines").share_keys_values(copy.deepcopy(teacher), sources)
-    input_ids = make_batch()["input_ids"]
-    expected = run_llama_by_hand(teacher, input_ids, sources)
-    found = student(input_ids=input_ids).logits
-    torch.testing.assert_close(found, expected, **FP32_TOLERANCE)
-    assert (found - teacher(input_ids=input_ids).logits).abs().max() > 1e-3
-    kept = {name for name, _ in student.named_parameters()}
-    gone = [f"model.layers.{layer}.self_attn.{name}.weight" for layer in (2, 3, 5) for name in ("k_proj", "v_proj")]
-    assert {name for name, _ in teacher.named_parameters()} - kept == set(gone)
-    found.square().mean().backward()
-    expected.square().mean().backward()
-    gradients = {name: parameter.grad for name, parameter in teacher.named_parameters()}
-    for name, parameter in student.named_parameters():
-        torch.testing.assert_close(parameter.grad, gradients[name], **FP32_TOLERANCE)
-
-
-@pytest.mark.parametrize("family", ["qwen3", "gemma2"])
-def test_kv_sharing_of_other_families_trains(example, family):
-    student = example("baselines").share_keys_values(make_teacher(family, attention="eager"), [0, 1, 2, 1, 2, 5])
-    student(**make_batch()).logits.square().mean().backward()
-    assert all(parameter.grad is not None for parameter in student.parameters())
-
-
-def test_kv_sharing_refuses_fused_projections(example):
-    with pytest.raises(ValueError, match="no k_proj and v_proj of their own"):
-        example("baselines").share_keys_values(make_teacher("gpt2"), [0, 1, 1, 3, 4, 5])
-
-
-@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2", "gpt2"])
-@pytest.mark.parametrize("share_weights", [False, True], ids=["copies", "shared"])
-def test_layer_dropping_equals_a_model_with_fewer_layers(example, family, share_weights):
-    baselines, teacher = example("baselines"), make_teacher(family, attention="eager")
-    before = {name: tensor.clone() for name, tensor in teacher.state_dict().items()}
-    smaller = baselines.drop_layers(teacher, [2, 3], share_weights)
-    built = AutoModelForCausalLM.from_config(smaller.config, attn_implementation="eager").eval()
-    path = "transformer.h" if family == "gpt2" else "model.layers"
-    state = {}
-    for name, tensor in before.items():
-        for new, old in enumerate([0, 1, 4, 5]):
-            if name.startswith(f"{path}.{old}."):
-                state[name.replace(f"{path}.{old}.", f"{path}.{new}.")] = tensor
-        if not name.startswith(path):
-            state[name] = tensor
-    built.load_state_dict(state)
-    assert built.config.num_hidden_layers == 4
-    inputs = make_batch()
-    torch.testing.assert_close(smaller(**inputs).logits, built(**inputs).logits, **FP32_TOLERANCE)
-    assert all((before[name] == tensor).all() for name, tensor in teacher.state_dict().items())
-    assert len(find_lists(teacher, 6)) == 1 and teacher.config.num_hidden_layers == 6
-
-
-def find_lists(model, length):
-    return [each for each in model.modules() if isinstance(each, torch.nn.ModuleList) and len(each) == length]
-
-
-def test_layer_dropping_saves_what_it_is_asked_to(example):
-    baselines, teacher = example("baselines"), make_teacher(num_hidden_layers=6)
-    layer = sum(parameter.numel() for parameter in teacher.model.layers[0].parameters())
-    rows = [{"input_ids": row} for row in make_batch(rows=3)["input_ids"].tolist()]
-    one, two = (baselines.choose_layers_to_drop(teacher, rows, parameters) for parameters in (layer, layer + 1))
-    assert len(one) == 1 and len(two) == 2 and {*one} < {*two} < {1, 2, 3, 4}
-    kl = {each: baselines.evaluate_model(baselines.drop_layers(teacher, [each]), rows, teacher=teacher)["kl"]
-          for each in range(1, 5)}  # fmt: skip
-    assert one == [min(kl, key=kl.get)]
-    with pytest.raises(ValueError, match="inner layers together have fewer"):
-        baselines.choose_layers_to_drop(teacher, rows, 5 * layer)
-
-
-def test_random_plans_are_valid_and_differ(example):
-    draw = example("baselines").draw_plan
-    plans = [draw(12, 0.41, seed) for seed in range(20)]
-    assert all(len(plan.echo_layers) == 5 and plan[0] == 0 and plan[11] == 11 for plan in plans)
-    assert len({tuple(plan) for plan in plans}) > 15 and draw(12, 0.41, 3) == plans[3]
-    types = ["sliding_attention", "full_attention"] * 3
-    assert all(plan.layer_types == tuple(types) for plan in (draw(6, 0.4, seed, types) for seed in range(20)))
 
 
 @pytest.mark.parametrize(("perplexity", "tokens"), [(30, 0.0), (20, 0.0), (15, 50), (10, 100), (9.5, 150), (8, None)])

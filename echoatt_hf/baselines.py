@@ -1,7 +1,4 @@
-"""
-Other ways to make a model smaller, for `reproduce_paper.py` to compare with: whole layers left out, keys and values
-shared, and echo layers drawn at random.
-"""
+"""Other ways to make a model smaller, to compare with: whole layers left out, keys and values shared, random plans."""
 
 import copy
 import random
@@ -14,11 +11,12 @@ from torch import nn
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from echoatt_hf import SharingPlan
-from echoatt_hf.evaluation import evaluate_model
-from echoatt_hf.modeling_echoatt import SourceConfig, find_attention_modules
-from echoatt_hf.sharing import count_echo_layers, inner_groups
+from .evaluation import evaluate_model
+from .modeling_echoatt import SourceConfig, find_attention_modules
+from .sharing import SharingPlan, count_echo_layers, inner_groups
 
+
+__all__ = ["check_same_model", "choose_layers_to_drop", "draw_plan", "drop_layers", "share_keys_values"]
 
 SHARE_KEYS_VALUES = "share_keys_values"
 
@@ -185,7 +183,7 @@ AttentionInterface.register(SHARE_KEYS_VALUES, attend_with_shared)
 def share_keys_values(model: PreTrainedModel, sources: Sequence[int]) -> PreTrainedModel:
     """
     Let layers use keys and values of earlier ones with queries of their own, in place, as cross-layer attention (CLA)
-    and KVSharer do. For training and evaluation: the model is run without a cache.
+    and KVSharer do. In a cache they have nothing.
 
     Args:
         model (`PreTrainedModel`): causal language model with separate projections of keys and values.
@@ -214,9 +212,14 @@ def share_keys_values(model: PreTrainedModel, sources: Sequence[int]) -> PreTrai
             )
             for name in {"k_norm", "k_layernorm", "key_layernorm"} & {name for name, _ in attention.named_children()}:
                 setattr(attention, name, nn.Identity())
+            attention.register_forward_pre_hook(_without_cache, with_kwargs=True)
     model.register_forward_pre_hook(_hand_down, with_kwargs=True)
     return model
 
 
 def _hand_down(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-    return args, {**kwargs, "shared": KeysAndValues(), "use_cache": False}
+    return args, {**kwargs, "shared": KeysAndValues()}
+
+
+def _without_cache(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    return args, {**kwargs, "past_key_values": None}

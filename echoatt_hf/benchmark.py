@@ -1,0 +1,621 @@
+"""How fast a student is, beside its teacher, other small models, and what counting allows at most."""
+
+import copy
+import ctypes
+import gc
+import itertools
+import json
+import time
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import psutil
+import torch
+from tqdm.auto import tqdm
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedConfig, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
+
+from .baselines import drop_layers, share_keys_values
+from .conversion import count_kv_bytes_per_token
+from .costs import Costs, count_costs
+from .data import load_documents, pack_rows
+from .losses import kl_divergence
+from .modeling_echoatt import EchoAttForCausalLM
+from .outputs import format_markdown
+from .preparation import make_plan
+from .runs import describe_environment, without_paths
+from .settings import BenchmarkSettings, PlanSettings
+from .teachers import default_device, load_config, load_model, load_tokenizer
+
+
+__all__ = ["SHAPES", "format_benchmark", "plot_benchmark", "run_benchmark", "write_benchmark"]
+
+# Configurations of known models, as their repositories have them: what decides their speed.
+SHAPES = {
+    "TinyLlama-1.1B": {
+        "model_type": "llama",
+        "vocab_size": 32000,
+        "hidden_size": 2048,
+        "intermediate_size": 5632,
+        "num_hidden_layers": 22,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+        "max_position_embeddings": 2048,
+        "tie_word_embeddings": False,
+    },
+    "SmolLM2-135M": {
+        "model_type": "llama",
+        "vocab_size": 49152,
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "max_position_embeddings": 8192,
+        "tie_word_embeddings": True,
+    },
+    "SmolLM2-360M": {
+        "model_type": "llama",
+        "vocab_size": 49152,
+        "hidden_size": 960,
+        "intermediate_size": 2560,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 15,
+        "num_key_value_heads": 5,
+        "max_position_embeddings": 8192,
+        "tie_word_embeddings": True,
+    },
+    "Qwen2.5-0.5B": {
+        "model_type": "qwen2",
+        "vocab_size": 151936,
+        "hidden_size": 896,
+        "intermediate_size": 4864,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 14,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 32768,
+        "tie_word_embeddings": True,
+    },
+    "Llama-3.2-1B": {
+        "model_type": "llama",
+        "vocab_size": 128256,
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 64,
+        "max_position_embeddings": 131072,
+        "tie_word_embeddings": True,
+    },
+}
+
+TEACHER, STUDENT, EAGER, DROPPED, SHARING = "teacher", "student", "eager teacher", "layers dropped", "KV sharing"
+BOUNDS = {"prefill": "operations", "decode": "bytes", "training": "operations", "distillation": "operations"}
+DECODED_TOKENS = 4
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A model to measure, and the attention implementation it and its teacher run in."""
+
+    name: str
+    model: PreTrainedModel
+    attention: str
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What is measured: `tokens` is the length of rows, and in decoding the context."""
+
+    measure: str
+    batch_size: int
+    tokens: int
+
+    def __str__(self) -> str:
+        return f"{self.measure} {self.batch_size} x {self.tokens}"
+
+
+def run_benchmark(
+    settings: BenchmarkSettings, teacher: str = "TinyLlama-1.1B", student: str = "0.41", *, progress: bool = False
+) -> dict:
+    """
+    Measure a student beside its teacher and the baselines of the settings.
+
+    All are in one process and take turns, each time in another order, so that what else the machine does meets all of
+    them; each ratio is the median over rounds of the teacher's time to the model's in the same round. Models share one copy
+    of the weights where they have the same. Decoding is timed in steps of four tokens with a dynamic cache, which goes on
+    growing by them.
+
+    Args:
+        settings ([`BenchmarkSettings`]):
+            What to measure, and how often.
+        teacher (`str`, *optional*, defaults to `"TinyLlama-1.1B"`):
+            A named shape, `"builtin"`, a folder, or a repository of the Hub.
+        student (`str`, *optional*, defaults to `"0.41"`):
+            A folder or repository of a student, source indices such as `"0,1,1,1,4"`, a plan's `.json` file, or the
+            sharing ratio of the paper's blocks.
+        progress (`bool`, *optional*, defaults to `False`):
+            Show a progress bar.
+
+    Returns:
+        `dict`: `environment`, `settings`, `models` and `cells`, as JSON can hold it.
+
+    Raises:
+        `ValueError`: a setting is unknown, or the student is none of this teacher's.
+        `FileNotFoundError`: a model cannot be loaded.
+    """
+    cells = _make_cells(settings)
+    contenders = _make_contenders(settings, teacher, student)
+    costs = {each.name: count_costs(each.model) for each in contenders}
+    rounds = settings.warmup + settings.repeats
+    results = []
+    with tqdm(total=len(cells) * rounds * len(contenders), desc="benchmark", disable=not progress, leave=False) as bar:
+        for cell in cells:
+            bar.set_description(str(cell))
+            prompt = _make_prompt(settings, teacher, contenders[0].model, cell)
+            results.append(_measure_cell(settings, cell, contenders, costs, prompt, bar))
+    return {
+        "environment": describe_environment(),
+        "settings": without_paths({"teacher": teacher, "student": student, **asdict(settings)}),
+        "models": {each.name: _describe(each) for each in contenders},
+        "cells": results,
+    }
+
+
+def _make_cells(settings: BenchmarkSettings) -> list[Cell]:
+    return [
+        Cell(measure, batch_size, tokens)
+        for measure in settings.measure
+        for batch_size, tokens in itertools.product(
+            *((settings.batch_size, settings.context) if measure == "decode" else ([settings.rows], settings.length))
+        )
+    ]
+
+
+# Models
+
+
+def _make_contenders(settings: BenchmarkSettings, teacher: str, student: str) -> list[Contender]:
+    dtype, device = getattr(torch, settings.dtype), default_device()
+    if teacher in SHAPES or settings.random_init:
+        config = _make_config(settings, teacher)
+        plan = _read_plan(student, config)  # what is wrong is said before anything is made
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    else:
+        if settings.layers is not None:
+            raise ValueError("layers is given, which needs a model with random weights: give --random-init too.")
+        plan = _read_plan(student, load_config(teacher))
+        model = load_model(teacher, dtype)
+    model = model.to(device)
+    try:
+        model.set_attn_implementation(settings.attention)
+    except (ImportError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"attention is {settings.attention!r}, which this model cannot use here: {reason}") from error
+    if plan is None:
+        shared = _load_student(student, model, dtype).to(device)
+        shared.set_attn_implementation(settings.attention)
+    else:
+        shared = EchoAttForCausalLM.from_teacher(model, plan, share_weights=True)
+    contenders = [Contender(TEACHER, model, settings.attention), Contender(STUDENT, shared, settings.attention)]
+    if "eager" in settings.baseline:
+        contenders.append(Contender(EAGER, model, "eager"))
+    if "layers" in settings.baseline:
+        contenders.append(Contender(DROPPED, _drop_as_many(model, shared), settings.attention))
+    if "kv" in settings.baseline:
+        copied = copy.deepcopy(model, {id(each): each for each in model.parameters()})
+        sharing = share_keys_values(copied, shared.config.echo_sources)
+        contenders.append(Contender(SHARING, sharing, settings.attention))
+    return contenders
+
+
+def _make_config(settings: BenchmarkSettings, teacher: str) -> PreTrainedConfig:
+    known = SHAPES[teacher] if teacher in SHAPES else load_config(teacher).to_dict()
+    if settings.layers is not None:
+        known = {name: value for name, value in known.items() if name != "layer_types"}
+        known["num_hidden_layers"] = settings.layers
+    return AutoConfig.for_model(**known)
+
+
+def _read_plan(student: str, config: PreTrainedConfig) -> list[int] | None:
+    """The plan that `student` says, or `None` where it names a model."""
+    try:
+        settings = PlanSettings(plan="blocks", ratio=float(student))
+    except ValueError:
+        if not student.endswith(".json") and "," not in student:
+            return None
+        settings = PlanSettings(plan=student)
+    return list(make_plan(settings, config))
+
+
+def _load_student(student: str, teacher: PreTrainedModel, dtype: torch.dtype) -> EchoAttForCausalLM:
+    model = load_model(student, dtype)
+    if not isinstance(model, EchoAttForCausalLM):
+        raise ValueError(f"{student!r} is a {type(model).__name__}, not a student: give one, or a plan.")
+    for name in ("model_type", "num_hidden_layers", "hidden_size", "vocab_size"):
+        values = [getattr(each, name, None) for each in (model.config.text_config, teacher.config)]
+        if values[0] != values[1]:
+            raise ValueError(
+                f"The student {student!r} is none of this teacher's: its {name} is {values[0]!r}, the teacher's "
+                f"{values[1]!r}."
+            )
+    return model
+
+
+def _drop_as_many(teacher: PreTrainedModel, student: PreTrainedModel) -> PreTrainedModel:
+    """The teacher without the fewest of its inner layers, the last ones, that save as many parameters as the student."""
+    last = teacher.config.num_hidden_layers - 1
+    for count in range(1, last):
+        smaller = drop_layers(teacher, range(last - count, last), share_weights=True)
+        if smaller.num_parameters() <= student.num_parameters():
+            return smaller
+    raise ValueError("The inner layers together have fewer parameters than the student saves: leave 'layers' out.")
+
+
+def _describe(contender: Contender) -> dict:
+    parameters = list(contender.model.parameters())
+    return {
+        "attention": contender.attention,
+        "layers": contender.model.config.num_hidden_layers,
+        "echo_sources": getattr(contender.model.config, "echo_sources", None),
+        "parameters": contender.model.num_parameters(),
+        "weight_bytes": sum(each.numel() * each.element_size() for each in parameters),
+        "kv_bytes_per_token": count_kv_bytes_per_token(contender.model),
+    }
+
+
+def _make_prompt(settings: BenchmarkSettings, name: str, teacher: PreTrainedModel, cell: Cell) -> torch.Tensor:
+    """Token rows `(B, T)`: of the text that was asked for, or random."""
+    if settings.prompts is None:
+        generator = torch.Generator().manual_seed(0)
+        tokens = torch.randint(teacher.config.vocab_size, (cell.batch_size, cell.tokens), generator=generator)
+    else:
+        if name in SHAPES:
+            raise ValueError(f"prompts are given, but the shape {name!r} has no tokenizer: name a model that has one.")
+        rows = pack_rows(load_documents(settings.prompts), load_tokenizer(name, teacher), cell.tokens)
+        tokens = torch.tensor([rows[index % len(rows)]["input_ids"] for index in range(cell.batch_size)])
+    return tokens.to(teacher.device)
+
+
+# Measuring
+
+
+def _measure_cell(
+    settings: BenchmarkSettings,
+    cell: Cell,
+    contenders: list[Contender],
+    costs: dict[str, Costs | None],
+    prompt: torch.Tensor,
+    bar: tqdm,
+) -> dict:
+    teacher, seconds, memory, errors, steps = contenders[0].model, {}, {}, {}, {}
+    for index in range(settings.warmup + settings.repeats):
+        turn = index % len(contenders)
+        for contender in contenders[turn:] + contenders[:turn]:
+            bar.update()
+            if contender.name in errors:
+                continue
+            for model in (teacher, contender.model):
+                if model.config._attn_implementation != contender.attention:
+                    model.set_attn_implementation(contender.attention)
+            try:
+                if index == 0:
+                    _check_memory(settings, cell, contender, teacher)
+                    steps[contender.name] = _MEASURES[cell.measure](settings, contender, teacher, prompt)
+                    with _peak_memory(teacher.device, memory, contender.name):
+                        steps[contender.name]()
+                elif index < settings.warmup:
+                    steps[contender.name]()
+                else:
+                    taken = _time(steps[contender.name], teacher.device)
+                    seconds.setdefault(contender.name, []).append(taken / _tokens_in_step(cell))
+            except (MemoryError, RuntimeError) as error:  # torch's own on a GPU, what its CPU allocator raises
+                if not _is_out_of_memory(error):
+                    raise
+                errors[contender.name] = f"out of memory: {str(error).splitlines()[0]}"
+                steps.pop(contender.name, None)
+                seconds.pop(contender.name, None)
+                contender.model.zero_grad(set_to_none=True)
+    teacher.set_attn_implementation(settings.attention)
+    models = {name: {"error": error} for name, error in errors.items()}
+    for name, times in seconds.items():
+        models[name] = {
+            "seconds": times,
+            "median": float(np.median(times)),
+            "memory_bytes": memory.get(name),
+            "ceiling": _ceiling(cell, costs[TEACHER], costs[name]),
+            "speedup": _ratios(seconds.get(TEACHER), times),
+            "speedup_over_eager": _ratios(seconds.get(EAGER), times),
+        }
+    ordered = {contender.name: models[contender.name] for contender in contenders}
+    return {**asdict(cell), "bound": BOUNDS[cell.measure], "models": ordered}
+
+
+def _tokens_in_step(cell: Cell) -> int:
+    return DECODED_TOKENS if cell.measure == "decode" else 1
+
+
+def _ratios(others: list[float] | None, times: list[float]) -> dict[str, float] | None:
+    """Median and quartiles of how many times faster, round by round."""
+    if others is None:
+        return None
+    low, median, high = np.percentile(np.array(others) / np.array(times), [25, 50, 75])
+    return {"median": float(median), "low": float(low), "high": float(high)}
+
+
+def _ceiling(cell: Cell, teacher: Costs | None, model: Costs | None) -> float | None:
+    if teacher is None or model is None:
+        return None
+    if cell.measure == "decode":
+        return teacher.decode_bytes(cell.batch_size, cell.tokens) / model.decode_bytes(cell.batch_size, cell.tokens)
+    before, after = (each.forward_operations(cell.batch_size, cell.tokens) for each in (teacher, model))
+    # Distillation: a forward pass of the teacher beside the three of training.
+    return 4 * before / (before + 3 * after) if cell.measure == "distillation" else before / after
+
+
+def _prefill(settings: BenchmarkSettings, contender: Contender, teacher: PreTrainedModel, prompt: torch.Tensor):
+    """A forward pass that fills a cache, with the logits of all tokens."""
+    model = contender.model.eval()
+
+    @torch.inference_mode()
+    def step():
+        model(prompt, past_key_values=DynamicCache(config=model.config), use_cache=True)
+
+    return step
+
+
+@torch.inference_mode()
+def _decode(settings: BenchmarkSettings, contender: Contender, teacher: PreTrainedModel, prompt: torch.Tensor):
+    """A few tokens of each row after a context that is in the cache."""
+    model, context = contender.model.eval(), prompt.shape[1]
+    cache = DynamicCache(config=model.config)
+    if all(type(layer) is DynamicLayer for layer in cache.layers):
+        start = prompt[:1, : min(context, 128)]
+        model(start, past_key_values=cache, use_cache=True)
+        for layer in cache.layers:
+            if layer.is_initialized:  # what is in it does not change the speed
+                layer.keys, layer.values = (_repeat(each, prompt.shape) for each in (layer.keys, layer.values))
+    else:
+        model(prompt, past_key_values=cache, use_cache=True)
+    token = prompt[:, -1:]
+
+    @torch.inference_mode()
+    def step():
+        for _ in range(DECODED_TOKENS):
+            model(token, past_key_values=cache, use_cache=True, logits_to_keep=1)
+
+    return step
+
+
+def _repeat(states: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+    """States `(1, H, S, D)` repeated to as many rows and tokens as `shape`."""
+    rows, tokens = shape
+    times = -(-tokens // states.shape[2])
+    return states.repeat(rows, 1, times, 1)[:, :, :tokens].contiguous()
+
+
+def _train(settings: BenchmarkSettings, contender: Contender, teacher: PreTrainedModel, prompt: torch.Tensor):
+    """Forward, backward and optimizer step on the text alone."""
+    return _make_training_step(
+        settings, contender.model, lambda model: model(prompt, labels=prompt, use_cache=False).loss
+    )
+
+
+def _distill(settings: BenchmarkSettings, contender: Contender, teacher: PreTrainedModel, prompt: torch.Tensor):
+    """A forward pass of the teacher, and a training step on the KL to it."""
+
+    def loss(model: PreTrainedModel) -> torch.Tensor:
+        with torch.no_grad():
+            expected = teacher(prompt, use_cache=False).logits
+        return kl_divergence(model(prompt, use_cache=False).logits, expected, prompt, prompt.numel())
+
+    return _make_training_step(settings, contender.model, loss)
+
+
+_MEASURES = {"prefill": _prefill, "decode": _decode, "training": _train, "distillation": _distill}
+
+
+def _make_training_step(
+    settings: BenchmarkSettings, model: PreTrainedModel, loss: Callable[[PreTrainedModel], torch.Tensor]
+) -> Callable[[], None]:
+    optimizers = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}
+    # So small a rate that weights, which the models share, stay what they are.
+    optimizer = optimizers[settings.optimizer](model.parameters(), lr=1e-12)
+
+    def step():
+        model.train().requires_grad_(True)
+        loss(model).backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        model.eval()
+
+    return step
+
+
+def _time(step: Callable[[], None], device: torch.device) -> float:
+    """Seconds that a step takes."""
+    if device.type == "cuda":
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize(device)
+        start.record()
+        step()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1000
+    start = time.perf_counter()
+    step()
+    return time.perf_counter() - start
+
+
+@contextmanager
+def _peak_memory(device: torch.device, memory: dict[str, int], name: str):
+    """Bytes that a step holds at most beyond what was held before: of the GPU, or of the process where Linux says it."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        yield
+        memory[name] = torch.cuda.max_memory_allocated(device) - before
+        return
+    status, clear = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+    gc.collect()
+    try:
+        ctypes.CDLL(None).malloc_trim(0)  # what was freed is held for later, and would hide what a step needs
+        clear.write_text("5")  # the peak starts anew
+        before = _read_status(status, "VmRSS")
+    except (OSError, AttributeError):
+        yield
+        return
+    yield
+    memory[name] = _read_status(status, "VmHWM") - before
+
+
+def _read_status(status: Path, field: str) -> int:
+    lines = dict(line.split(":", 1) for line in status.read_text().splitlines())
+    return int(lines[field].split()[0]) * 1024
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
+
+
+def available_memory() -> int:
+    """Bytes of memory of the machine that are not taken."""
+    return psutil.virtual_memory().available
+
+
+def _check_memory(settings: BenchmarkSettings, cell: Cell, contender: Contender, teacher: PreTrainedModel) -> None:
+    """
+    Check that a cell will roughly fit: a CPU's memory is given without asking, and a process that then uses too much of it
+    is ended.
+    """
+    if teacher.device.type == "cuda":
+        return
+    config, item = teacher.config, teacher.dtype.itemsize
+    tokens = cell.batch_size * (1 if cell.measure == "decode" else cell.tokens)
+    needed = (
+        tokens * config.vocab_size * 4 * {"prefill": 1, "decode": 1, "training": 3, "distillation": 5}[cell.measure]
+    )
+    if cell.measure in ("prefill", "decode"):
+        copies = 3 if cell.measure == "decode" else 1  # while the cache grows, and in the warm-up
+        needed += copies * cell.batch_size * cell.tokens * count_kv_bytes_per_token(contender.model)
+        layers = 1
+    else:
+        layers = config.num_hidden_layers
+        parameters = contender.model.num_parameters() * item
+        needed += parameters * (3 if settings.optimizer == "adamw" else 1)
+        needed += tokens * layers * (12 * config.hidden_size + 5 * config.intermediate_size) * item
+    if contender.attention == "eager":
+        needed += 3 * layers * tokens * cell.tokens * config.num_attention_heads * max(item, 4)
+    if needed > available_memory():
+        raise MemoryError(f"about {needed / 2**30:.1f} GiB needed, {available_memory() / 2**30:.1f} GiB free")
+
+
+# Results
+
+
+def format_benchmark(results: dict) -> str:
+    """
+    The models and what was measured, as Markdown tables.
+
+    Args:
+        results (`dict`): as returned by [`run_benchmark`].
+
+    Returns:
+        `str`: two tables. "x teacher" is how many times faster than the teacher a model is, with quartiles over rounds;
+        "ceiling" how much faster the count of operations or bytes allows it to be; "of it" the share of the ceiling that
+        is reached; memory is what a step needs beyond weights and cache.
+    """
+    models = [["model", "attention", "layers", "parameters", "weights", "KV bytes/token"]]
+    for name, facts in results["models"].items():
+        models.append(
+            [
+                name,
+                facts["attention"],
+                str(facts["layers"]),
+                f"{facts['parameters']:,}",
+                f"{facts['weight_bytes'] / 2**20:,.0f} MiB",
+                f"{facts['kv_bytes_per_token']:,}",
+            ]
+        )
+    has_eager = EAGER in results["models"]
+    header = ["measure", "rows", "tokens", "model", "time", "x teacher", "quartiles", "ceiling", "of it", "bound"]
+    lines = [header + ["x eager"] * has_eager + ["memory"]]
+    for cell in results["cells"]:
+        for name, found in cell["models"].items():
+            lines.append(_format_line(cell, name, found, has_eager))
+    return f"{format_markdown(models)}\n\n{format_markdown(lines, left=3)}"
+
+
+def _format_line(cell: dict, name: str, found: dict, has_eager: bool) -> list[str]:
+    start = [cell["measure"], str(cell["batch_size"]), str(cell["tokens"]), name]
+    if "error" in found:
+        return [*start, found["error"], *[""] * (6 + has_eager)]
+    speedup, ceiling, eager = found["speedup"], found["ceiling"], found["speedup_over_eager"]
+    counts = ["", "", ""]
+    if ceiling is not None:
+        reached = f"{speedup['median'] / ceiling:.2f}" if speedup else ""
+        counts = [f"{ceiling:.3f}", reached, cell["bound"]]
+    return [
+        *start,
+        f"{found['median']:.3f} s" if found["median"] >= 1 else f"{found['median'] * 1000:.1f} ms",
+        *([f"{speedup['median']:.3f}", f"{speedup['low']:.3f} to {speedup['high']:.3f}"] if speedup else ["", ""]),
+        *counts,
+        *([f"{eager['median']:.3f}" if eager else ""] if has_eager else []),
+        "" if found["memory_bytes"] is None else f"{found['memory_bytes'] / 2**20:,.0f} MiB",
+    ]
+
+
+def plot_benchmark(results: dict, path: Path) -> None:
+    """
+    Plot how many times faster than the teacher each model is, with quartiles, and its ceiling.
+
+    Args:
+        results (`dict`): as returned by [`run_benchmark`].
+        path (`Path`): PNG file to write.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    names = [name for name in results["models"] if name != TEACHER]
+    cells = results["cells"]
+    figure, axes = pyplot.subplots(figsize=(2 + 1.6 * len(cells), 4), layout="constrained")
+    axes.axhline(1, color="black", linewidth=0.8, label=TEACHER)
+    for offset, name in enumerate(names):
+        place, color = (offset - (len(names) - 1) / 2) * 0.18, f"C{offset}"
+        label, ceiling_label = name, "ceiling" if offset == 0 else None
+        for index, cell in enumerate(cells):
+            found = cell["models"][name]
+            if not found.get("speedup"):
+                continue
+            ratio = found["speedup"]
+            error = [[ratio["median"] - ratio["low"]], [ratio["high"] - ratio["median"]]]
+            axes.errorbar(index + place, ratio["median"], error, fmt="o", color=color, label=label, capsize=3)
+            label = None
+            if found["ceiling"] is not None:
+                axes.plot(index + place, found["ceiling"], "_", color="black", markersize=14, label=ceiling_label)
+                ceiling_label = None
+    axes.set_xticks(range(len(cells)), [f"{c['measure']}\n{c['batch_size']} x {c['tokens']}" for c in cells])
+    axes.set_ylabel("times faster than the teacher")
+    axes.legend(fontsize="small")
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+
+
+def write_benchmark(results: dict, folder: Path) -> None:
+    """
+    Write the results as `benchmark.json`, `benchmark.md` and `benchmark.png`.
+
+    Args:
+        results (`dict`): as returned by [`run_benchmark`].
+        folder (`Path`): where to.
+    """
+    (folder / "benchmark.json").write_text(json.dumps(results, indent=2) + "\n")
+    (folder / "benchmark.md").write_text(format_benchmark(results) + "\n")
+    plot_benchmark(results, folder / "benchmark.png")

@@ -1,0 +1,303 @@
+"""The benchmark measures what it says, beside what it says; and bad input is refused in one line."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import make_batch, make_teacher, plan_of, process_environment, train_byte_level_bpe
+from transformers import PreTrainedTokenizerFast
+
+from echoatt_hf import BenchmarkSettings, EchoAttForCausalLM, benchmark, format_benchmark, run_benchmark
+from echoatt_hf.costs import count_costs
+
+
+PLAN = "0,1,1,1,4,4"
+SMALL = {"length": [8], "batch_size": [1, 2], "context": [12], "repeats": 2}
+EVERYTHING = ["prefill", "decode", "training", "distillation"]
+NAMES = ["teacher", "student", "eager teacher", "layers dropped", "KV sharing"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder with a tiny teacher, its tokenizer, a student and text."""
+    folder = tmp_path_factory.mktemp("models")
+    teacher = make_teacher("llama", vocab_size=300, tie_word_embeddings=False)
+    teacher.save_pretrained(folder / "teacher")
+    EchoAttForCausalLM.from_teacher(teacher, plan_of("llama")).save_pretrained(folder / "student")
+    text = "a few words of text, and then some more of them. " * 20
+    (folder / "text.txt").write_text(text)
+    tokenizer = train_byte_level_bpe([text], 290, ["<end>"])
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>").save_pretrained(folder / "teacher")
+    return folder
+
+
+def test_everything_is_measured(folder):
+    settings = BenchmarkSettings(measure=EVERYTHING, **SMALL)
+    results = run_benchmark(settings, str(folder / "teacher"), PLAN)
+    assert list(results["models"]) == NAMES
+    teacher = make_teacher("llama", vocab_size=300, tie_word_embeddings=False)
+    student = EchoAttForCausalLM.from_teacher(teacher, [0, 1, 1, 1, 4, 4])
+    models = results["models"]
+    assert models["teacher"]["parameters"] == models["eager teacher"]["parameters"] == teacher.num_parameters()
+    assert models["student"]["parameters"] == student.num_parameters()
+    assert (
+        models["layers dropped"]["parameters"] <= student.num_parameters() and models["layers dropped"]["layers"] == 5
+    )
+    assert [each["attention"] for each in models.values()] == ["sdpa", "sdpa", "eager", "sdpa", "sdpa"]
+    per_layer = 2 * 2 * 8 * 4
+    kv_bytes = [6 * per_layer, 6 * per_layer - 3 * per_layer // 2, 6 * per_layer, 5 * per_layer, 3 * per_layer]
+    assert [each["kv_bytes_per_token"] for each in models.values()] == kv_bytes
+    cells = [(cell["measure"], cell["batch_size"], cell["tokens"], cell["bound"]) for cell in results["cells"]]
+    assert cells == [
+        ("prefill", 1, 8, "operations"),
+        ("decode", 1, 12, "bytes"),
+        ("decode", 2, 12, "bytes"),
+        ("training", 1, 8, "operations"),
+        ("distillation", 1, 8, "operations"),
+    ]
+    for cell in results["cells"]:
+        assert list(cell["models"]) == NAMES
+        for found in cell["models"].values():
+            assert len(found["seconds"]) == 2 and all(0 < seconds < 60 for seconds in found["seconds"])
+        assert cell["models"]["teacher"]["speedup"]["median"] == 1
+        assert cell["models"]["eager teacher"]["speedup_over_eager"]["median"] == 1
+        assert cell["models"]["eager teacher"]["ceiling"] == 1
+    before, after = count_costs(teacher), count_costs(student)
+    ceilings = [cell["models"]["student"]["ceiling"] for cell in results["cells"]]
+    ratio = before.forward_operations(1, 8) / after.forward_operations(1, 8)
+    expected = [ratio, *(before.decode_bytes(rows, 12) / after.decode_bytes(rows, 12) for rows in (1, 2)), ratio]
+    assert ceilings == pytest.approx([*expected, 4 / (1 + 3 / ratio)])
+    assert results["environment"]["torch"] == torch.__version__
+    assert str(folder) not in json.dumps(results)
+
+
+def test_the_ratio_is_the_median_of_rounds():
+    """Not the ratio of medians: what disturbs a round disturbs all models in it."""
+    ratios = benchmark._ratios([1.0, 10.0, 4.0], [0.5, 8.0, 4.0])
+    assert ratios == {"median": 1.25, "low": 1.125, "high": 1.625}
+
+
+def test_each_model_takes_its_turn(folder, monkeypatch):
+    """In another order each round, in its own attention implementation, and so often as asked for."""
+    seen = []
+
+    def time(step, device):
+        step()
+        seen[-1][1] = True
+        return 1.0
+
+    def prefill(settings, contender, teacher, prompt):
+        def step():
+            seen.append([contender.name, False, contender.model.config._attn_implementation])
+
+        return step
+
+    monkeypatch.setattr(benchmark, "_time", time)
+    monkeypatch.setitem(benchmark._MEASURES, "prefill", prefill)
+    settings = BenchmarkSettings(measure=["prefill"], length=[8], repeats=3, warmup=2, baseline=["eager"])
+    run_benchmark(settings, str(folder / "teacher"), PLAN)
+    assert [name for name, *_ in seen[:9]] == [
+        *("teacher", "student", "eager teacher"),
+        *("student", "eager teacher", "teacher"),
+        *("eager teacher", "teacher", "student"),
+    ]
+    assert [timed for _, timed, _ in seen] == [False] * 6 + [True] * 9
+    assert {(name, attention) for name, _, attention in seen} == {
+        ("teacher", "sdpa"),
+        ("student", "sdpa"),
+        ("eager teacher", "eager"),
+    }
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+@pytest.mark.parametrize("context", [12, 200])
+def test_decoding_starts_after_the_context(family, context):
+    """Of whole attention the cache is filled by repeating, of sliding windows by a prefill."""
+    teacher = make_teacher(family, max_position_embeddings=256)
+    student = EchoAttForCausalLM.from_teacher(teacher, plan_of(family))
+    prompt = make_batch(3, context)["input_ids"]
+    lengths = []
+
+    def remember(module, args, kwargs):
+        lengths.append((kwargs["past_key_values"].get_seq_length(), tuple(args[0].shape)))
+
+    student.register_forward_pre_hook(remember, with_kwargs=True)
+    step = benchmark._decode(BenchmarkSettings(), benchmark.Contender("student", student, "sdpa"), teacher, prompt)
+    lengths.clear()
+    step()
+    step()
+    assert lengths == [(context + index, (3, 1)) for index in range(2 * benchmark.DECODED_TOKENS)]
+
+
+def test_training_leaves_the_weights_the_models_share():
+    teacher = make_teacher("llama")
+    student = EchoAttForCausalLM.from_teacher(teacher, plan_of("llama"), share_weights=True)
+    before = {name: value.clone() for name, value in teacher.state_dict().items()}
+    for make in (benchmark._train, benchmark._distill):
+        step = make(
+            BenchmarkSettings(), benchmark.Contender("student", student, "sdpa"), teacher, make_batch()["input_ids"]
+        )
+        step()
+    for name, value in teacher.state_dict().items():
+        torch.testing.assert_close(value, before[name], rtol=0, atol=1e-6)
+    assert all(parameter.grad is None for parameter in student.parameters())
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("no"), RuntimeError("DefaultCPUAllocator: can't allocate memory")]
+)
+def test_a_model_that_runs_out_of_memory_is_reported_and_the_rest_goes_on(folder, monkeypatch, error):
+    train = benchmark._MEASURES["training"]
+
+    def fail_for_eager(settings, contender, teacher, prompt):
+        if contender.name == "eager teacher":
+            raise error
+        return train(settings, contender, teacher, prompt)
+
+    monkeypatch.setitem(benchmark._MEASURES, "training", fail_for_eager)
+    settings = BenchmarkSettings(measure=["training", "prefill"], length=[8], repeats=2)
+    results = run_benchmark(settings, str(folder / "teacher"), PLAN)
+    training, prefill = (cell["models"] for cell in results["cells"])
+    assert training["eager teacher"] == {"error": f"out of memory: {error}"}
+    assert training["student"]["speedup_over_eager"] is None and training["student"]["speedup"]["median"] > 0
+    assert all("seconds" in found for name, found in [*training.items(), *prefill.items()] if name != "eager teacher")
+    assert "seconds" in prefill["eager teacher"]
+    assert "out of memory" in format_benchmark(results)
+
+
+def test_what_will_not_fit_is_not_tried(folder, monkeypatch, tmp_path):
+    monkeypatch.setattr(benchmark, "available_memory", lambda: 1000)
+    results = run_benchmark(BenchmarkSettings(**SMALL), str(folder / "teacher"), PLAN)
+    errors = {found["error"] for cell in results["cells"] for found in cell["models"].values()}
+    assert errors and all(error.startswith("out of memory: about 0.0 GiB needed") for error in errors)
+    benchmark.write_benchmark(results, tmp_path)
+
+
+def test_an_error_that_is_not_about_memory_is_one(folder, monkeypatch):
+    def fail(*arguments):
+        raise RuntimeError("something else")
+
+    monkeypatch.setitem(benchmark._MEASURES, "prefill", fail)
+    with pytest.raises(RuntimeError, match="something else"):
+        run_benchmark(BenchmarkSettings(**SMALL), str(folder / "teacher"), PLAN)
+
+
+def test_students_plans_ratios_and_text(folder, tmp_path):
+    (tmp_path / "plan.json").write_text('{"echo_sources": [0, 1, 1, 1, 4, 4]}')
+    settings = {"measure": ["prefill"], "length": [8], "repeats": 1, "baseline": ["none"]}
+    plans = {}
+    for student in (str(folder / "student"), str(tmp_path / "plan.json"), PLAN, "0.34"):
+        results = run_benchmark(
+            BenchmarkSettings(**settings, prompts=str(folder / "text.txt")), str(folder / "teacher"), student
+        )
+        assert list(results["models"]) == ["teacher", "student"]
+        plans[student] = results["models"]["student"]["echo_sources"]
+    assert list(plans.values()) == [plan_of("llama"), [0, 1, 1, 1, 4, 4], [0, 1, 1, 1, 4, 4], [0, 1, 1, 3, 3, 5]]
+
+
+def test_prompts_are_the_tokens_of_the_text(folder):
+    teacher = make_teacher("llama", vocab_size=300)
+    settings = BenchmarkSettings(prompts=str(folder / "text.txt"))
+    rows = benchmark._make_prompt(settings, str(folder / "teacher"), teacher, benchmark.Cell("decode", 3, 6))
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder / "teacher")
+    expected = tokenizer((folder / "text.txt").read_text(), return_tensors="pt")["input_ids"][0, :18].view(3, 6)
+    assert torch.equal(rows, expected)
+
+
+def test_random_weights_of_fewer_layers(folder):
+    settings = BenchmarkSettings(
+        measure=["prefill"], length=[8], repeats=1, baseline=["none"], random_init=True, layers=4, dtype="bfloat16"
+    )
+    results = run_benchmark(settings, str(folder / "teacher"), "0,1,1,3")
+    assert results["models"]["student"]["layers"] == 4
+    assert results["models"]["teacher"]["weight_bytes"] == 2 * results["models"]["teacher"]["parameters"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"preset": "fast"}, "preset is 'fast'; it must be one of quick, paper, decode, full"),
+        ({"measure": ["prefil"]}, "measure is 'prefil'; it must be one of prefill, decode, training, distillation"),
+        ({"baseline": ["eager", "lora"]}, "baseline is 'lora'; it must be one of eager, layers, kv, none"),
+        ({"dtype": "int8"}, "dtype is 'int8'; it must be one of float32, bfloat16, float16"),
+        ({"optimizer": "lion"}, "optimizer is 'lion'; it must be one of sgd, adamw"),
+        ({"repeats": 0}, "repeats is 0; it must be at least 1"),
+        ({"warmup": 0}, "warmup is 0; it must be at least 1"),
+        ({"layers": 2}, "layers is 2; it must be at least 3"),
+        ({"context": [1]}, "context is 1; it must be at least 2"),
+        ({"batch_size": [0]}, "batch_size is 0; it must be at least 1"),
+        ({"preset": "decode", "measure": ["training"]}, "measure is 'training', for which the preset has no length"),
+    ],
+)
+def test_settings_are_checked(options, message):
+    with pytest.raises(ValueError, match=message):
+        BenchmarkSettings(**options)
+
+
+def test_options_go_before_the_preset():
+    settings = BenchmarkSettings(preset="decode", context=[64])
+    assert (settings.measure, settings.batch_size, settings.context) == (["decode"], [1, 8], [64])
+
+
+@pytest.mark.parametrize(
+    ("student", "options", "message"),
+    [
+        ("0,1,1", {}, "The plan has 3 layers and the model 6"),
+        ("1.5", {}, "ratio is 1.5; it must be between 0 and 1"),
+        ("teacher", {}, "is a LlamaForCausalLM, not a student: give one, or a plan"),
+        ("other", {}, "is none of this teacher's: its num_hidden_layers is 5, the teacher's 6"),
+        ("nowhere/at/all", {}, "There is no model folder"),
+        (PLAN, {"layers": 4}, "layers is given, which needs a model with random weights"),
+        (PLAN, {"attention": "flash_attention_9"}, "attention is 'flash_attention_9', which this model cannot use"),
+    ],
+)
+def test_bad_input(folder, student, options, message, monkeypatch):
+    if student == "other":
+        five = make_teacher("llama", num_hidden_layers=5)
+        EchoAttForCausalLM.from_teacher(five, [0, 1, 1, 3, 4]).save_pretrained(folder / "other")
+    student = str(folder / student) if student in ("teacher", "other") else student
+    with pytest.raises((ValueError, OSError), match=message):
+        run_benchmark(BenchmarkSettings(**SMALL, **options), str(folder / "teacher"), student)
+
+
+def test_prompts_need_a_tokenizer(folder):
+    settings = BenchmarkSettings(prompts=str(folder / "text.txt"))
+    with pytest.raises(ValueError, match="the shape 'SmolLM2-135M' has no tokenizer"):
+        benchmark._make_prompt(settings, "SmolLM2-135M", None, benchmark.Cell("prefill", 1, 8))
+
+
+def echoatt(*arguments: str, cwd) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "echoatt_hf.cli", "benchmark", *arguments]
+    return subprocess.run(command, cwd=cwd, env=process_environment(), capture_output=True, text=True, timeout=300)
+
+
+def test_command(folder, tmp_path):
+    options = [
+        "--length",
+        "8",
+        "--batch-size",
+        "2",
+        "--context",
+        "8",
+        "--repeats",
+        "2",
+        "--output",
+        str(tmp_path / "out"),
+    ]
+    result = echoatt("teacher", PLAN, *options, cwd=folder)
+    assert result.returncode == 0, result.stderr
+    results = json.loads((tmp_path / "out" / "benchmark.json").read_text())
+    assert [cell["measure"] for cell in results["cells"]] == ["prefill", "decode", "training"]
+    assert format_benchmark(results) in result.stdout
+    assert (tmp_path / "out" / "benchmark.md").read_text() == format_benchmark(results) + "\n"
+    assert (tmp_path / "out" / "benchmark.png").read_bytes().startswith(b"\x89PNG")
+    again = echoatt("teacher", PLAN, *options, cwd=folder)
+    assert again.returncode == 2 and again.stderr.count("\n") == 1 and "--overwrite" in again.stderr
+
+
+def test_command_refuses_in_one_line(folder):
+    result = echoatt("teacher", "0,1", cwd=folder)
+    assert result.returncode == 2
+    assert result.stderr.startswith("echoatt: error: The plan has 2 layers") and result.stderr.count("\n") == 1
