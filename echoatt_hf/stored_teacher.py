@@ -16,7 +16,7 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .data import collate_rows
+from .data import ROW_COLUMNS, stack_rows
 from .evaluation import inference
 from .losses import merge_rest
 from .outputs import hash_file, write_whole
@@ -34,8 +34,8 @@ class StoredTeacher(torch.utils.data.Dataset):
     """
     Rows of a text with what a teacher says of them, read from files row by row as they are asked for.
 
-    A data set for [`EchoAttTrainer`], which then needs no teacher. A row has `input_ids` `(T,)`, `teacher_ids`
-    `(T, k)`, the k tokens the teacher finds most likely to come next, and `teacher_logprobs` `(T, k + 1)`, float16, their
+    A data set for [`EchoAttTrainer`], which then needs no teacher. A row has `input_ids` `(T,)`, `position_ids` `(T,)` if
+    the rows that were stored had them, `teacher_ids` `(T, k)`, the k tokens the teacher finds most likely to come next, and `teacher_logprobs` `(T, k + 1)`, float16, their
     log-probabilities at temperature 1 in nats and, last, that of all other tokens together.
 
     Args:
@@ -46,7 +46,7 @@ class StoredTeacher(torch.utils.data.Dataset):
 
     Attributes:
         manifest (`dict`): what the store was made of and how.
-        held_out_rows (`list[dict]`): rows with `input_ids` to evaluate on, of text that is not in the store.
+        held_out_rows (`list[dict]`): rows to evaluate on, of text that is not in the store.
 
     Raises:
         `FileNotFoundError`: the folder is no store, or one of its files is missing.
@@ -64,7 +64,10 @@ class StoredTeacher(torch.utils.data.Dataset):
         for entry in tqdm([*shards, held_out], desc="check the stored teacher", disable=not progress, leave=False):
             _check_file(self.folder, entry, "restore it from a copy, or make the store anew")
         self._ends = np.cumsum([shard["rows"] for shard in shards]).tolist()
-        self.held_out_rows = [{"input_ids": row} for row in _read_rows(self.folder / held_out["file"]).tolist()]
+        columns = _read_columns(self.folder / held_out["file"])
+        self.held_out_rows = [
+            dict(zip(columns, row, strict=True)) for row in zip(*map(np.ndarray.tolist, columns.values()), strict=True)
+        ]
 
     def __len__(self) -> int:
         return self._ends[-1]
@@ -145,7 +148,7 @@ def write_stored_teacher(
         tokenizer (`PreTrainedTokenizerBase`):
             Its tokenizer, by which a store and a student are found to belong together.
         rows (iterable of `dict`):
-            Rows with `input_ids` of T tokens each, as returned by [`pack_rows`].
+            Rows of T tokens each, as returned by [`pack_rows`].
         held_out_rows (iterable of `dict`, *optional*):
             Rows to evaluate on, which go along without what the teacher says of them.
         top_k (`int`, *optional*, defaults to 64):
@@ -174,6 +177,7 @@ def write_stored_teacher(
     if not 1 <= top_k < vocab_size:
         raise ValueError(f"top_k is {top_k}; it must be from 1 to {vocab_size - 1}, one less than the vocabulary has.")
     id_dtype = np.dtype(np.uint16 if vocab_size <= 2**16 else np.int32)
+    dtypes = {name: np.dtype(np.int32) for name in ROW_COLUMNS if name in first} | {"input_ids": id_dtype}
     header = {
         "format": FORMAT,
         **(about or {}),
@@ -182,28 +186,33 @@ def write_stored_teacher(
         "tokenizer_sha256": hash_tokenizer(tokenizer),
         "vocab_size": vocab_size,
         "row_length": len(first["input_ids"]),
+        "columns": list(dtypes),
         "shard_rows": shard_rows,
         "top_k": top_k,
         "temperature": 1.0,
         "missing_mass": MISSING_MASS,
         "logprob_dtype": "float16",
         "id_dtype": id_dtype.name,
-        "bytes_per_token": (top_k + 1) * (2 + id_dtype.itemsize),  # k + 1 log-probabilities, k ids and its own
+        # k + 1 log-probabilities, k ids and its own, and with document masks a position
+        "bytes_per_token": (top_k + 1) * (2 + id_dtype.itemsize) + 4 * (len(dtypes) - 1),
     }
     shards, data_hash = _finished_shards(folder, header), hashlib.sha256()
     total = len(rows) if isinstance(rows, Sized) else None
     bar = tqdm(total=total, unit=" rows", desc="store the teacher", disable=not progress, leave=False)
     with bar, inference(teacher):
-        for number, input_ids in enumerate(_stack_shards(chain([first], iterator), shard_rows)):
-            data_hash.update(input_ids.tobytes())
+        for number, columns in enumerate(_stack_shards(chain([first], iterator), dtypes, shard_rows)):
+            input_ids = columns["input_ids"]
+            for values in columns.values():
+                data_hash.update(values.astype("<i4").tobytes())
             file = folder / f"shard-{number:05}.safetensors"
             if number < len(shards) and file.exists():
-                _check_kept(folder, shards[number], input_ids)
+                _check_kept(folder, shards[number], columns)
                 bar.update(len(input_ids))
                 continue
             answers = []
             for start in range(0, len(input_ids), batch_size):
-                answers.append(_ask(teacher, input_ids[start : start + batch_size], top_k))
+                part = {name: values[start : start + batch_size] for name, values in columns.items()}
+                answers.append(_ask(teacher, part, top_k))
                 bar.update(len(answers[-1][0]))
             logprobs, ids = (np.concatenate(parts) for parts in zip(*answers, strict=True))
             if np.isnan(logprobs).any():
@@ -212,25 +221,21 @@ def write_stored_teacher(
                     f"The teacher gives NaN for row {row}, which begins with the tokens {input_ids[row % shard_rows, :8]}: "
                     "load it in float32 or another dtype, or leave the text out."
                 )
-            entry = _write_arrays(
-                file,
-                input_ids=input_ids.astype(id_dtype),
-                teacher_ids=ids.astype(id_dtype),
-                teacher_logprobs=logprobs,
-            )
+            entry = _write_arrays(file, **columns, teacher_ids=ids.astype(id_dtype), teacher_logprobs=logprobs)
             entry["rest_mass"] = round(float(np.exp(logprobs[..., -1], dtype=np.float64).mean()), 6)
             shards[number : number + 1] = [entry]
             _write_manifest(folder, header | {"shards": shards})
     if len(shards) > number + 1:
         raise ValueError(f"The text has fewer rows than the store {str(folder)!r}: start anew with --overwrite.")
-    held_out = np.asarray([row["input_ids"] for row in held_out_rows], id_dtype)
+    held_out_rows = list(held_out_rows)
+    held_out = {name: np.asarray([row[name] for row in held_out_rows], dtype) for name, dtype in dtypes.items()}
     count = sum(shard["rows"] for shard in shards)
     manifest = header | {
         "rows": count,
         "tokens": count * header["row_length"],
         "rest_mass": round(sum(shard["rest_mass"] * shard["rows"] for shard in shards) / count, 6),
         "data_sha256": data_hash.hexdigest(),
-        "held_out": _write_arrays(folder / "held_out.safetensors", input_ids=held_out),
+        "held_out": _write_arrays(folder / "held_out.safetensors", **held_out),
         "shards": shards,
         "environment": describe_environment(),
     }
@@ -254,10 +259,10 @@ def hash_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
     return hashlib.sha256(json.dumps(vocabulary).encode()).hexdigest()
 
 
-def _ask(teacher: PreTrainedModel, input_ids: np.ndarray, top_k: int) -> tuple[np.ndarray, np.ndarray]:
+def _ask(teacher: PreTrainedModel, columns: dict[str, np.ndarray], top_k: int) -> tuple[np.ndarray, np.ndarray]:
     """Log-probabilities `(B, T, k + 1)`, float16, and token ids `(B, T, k)`, the likeliest first, for rows `(B, T)`."""
-    batch = collate_rows([{"input_ids": row} for row in input_ids])["input_ids"]
-    logits = teacher(input_ids=batch.to(teacher.device), use_cache=False).logits
+    rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+    logits = teacher(**stack_rows(rows).to(teacher.device), use_cache=False).logits
     logprobs, ids = [], []
     for row in logits:  # one at a time: float32 log-probabilities of a batch may not fit
         row = F.log_softmax(row.float(), dim=-1)
@@ -267,14 +272,16 @@ def _ask(teacher: PreTrainedModel, input_ids: np.ndarray, top_k: int) -> tuple[n
     return torch.stack(logprobs).cpu().numpy(), torch.stack(ids).cpu().numpy()
 
 
-def _stack_shards(rows: Iterator[dict], shard_rows: int) -> Iterator[np.ndarray]:
-    """Token ids `(R, T)`, int32, of `shard_rows` rows at a time."""
+def _stack_shards(
+    rows: Iterator[dict], dtypes: dict[str, np.dtype], shard_rows: int
+) -> Iterator[dict[str, np.ndarray]]:
+    """The columns `(R, T)` of `shard_rows` rows at a time."""
     length = None
-    while shard := [row["input_ids"] for row in islice(rows, shard_rows)]:
-        length = length or len(shard[0])
-        if other := {len(row) for row in shard} - {length}:
+    while shard := list(islice(rows, shard_rows)):
+        length = length or len(shard[0]["input_ids"])
+        if other := {len(row["input_ids"]) for row in shard} - {length}:
             raise ValueError(f"Rows have {length} and {other.pop()} tokens: all must be as long, see pack_rows.")
-        yield np.asarray(shard, "<i4")
+        yield {name: np.asarray([row[name] for row in shard], dtype) for name, dtype in dtypes.items()}
 
 
 def _finished_shards(folder: Path, header: dict) -> list[dict]:
@@ -294,9 +301,10 @@ def _finished_shards(folder: Path, header: dict) -> list[dict]:
     return found["shards"]
 
 
-def _check_kept(folder: Path, entry: dict, input_ids: np.ndarray) -> None:
+def _check_kept(folder: Path, entry: dict, columns: dict[str, np.ndarray]) -> None:
     _check_file(folder, entry, "delete it, and the same command with --resume makes it anew")
-    if not np.array_equal(_read_rows(folder / entry["file"]), input_ids):
+    kept = _read_columns(folder / entry["file"])
+    if not all(np.array_equal(kept[name], values) for name, values in columns.items()):
         raise ValueError(
             f"The rows of {str(folder / entry['file'])!r} are not those of the text any more: start anew with --overwrite."
         )
@@ -313,9 +321,10 @@ def _check_file(folder: Path, entry: dict, remedy: str) -> None:
         raise ValueError(f"{str(path)!r} of the stored teacher is corrupt ({found}): {remedy}.")
 
 
-def _read_rows(file: Path) -> np.ndarray:
+def _read_columns(file: Path) -> dict[str, np.ndarray]:
+    """What a file holds of the rows themselves."""
     with safe_open(file, framework="numpy") as tensors:
-        return tensors.get_tensor("input_ids")
+        return {name: tensors.get_tensor(name) for name in ROW_COLUMNS if name in tensors.keys()}  # noqa: SIM118
 
 
 def _write_arrays(file: Path, **arrays: np.ndarray) -> dict:

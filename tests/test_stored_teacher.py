@@ -111,6 +111,20 @@ def test_manifest_says_what_it_was_made_of(store, teacher, tokenizer, rows):
     assert manifest["bytes_per_token"] * manifest["tokens"] == files - headers == 24 * 144
 
 
+def test_the_teacher_sees_document_masks_and_the_store_keeps_them(tmp_path, teacher, tokenizer, rows):
+    masked = [row | {"position_ids": [*range(5), *range(7)]} for row in rows]
+    manifest = write(tmp_path / "store", teacher, tokenizer, masked)
+    stored = StoredTeacher(tmp_path / "store")
+    assert stored.held_out_rows == masked[-2:] and manifest["bytes_per_token"] == 28
+    batch = collate_rows([stored[index] for index in range(12)])
+    assert batch["position_ids"].tolist() == [masked[0]["position_ids"]] * 12
+    with torch.no_grad():
+        logits = teacher(batch["input_ids"][:, 5:]).logits  # of the second document alone
+    expected, ids = logits.double().softmax(-1).topk(TOP_K)
+    assert torch.equal(batch["teacher_ids"][:, 5:], ids)
+    torch.testing.assert_close(batch["teacher_logprobs"][:, 5:, :-1].double().exp(), expected, rtol=4e-3, atol=0)
+
+
 def test_ids_of_a_large_vocabulary_are_not_cut(tmp_path, tokenizer):
     teacher = make_teacher(2**16 + 40)
     with torch.no_grad():  # the likeliest tokens are beyond 16 bits
@@ -163,11 +177,11 @@ def test_stopped_store_becomes_the_same(store, tmp_path, teacher, tokenizer, row
 
     folder, ask, asked = tmp_path / "store", stored_teacher._ask, []
 
-    def stop(teacher, input_ids, top_k):
-        asked.append(len(input_ids))
+    def stop(teacher, columns, top_k):
+        asked.append(len(columns["input_ids"]))
         if sum(asked) > 4 * stop_after + 3:  # in the second batch of a shard
             raise KeyboardInterrupt
-        return ask(teacher, input_ids, top_k)
+        return ask(teacher, columns, top_k)
 
     with monkeypatch.context() as patch:
         patch.setattr(stored_teacher, "_ask", stop)
@@ -179,7 +193,7 @@ def test_stopped_store_becomes_the_same(store, tmp_path, teacher, tokenizer, row
             StoredTeacher(folder)
     (folder / ".shard-00001.safetensors.abc").write_bytes(b"half")  # what a killed run leaves
     asked.clear()
-    monkeypatch.setattr(stored_teacher, "_ask", lambda *given: asked.append(len(given[1])) or ask(*given))
+    monkeypatch.setattr(stored_teacher, "_ask", lambda *given: asked.append(len(given[1]["input_ids"])) or ask(*given))
     write(folder, teacher, tokenizer, rows)
     assert sum(asked) == 12 - 4 * stop_after  # what was there is kept
     assert files_of(folder) == files_of(store)
