@@ -23,7 +23,7 @@ FAMILIES = ["llama", "phi"]
 
 def rows_of_ids():
     ids = make_batch(ROWS, 12)["input_ids"]
-    ids[:, 0] = torch.arange(ROWS)  # so that rows are told apart
+    ids[:, 0] = torch.arange(1, ROWS + 1)  # so that rows are told apart; 0 is padding
     return [{"input_ids": row} for row in ids.tolist()]
 
 
