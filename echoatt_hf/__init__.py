@@ -34,11 +34,12 @@ AutoModelForTokenClassification.register(EchoAttConfig, EchoAttForTokenClassific
 _MODULES = {
     "adapters": ["add_lora", "merge_lora"],
     "alignment": ["align_heads", "match_heads", "permute_heads"],
+    "callbacks": ["PublishingCallback"],
     "conversion": ["ConversionReport", "convert", "count_cache_bytes", "count_kv_bytes_per_token"],
     "data": ["collate_rows", "load_documents", "pack_rows", "split_documents"],
     "distillation": ["EchoAttTrainer", "EchoAttTrainingArguments"],
     "evaluation": ["compute_agreement", "compute_perplexity", "evaluate_model", "metric_path"],
-    "hub": ["PublishingCallback", "push_student"],
+    "hub": ["push_student"],
     "pipeline": ["compress"],
     "planning": ["plan_from_similarity"],
     "refit": ["refit_outputs"],

@@ -11,7 +11,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel, Trainer, TrainingArguments, get_scheduler
 from transformers.pytorch_utils import id_tensor_storage
 
-from .hub import PublishingCallback
+from .callbacks import PublishingCallback
 from .losses import cross_entropy, kl_divergence, relative_distance, target_mask
 from .modeling_echoatt import EchoAttPreTrainedModel, find_attention_modules
 
