@@ -98,6 +98,7 @@ def make_card(
     teacher = {"name": base_model, "repository": base_model} if base_model else report.get("teacher", {})
     architecture = report.get("architecture") or config["architectures"][0]
     pipeline_tag, auto_class = _USES[architecture]
+    own = ModelCard(old).data if old else ModelCardData()
     results = _eval_results(report, zero_shot, pipeline_tag)
     title = title or (f"EchoAtt student of {teacher['name']}" if teacher else "EchoAtt student")
     data = ModelCardData(
@@ -107,8 +108,8 @@ def make_card(
         base_model=teacher.get("repository"),
         base_model_relation="finetune" if teacher.get("repository") else None,
         datasets=datasets or report.get("data", {}).get("repositories") or None,
-        license=license or teacher.get("license"),
-        language=language or report.get("data", {}).get("language"),
+        license=license or own.license or teacher.get("license"),
+        language=language or own.language or report.get("data", {}).get("language"),
         model_name=title if results else None,
         eval_results=results or None,
     )

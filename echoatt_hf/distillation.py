@@ -11,9 +11,9 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel, Trainer, TrainingArguments, get_scheduler
 from transformers.pytorch_utils import id_tensor_storage
 
+from .callbacks import PublishingCallback
 from .data import STORED_COLUMNS
 from .heads import OutputHead
-from .hub import PublishingCallback
 from .losses import (
     DIVERGENCES,
     LogitLosses,

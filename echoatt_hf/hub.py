@@ -3,16 +3,14 @@
 import getpass
 import hashlib
 import json
-import math
 import os
 import re
-import shutil
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -23,20 +21,16 @@ from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError, 
 from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, PreTrainedModel, TrainerCallback
+from transformers import AutoConfig
 
-from .card import find_gaps, has_own_text, make_card, write_model_card
+from .callbacks import CODE_FILES, copy_code
+from .card import find_gaps, has_own_text, make_card
 from .configuration_echoatt import EchoAttConfig
 from .modeling_echoatt import EchoAttPreTrainedModel
 from .outputs import write_whole
-from .runs import describe_environment, describe_teacher
-from .settings import default_of
-from .sharing import SharingPlan
 
 
-__all__ = ["Publication", "PublishingCallback", "push_model", "push_student"]
-
-CODE_FILES = ("configuration_echoatt.py", "modeling_echoatt.py")
+__all__ = ["Publication", "push_model", "push_student"]
 
 # Other files of a folder are left where they are: checkpoints, logs, pickles (the Trainer's training_args.bin is one).
 _SENT = [
@@ -207,94 +201,6 @@ def push_model(
         return _send(staged, api, repo_id, private, revision, create_pr, message, commit_description)
 
 
-class PublishingCallback(TrainerCallback):
-    """
-    Keeps in the output folder of a `Trainer` what a push needs beside the model: the two code files, `report.json` and the
-    model card. [`EchoAttTrainer`] has it; a `Trainer` that fine-tunes a student takes it in `callbacks`, or else what it
-    pushes in the middle of a run lacks the code.
-
-    Args:
-        teacher (`PreTrainedModel`, *optional*):
-            The model the student is distilled from.
-    """
-
-    def __init__(self, teacher: PreTrainedModel | None = None):
-        self._teacher = describe_teacher(teacher) if teacher is not None else {}
-
-    def on_push_begin(self, args, state, control, model=None, **kwargs):
-        self.write(args, state, model)
-
-    def write(self, args, state, model, **options) -> None:
-        """Write code, report and card; `options` are those of [`make_card`]."""
-        if not state.is_world_process_zero or not isinstance(model, EchoAttPreTrainedModel):
-            return
-        folder = Path(args.output_dir)
-        for name in CODE_FILES:
-            shutil.copy(Path(__file__).parent / name, folder / name)
-        evaluations = [entry["eval_loss"] for entry in state.log_history if "eval_loss" in entry]
-        report = {
-            "plan": SharingPlan(model.config.echo_sources).to_dict(),
-            "architecture": type(model).__name__,
-            "teacher": self._teacher,
-            "steps": state.global_step,
-            "stage2_steps": state.global_step - min(state.global_step, getattr(args, "stage1_steps", 0)),
-            "tokens": state.num_input_tokens_seen,
-            "arguments": _changed_arguments(args),
-            "environment": describe_environment(),
-        }
-        if evaluations and math.isfinite(evaluations[-1]):
-            report["eval_loss"] = evaluations[-1]
-        write_whole(folder / "report.json", json.dumps(report, indent=2) + "\n")
-        write_model_card(folder, repo_id=_full_name(args), **options)
-
-
-# What makes a run what it is. An argument that is not among them, such as a token or a folder, is never published.
-_TOLD_ARGUMENTS = [
-    "stage1_steps",
-    "stage2_steps",
-    "stage2_learning_rate",
-    "kl_weight",
-    "kl_temperature",
-    "ce_weight",
-    "hidden_weight",
-    "attention_weight",
-    "learning_rate",
-    "lr_scheduler_type",
-    "warmup_steps",
-    "weight_decay",
-    "optim",
-    "adam_beta1",
-    "adam_beta2",
-    "adam_epsilon",
-    "max_grad_norm",
-    "num_train_epochs",
-    "per_device_train_batch_size",
-    "gradient_accumulation_steps",
-    "label_smoothing_factor",
-    "neftune_noise_alpha",
-    "bf16",
-    "fp16",
-    "tf32",
-    "seed",
-    "data_seed",
-]
-
-
-def _changed_arguments(args) -> dict[str, str]:
-    told = {field.name: (getattr(args, field.name), default_of(field)) for field in fields(args)}
-    told = {name: values for name, values in told.items() if name in _TOLD_ARGUMENTS}
-    return {
-        name: str(getattr(value, "value", value))
-        for name, (value, default) in told.items()
-        if value is not None and value != default
-    }
-
-
-def _full_name(args) -> str | None:
-    """The repository a run pushes to, if it is told with its owner, without whom nobody can load it."""
-    return args.hub_model_id if args.hub_model_id and "/" in args.hub_model_id else None
-
-
 # What is sent
 
 
@@ -321,8 +227,7 @@ def _stage(folder: Path, staged: Path) -> list[str]:
             f"{str(folder)!r} has no weights in safetensors, the only kind that is published: save it with "
             "model.save_pretrained."
         )
-    for name in CODE_FILES:
-        shutil.copy(Path(__file__).parent / name, staged / name)
+    copy_code(staged)
     return left_out
 
 

@@ -142,6 +142,19 @@ def test_an_update_writes_marked_sections_anew_and_keeps_the_rest(folder):
     assert find_gaps(new) == []
 
 
+def test_licence_is_the_one_given_or_that_of_the_card_or_of_the_teacher(folder):
+    write(
+        folder,
+        "report.json",
+        {"teacher": {"name": "a teacher", "license": "apache-2.0"}, "data": {"language": "code"}},
+    )
+    first = make_card(folder)
+    mine = first.replace("license: apache-2.0", "license: mit").replace("language: code", "language: en")
+    for old, given, expected in ((None, None, "apache-2.0"), (mine, None, "mit"), (mine, "gpl-3.0", "gpl-3.0")):
+        assert ModelCard(make_card(folder, old, license=given)).data.license == expected
+    assert ModelCard(make_card(folder, mine)).data.language == "en"
+
+
 def test_a_section_whose_marks_were_removed_is_its_owners(folder):
     mine = re.sub(r"<!-- /?echoatt: limits -->\n", "", make_card(folder)).replace("- It was measured on", "- I say:")
     write(folder, "report.json", report_of())

@@ -21,6 +21,8 @@ from transformers import AutoModel, AutoModelForCausalLM, PreTrainedTokenizerFas
 import echoatt_hf
 from echoatt_hf import DataSettings, builtin_teacher_path, cli, convert, push_student
 from echoatt_hf import hub as publishing
+from echoatt_hf.callbacks import CODE_FILES
+from echoatt_hf.card import find_gaps, write_model_card
 from echoatt_hf.runs import describe_data, describe_teacher
 
 
@@ -319,7 +321,7 @@ def change_config(folder, **changes):
 
 
 def write_card(folder, text):
-    publishing.write_model_card(folder)
+    write_model_card(folder)
     (folder / "README.md").write_text((folder / "README.md").read_text() + text)
 
 
@@ -485,10 +487,10 @@ def test_model_is_pushed_with_code_and_card_in_one_commit(trained):
     repository = hub.repositories[f"{USER}/alone"]
     assert repository.history()[1] == "one" and repository.private
     first = [commit for commit in repository.commits.values() if commit.title == "one"][0]
-    assert {*first.files} >= {"README.md", "config.json", "model.safetensors", *publishing.CODE_FILES}
+    assert {*first.files} >= {"README.md", "config.json", "model.safetensors", *CODE_FILES}
     files = files_of(hub, repository=f"{USER}/alone")
     card = files["README.md"].content.decode()
-    assert "tokenizer.json" in files and publishing.find_gaps(card) == [] and f'name = "{USER}/alone"' in card
+    assert "tokenizer.json" in files and find_gaps(card) == [] and f'name = "{USER}/alone"' in card
 
 
 @pytest.mark.slow
@@ -498,9 +500,9 @@ def test_pushes_in_the_middle_of_a_run_are_whole(trained):
         repository = hub.repositories[f"{USER}/{name}"]
         middle = next(commit for commit in repository.commits.values() if "step 2" in commit.title)
         assert {*middle.files} >= (WHOLE - {"conversion.json"}) | {"report.json"}
-        for code in publishing.CODE_FILES:
+        for code in CODE_FILES:
             assert middle.files[code].content == (Path(echoatt_hf.__file__).parent / code).read_bytes()
-        assert publishing.find_gaps(middle.files["README.md"].content.decode()) == []
+        assert find_gaps(middle.files["README.md"].content.decode()) == []
 
 
 @pytest.mark.slow
@@ -541,7 +543,7 @@ def example(name, monkeypatch):
 
 def test_example_lists_and_pushes_a_student(online, folder, quick, monkeypatch, capsys):
     main = example("push_to_hub", monkeypatch).main
-    publishing.write_model_card(folder, license="mit")
+    write_model_card(folder, license="mit")
     main([REPOSITORY, "--folder", str(folder)])
     assert "model.safetensors" in capsys.readouterr().out and online.repositories == {}
     main([REPOSITORY, "--folder", str(folder), "--publish"])

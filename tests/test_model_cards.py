@@ -1,0 +1,73 @@
+"""The cards in `model_cards/` say what their results say. That of the teacher: see test_builtin_teacher.py."""
+
+import importlib
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+from huggingface_hub import ModelCard
+
+from echoatt_hf import EchoAttForCausalLM, SharingPlan, count_kv_bytes_per_token, load_model
+from echoatt_hf.card import find_gaps
+from echoatt_hf.settings import CompressionSettings
+
+
+CARD = Path(__file__).parents[1] / "model_cards" / "builtin_student_041"
+
+
+@pytest.fixture(scope="module")
+def results():
+    return json.loads((CARD / "results.json").read_text())
+
+
+@pytest.fixture
+def make(monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "examples"))
+    return importlib.import_module("make_model_card")
+
+
+def test_card_is_what_its_results_make(make, tmp_path):
+    folder = Path(shutil.copytree(CARD, tmp_path / CARD.name))
+    before = (folder / "README.md").read_text()
+    make.write_card(folder)
+    assert (folder / "README.md").read_text() == before
+    results = json.loads((folder / "results.json").read_text())
+    results["results"][-1]["perplexity"] += 1
+    (folder / "results.json").write_text(json.dumps(results))
+    make.write_card(folder)
+    assert (folder / "README.md").read_text() != before
+
+
+def test_numbers_of_the_card_are_those_of_the_results(results):
+    card = (CARD / "README.md").read_text()
+    for entry in results["results"]:
+        row = next(line for line in card.splitlines() if line.startswith(f"| {entry['name']} "))
+        figures = [f"{entry['perplexity']:.3f}", f"{entry['kl']:.4f}", f"{entry['parameters']:,}"]
+        assert all(figure in row for figure in figures), row
+    last = results["results"][-1]
+    found = {result.metric_type: result.metric_value for result in ModelCard(card).data.eval_results}
+    assert found == {"perplexity": round(last["perplexity"], 6), "agreement": round(last["agreement"], 6)}
+    assert find_gaps(card) == [] and ModelCard(card).data.license == "apache-2.0"
+    assert not re.search(r"/(home|root|tmp|work|opt)/", card + json.dumps(results))
+
+
+def test_results_are_those_of_the_default_student(results):
+    defaults = json.loads(CompressionSettings().to_json())
+    for group, values in results["settings"].items():  # settings that were added since are not in it
+        assert (
+            values == defaults[group]
+            if isinstance(values, str)
+            else all(defaults[group][name] == value for name, value in values.items())
+        ), group
+    assert "dirty" not in results["environment"]["commit"]
+    student = EchoAttForCausalLM.from_teacher(load_model("builtin"), results["plan"]["echo_sources"])
+    last = results["results"][-1]
+    assert last["parameters"] == student.num_parameters()
+    assert last["kv_bytes_per_token"] == count_kv_bytes_per_token(student)
+    assert SharingPlan(json.loads((CARD / "config.json").read_text())["echo_sources"]) == SharingPlan(
+        results["plan"]["echo_sources"]
+    )
+    teacher, converted, *_ = results["results"]
+    assert teacher["perplexity"] < last["perplexity"] < converted["perplexity"]
