@@ -7,7 +7,7 @@ import itertools
 import json
 import time
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -22,7 +22,8 @@ from .baselines import drop_layers, share_keys_values
 from .conversion import count_kv_bytes_per_token
 from .costs import Costs, count_costs
 from .data import load_documents, pack_rows
-from .losses import kl_divergence
+from .heads import OutputHead
+from .losses import LogitLosses, divergence_from_teacher
 from .modeling_echoatt import EchoAttForCausalLM
 from .outputs import format_markdown
 from .preparation import make_plan
@@ -407,12 +408,15 @@ def _train(settings: BenchmarkSettings, contender: Contender, teacher: PreTraine
 
 
 def _distill(settings: BenchmarkSettings, contender: Contender, teacher: PreTrainedModel, prompt: torch.Tensor):
-    """A forward pass of the teacher, and a training step on the KL to it."""
+    """A forward pass of the teacher, and a training step on the KL to it, as [`EchoAttTrainer`] computes it."""
+    head, teacher_head = OutputHead(contender.model), OutputHead(teacher)
 
     def loss(model: PreTrainedModel) -> torch.Tensor:
-        with torch.no_grad():
-            expected = teacher(prompt, use_cache=False).logits
-        return kl_divergence(model(prompt, use_cache=False).logits, expected, prompt, prompt.numel())
+        with torch.no_grad(), teacher_head.last_states() as kept:
+            teacher(prompt, use_cache=False, logits_to_keep=1)
+        divergence = divergence_from_teacher("forward", teacher_head.logits(kept))
+        with head.computes(LogitLosses({"kl": divergence}, {"kl": 1.0}, prompt, prompt.numel()), nullcontext):
+            return model(prompt, use_cache=False, logits_to_keep=1).loss
 
     return _make_training_step(settings, contender.model, loss)
 
