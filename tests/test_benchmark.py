@@ -293,8 +293,6 @@ def test_command(folder, tmp_path):
     assert format_benchmark(results) in result.stdout
     assert (tmp_path / "out" / "benchmark.md").read_text() == format_benchmark(results) + "\n"
     assert (tmp_path / "out" / "benchmark.png").read_bytes().startswith(b"\x89PNG")
-    again = echoatt("teacher", PLAN, *options, cwd=folder)
-    assert again.returncode == 2 and again.stderr.count("\n") == 1 and "--overwrite" in again.stderr
 
 
 def test_command_refuses_in_one_line(folder):
