@@ -236,12 +236,12 @@ def distill_student(
         teacher = BUILTIN_TEACHER
     settings = StudentSettings(student, teacher, about, data, distillation)
     with unfinished_run(Path(output), settings.to_json(), overwrite, resume) as work:
+        _training_arguments(distillation, work / "checkpoints")  # which check themselves
         model = load_model(student)
         if not isinstance(model, EchoAttForCausalLM):
             raise ValueError(
                 f"{student!r} is a {type(model).__name__}, not an EchoAtt student: run `echoatt convert`."
             )
-        _training_arguments(distillation, work / "checkpoints")  # which check themselves
         original = load_model(teacher).to(default_device()) if teacher is not None else None
         if distillation.lora_rank and original is not None:
             share_weights(model, original)
