@@ -1,13 +1,11 @@
 """How fast a student is, beside its teacher, other small models, and what counting allows at most."""
 
 import copy
-import ctypes
-import gc
 import itertools
 import json
 import time
 from collections.abc import Callable
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -24,6 +22,7 @@ from .costs import Costs, count_costs
 from .data import load_documents, pack_rows
 from .heads import OutputHead
 from .losses import LogitLosses, divergence_from_teacher
+from .memory import peak_memory
 from .modeling_echoatt import EchoAttForCausalLM
 from .outputs import format_markdown
 from .preparation import make_plan
@@ -308,8 +307,10 @@ def _measure_cell(
                 if index == 0:
                     _check_memory(settings, cell, contender, teacher)
                     steps[contender.name] = _MEASURES[cell.measure](settings, contender, teacher, prompt)
-                    with _peak_memory(teacher.device, memory, contender.name):
+                    with peak_memory(teacher.device) as peak:
                         steps[contender.name]()
+                    if peak.bytes is not None:
+                        memory[contender.name] = peak.bytes
                 elif index < settings.warmup:
                     steps[contender.name]()
                 else:
@@ -454,33 +455,6 @@ def _time(step: Callable[[], None], device: torch.device) -> float:
     start = time.perf_counter()
     step()
     return time.perf_counter() - start
-
-
-@contextmanager
-def _peak_memory(device: torch.device, memory: dict[str, int], name: str):
-    """Bytes that a step holds at most beyond what was held before: of the GPU, or of the process where Linux says it."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        yield
-        memory[name] = torch.cuda.max_memory_allocated(device) - before
-        return
-    status, clear = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-    gc.collect()
-    try:
-        ctypes.CDLL(None).malloc_trim(0)  # what was freed is held for later, and would hide what a step needs
-        clear.write_text("5")  # the peak starts anew
-        before = _read_status(status, "VmRSS")
-    except (OSError, AttributeError):
-        yield
-        return
-    yield
-    memory[name] = _read_status(status, "VmHWM") - before
-
-
-def _read_status(status: Path, field: str) -> int:
-    lines = dict(line.split(":", 1) for line in status.read_text().splitlines())
-    return int(lines[field].split()[0]) * 1024
 
 
 def _is_out_of_memory(error: Exception) -> bool:

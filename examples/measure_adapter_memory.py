@@ -1,17 +1,14 @@
 """
 How much memory a teacher, a student and the training of the student take, with adapters and without.
 
-Each row of the table is measured in a process of its own, on a random model of the Llama family: the most memory that the
-process ever held (on a GPU: that PyTorch allocated) beyond what it held before there was a model. Rows of text are short, so
-that it is weights, gradients and states of the optimizer that count.
+On a random model of the Llama family: the most memory that the process held (on Linux; on a GPU: that PyTorch allocated)
+beyond what it held before there was a model. Rows of text are short, so that it is weights, gradients and states of the
+optimizer that count.
 
     python examples/measure_adapter_memory.py
 """
 
 import argparse
-import multiprocessing
-import resource
-import sys
 import tempfile
 from pathlib import Path
 
@@ -30,6 +27,7 @@ from echoatt_hf import (
     merge_lora,
     share_weights,
 )
+from echoatt_hf.memory import peak_memory
 from echoatt_hf.outputs import format_markdown
 from echoatt_hf.teachers import default_device
 
@@ -53,13 +51,6 @@ def make_config(layers: int, hidden_size: int) -> LlamaConfig:
         vocab_size=8192,
         tie_word_embeddings=True,
     )
-
-
-def peak_bytes() -> int:
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def train(way: str, folder: Path, rank: int) -> None:
@@ -89,11 +80,13 @@ def train(way: str, folder: Path, rank: int) -> None:
         merge_lora(model)
 
 
-def measure(way: str, folder: Path, rank: int, results) -> None:
+def measure(way: str, folder: Path, rank: int) -> int:
     train(way, folder / "small", rank)  # what libraries load when they are first used
-    before = peak_bytes()
-    train(way, folder / "large", rank)
-    results.put(peak_bytes() - before)
+    with peak_memory(torch.device(default_device())) as peak:
+        train(way, folder / "large", rank)
+    if peak.bytes is None:
+        raise SystemExit("this system does not tell the peak of a process; use Linux or a GPU")
+    return peak.bytes
 
 
 def main() -> None:
@@ -102,10 +95,9 @@ def main() -> None:
     parser.add_argument("--hidden-size", type=int, default=768, help="hidden size of the teacher")
     parser.add_argument("--rank", type=int, default=16, help="rank of the adapters")
     arguments = parser.parse_args()
-    spawn = multiprocessing.get_context("spawn")
     lines = [["", "peak (MiB)", "of the teacher"]]
     with tempfile.TemporaryDirectory() as name:
-        for size, layers, hidden_size in (("small", 4, 64), ("large", arguments.layers, arguments.hidden_size)):
+        for size, layers, hidden_size in (("small", 6, 64), ("large", arguments.layers, arguments.hidden_size)):
             folder = Path(name) / size
             teacher = LlamaForCausalLM(make_config(layers, hidden_size))
             teacher.save_pretrained(folder / "teacher")
@@ -113,13 +105,7 @@ def main() -> None:
         weights = sum(parameter.nbytes for parameter in teacher.parameters())
         del teacher
         for way, description in WAYS.items():
-            results = spawn.Queue()
-            process = spawn.Process(target=measure, args=(way, Path(name), arguments.rank, results))
-            process.start()
-            process.join()
-            if process.exitcode:
-                raise SystemExit(f"measuring {description!r} failed, see above")
-            peak = results.get()
+            peak = measure(way, Path(name), arguments.rank)
             lines.append([description, f"{peak / MIB:,.0f}", f"{peak / weights:.2f} x"])
     print(f"teacher: {weights / MIB:,.0f} MiB\n\n{format_markdown(lines)}")
 

@@ -2,16 +2,13 @@
 Memory and time of a training step with a teacher, with the losses in chunks and from all logits at once.
 
 Memory is what a step needs beyond one with all parameters, gradients and hidden states but the logits of one token in a
-row: the peak of the process on a CPU, each step in one of its own, and of what is allocated on a GPU, if there is one.
-Time is that of the same steps, one by one in turn in one process.
+row: of the process on a CPU (on Linux), of what is allocated on a GPU if there is one. Time is that of the same steps, one
+by one in turn.
 """
 
 import argparse
 import json
-import resource
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -20,6 +17,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from echoatt_hf import EchoAttForCausalLM, EchoAttTrainer, EchoAttTrainingArguments
+from echoatt_hf.memory import peak_memory
 from echoatt_hf.outputs import format_markdown, write_whole
 from echoatt_hf.runs import describe_environment
 
@@ -65,35 +63,25 @@ def step(trainer: EchoAttTrainer, tokens: int, how: str) -> None:
         torch.cuda.synchronize()
 
 
-def measure_peak(vocab_size: int, divergence: str, tokens: int, how: str) -> int:
-    """Bytes at the peak of a step, in a process of its own."""
-    command = [sys.executable, __file__, "--peak-of", how, "--vocab-sizes", str(vocab_size)]
-    command += ["--divergence", divergence, "--tokens", str(tokens)]
-    result = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-    return int(result.stdout.split()[-1])
-
-
-def print_peak(vocab_size: int, divergence: str, tokens: int, how: str) -> None:
-    trainer = make_trainer(vocab_size, divergence)
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
+def measure_peak(trainer: EchoAttTrainer, tokens: int, how: str) -> int:
+    """Bytes at the peak of a step beyond what is held before."""
+    step(trainer, tokens, how)  # what libraries load when they are first used
+    trainer.model.zero_grad()
+    with peak_memory(trainer.model.device) as peak:
         step(trainer, tokens, how)
-        print(torch.cuda.max_memory_allocated())
-        return
-    step(trainer, tokens, how)
-    unit = 1 if sys.platform == "darwin" else 1024
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
+    if peak.bytes is None:
+        raise SystemExit("this system does not tell the peak of a process; use Linux or a GPU")
+    return peak.bytes
 
 
-def measure_seconds(vocab_size: int, divergence: str, tokens: int, repeats: int) -> dict[str, float]:
+def measure_seconds(trainer: EchoAttTrainer, tokens: int, repeats: int) -> dict[str, float]:
     """Median seconds of a step, by how the loss is computed."""
-    trainer = make_trainer(vocab_size, divergence)
     seconds = {"whole": [], "chunks": []}
-    for number in range(repeats + 1):  # the first one warms up
+    for _ in range(repeats):
         for how, found in seconds.items():
             start = time.perf_counter()
             step(trainer, tokens, how)
-            found.extend([time.perf_counter() - start] if number else [])
+            found.append(time.perf_counter() - start)
     return {how: statistics.median(found) for how, found in seconds.items()}
 
 
@@ -106,18 +94,14 @@ def main() -> None:
         "--repeats", type=int, default=3, help="steps to take the median time of (default %(default)s)"
     )
     parser.add_argument("--output", type=Path, help="JSON file to write the figures to")
-    parser.add_argument("--peak-of", choices=["states", "whole", "chunks"], help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.peak_of:
-        print_peak(args.vocab_sizes[0], args.divergence, args.tokens, args.peak_of)
-        return
     lines = [["vocabulary", "all logits (MiB)", "in chunks (MiB)", "ratio", "tokens/s, chunks : all"]]
     results = []
     for vocab_size in args.vocab_sizes:
-        case = (vocab_size, args.divergence, args.tokens)
-        peaks = {how: measure_peak(*case, how) for how in ("states", "whole", "chunks")}
+        trainer = make_trainer(vocab_size, args.divergence)
+        peaks = {how: measure_peak(trainer, args.tokens, how) for how in ("states", "whole", "chunks")}
         whole, chunks = (peaks[how] - peaks["states"] for how in ("whole", "chunks"))
-        seconds = measure_seconds(*case, args.repeats)
+        seconds = measure_seconds(trainer, args.tokens, args.repeats)
         speed = seconds["whole"] / seconds["chunks"]
         results.append({"vocab_size": vocab_size, "peak_bytes": peaks, "seconds": seconds})
         mib = [f"{extra / 2**20:,.0f}" for extra in (whole, chunks)]
