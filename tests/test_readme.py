@@ -80,7 +80,7 @@ def test_set_up_is_the_same_in_both_commands_but_for_the_extra():
     main, test = (command_after(marker).split(" && ") for marker in ("main command", "test command"))
     assert main[:2] == test[:2]
     assert main[2].removesuffix(" .") == test[2].removesuffix(' -e ".[test]"')
-    assert test[3] == ".venv/bin/python -m pytest"
+    assert test[3] == ".venv/bin/python -m pytest -n 2 --dist loadfile"
 
 
 def test_ci_runs_the_test_command():
