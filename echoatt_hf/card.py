@@ -72,8 +72,9 @@ def make_card(
     tags: list[str] | None = None,
 ) -> str:
     """
-    The model card of a student, from what lies in its folder: `config.json`, `report.json` and `zero_shot.json`, as
-    `echoatt zero-shot --output` writes it. What they do not know is left out.
+    The model card of a student, from what lies in its folder: `config.json`, `report.json`, `zero_shot.json`, as `echoatt
+    zero-shot --output` writes it, and `benchmark.json` from the folder of `echoatt benchmark`. What they do not know is left
+    out.
 
     Of a card that is there already, the text outside of the marked sections is kept, sections whose marks were removed
     too, and of the metadata what is not known here.
@@ -129,6 +130,7 @@ def make_card(
         transformers_floor=TRANSFORMERS_FLOOR,
         citation=CITATION,
         **_describe_results(report, zero_shot),
+        **_describe_speed(_read(folder / "benchmark.json")),
         **_describe_training(report),
     )
     return _update(old, str(card)) if old else f"{card}\n"
@@ -203,6 +205,15 @@ def _describe_results(report: dict, zero_shot: dict) -> dict:
         limit = f", of the first {zero_shot['limit']} questions of each file" if zero_shot.get("limit") else ""
         facts |= {"zero_shot": format_zero_shot(zero_shot["results"]), "zero_shot_limit": limit}
     return facts
+
+
+def _describe_speed(benchmark: dict) -> dict:
+    if not benchmark:
+        return {}
+    from .benchmark import format_benchmark
+
+    settings, hardware = benchmark["settings"], benchmark["environment"]["hardware"]
+    return {"speed": format_benchmark(benchmark), "speed_setting": f"{settings['dtype']}, {hardware}"}
 
 
 def _describe_training(report: dict) -> dict:

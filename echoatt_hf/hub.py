@@ -55,6 +55,7 @@ _SENT = [
     "similarity.json",
     "conversion.json",
     "zero_shot.json",
+    "benchmark.json",
     "results.json",
 ]
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json")

@@ -9,8 +9,9 @@ from conftest import make_teacher, plan_of
 from huggingface_hub import ModelCard
 
 from echoatt_hf import CompressionSettings, DistillationSettings, EchoAttForCausalLM, PlanSettings, cli, convert
+from echoatt_hf.benchmark import format_benchmark, run_benchmark, write_benchmark
 from echoatt_hf.card import TEMPLATE, find_gaps, has_own_text, make_card
-from echoatt_hf.settings import CalibrationSettings, DataSettings
+from echoatt_hf.settings import BenchmarkSettings, CalibrationSettings, DataSettings
 
 
 ENTRY = {
@@ -103,6 +104,17 @@ def test_zero_shot_results_come_with_their_standard_errors(folder):
     found = {entry.metric_type: entry.metric_value for entry in ModelCard(card).data.eval_results}
     assert found == {"acc": 0.5, "acc_stderr": 0.05, "acc_norm": 0.6}
     assert {entry.dataset_name for entry in ModelCard(card).data.eval_results} == {"piqa"}
+
+
+def test_speed_comes_with_its_ceiling_and_attention(folder, tmp_path):
+    make_teacher().save_pretrained(tmp_path / "teacher")
+    settings = BenchmarkSettings(measure=["prefill"], length=[16], baseline=["eager"], repeats=2)
+    results = run_benchmark(settings, str(tmp_path / "teacher"), ",".join(map(str, plan_of("llama"))))
+    write_benchmark(results, folder)
+    card = make_card(folder)
+    assert format_benchmark(results) in card and "float32" in card
+    assert {"ceiling", "sdpa", "eager teacher"} <= {cell.strip() for cell in card.split("|")}
+    assert not find_gaps(card)
 
 
 @pytest.mark.parametrize(
