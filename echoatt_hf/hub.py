@@ -1,7 +1,6 @@
 """Publishing a student on the Hub: what is sent, the checks before it, and one commit."""
 
 import getpass
-import hashlib
 import json
 import os
 import re
@@ -27,7 +26,7 @@ from .callbacks import CODE_FILES, copy_code
 from .card import find_gaps, has_own_text, make_card
 from .configuration_echoatt import EchoAttConfig
 from .modeling_echoatt import EchoAttPreTrainedModel
-from .outputs import write_whole
+from .outputs import hash_file, write_whole
 
 
 __all__ = ["Publication", "push_model", "push_student"]
@@ -162,7 +161,7 @@ def push_student(
         _write_card(staged, api, repo_id, revision, license)
         _check_files(staged, folder, repo_id)
         _check_remote_load(staged)
-        files = {path.name: (path.stat().st_size, _sha256(path)) for path in sorted(staged.iterdir())}
+        files = {path.name: (path.stat().st_size, hash_file(path)) for path in sorted(staged.iterdir())}
         commit = None
         if not dry_run:
             commit = _send(staged, api, repo_id, private, revision, create_pr, commit_message)
@@ -423,11 +422,3 @@ def _one_line_errors(repo_id: str) -> Iterator[None]:
         raise OSError(
             f"The push to {repo_id!r} failed and has published nothing, and can be repeated: {reason}"
         ) from error
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
