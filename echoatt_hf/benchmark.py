@@ -21,13 +21,13 @@ from .conversion import count_kv_bytes_per_token
 from .costs import Costs, count_costs
 from .data import load_documents, pack_rows
 from .heads import OutputHead
-from .losses import LogitLosses, divergence_from_teacher
+from .losses import LogitLosses, TokenLoss, divergence_from_stored, divergence_from_teacher, merge_rest
 from .memory import peak_memory
 from .modeling_echoatt import EchoAttForCausalLM
 from .outputs import format_markdown
 from .preparation import make_plan
 from .runs import describe_environment, without_paths
-from .settings import BenchmarkSettings, PlanSettings
+from .settings import BENCHMARK_CHOICES, BenchmarkSettings, PlanSettings
 from .teachers import default_device, load_config, load_model, load_tokenizer
 
 
@@ -94,8 +94,9 @@ SHAPES = {
 }
 
 TEACHER, STUDENT, EAGER, DROPPED, SHARING = "teacher", "student", "eager teacher", "layers dropped", "KV sharing"
-BOUNDS = {"prefill": "operations", "decode": "bytes", "training": "operations", "distillation": "operations"}
+BOUNDS = {measure: "bytes" if measure == "decode" else "operations" for measure in BENCHMARK_CHOICES["measure"]}
 DECODED_TOKENS = 4
+STORED_TOKENS = 64
 
 
 @dataclass(frozen=True)
@@ -410,19 +411,45 @@ def _train(settings: BenchmarkSettings, contender: Contender, teacher: PreTraine
 
 def _distill(settings: BenchmarkSettings, contender: Contender, teacher: PreTrainedModel, prompt: torch.Tensor):
     """A forward pass of the teacher, and a training step on the KL to it, as [`EchoAttTrainer`] computes it."""
-    head, teacher_head = OutputHead(contender.model), OutputHead(teacher)
+    teacher_head = OutputHead(teacher)
 
-    def loss(model: PreTrainedModel) -> torch.Tensor:
+    def ask() -> TokenLoss:
         with torch.no_grad(), teacher_head.last_states() as kept:
             teacher(prompt, use_cache=False, logits_to_keep=1)
-        divergence = divergence_from_teacher("forward", teacher_head.logits(kept))
-        with head.computes(LogitLosses({"kl": divergence}, {"kl": 1.0}, prompt, prompt.numel()), nullcontext):
+        return divergence_from_teacher("forward", teacher_head.logits(kept))
+
+    return _make_distillation_step(settings, contender.model, prompt, ask)
+
+
+def _distill_stored(settings: BenchmarkSettings, contender: Contender, teacher: PreTrainedModel, prompt: torch.Tensor):
+    """A training step on the KL to what a stored teacher holds, in memory already."""
+    with torch.no_grad():
+        log_probs = teacher(prompt, use_cache=False).logits.float().log_softmax(-1)
+    ids = log_probs.topk(min(STORED_TOKENS, log_probs.shape[-1] - 1)).indices
+    divergence = divergence_from_stored("forward", ids, merge_rest(log_probs, ids).half())
+    return _make_distillation_step(settings, contender.model, prompt, lambda: divergence)
+
+
+def _make_distillation_step(
+    settings: BenchmarkSettings, model: PreTrainedModel, prompt: torch.Tensor, ask: Callable[[], TokenLoss]
+) -> Callable[[], None]:
+    head = OutputHead(model)
+
+    def loss(model: PreTrainedModel) -> torch.Tensor:
+        losses = LogitLosses({"kl": ask()}, {"kl": 1.0}, prompt, prompt.numel())
+        with head.computes(losses, nullcontext):
             return model(prompt, use_cache=False, logits_to_keep=1).loss
 
-    return _make_training_step(settings, contender.model, loss)
+    return _make_training_step(settings, model, loss)
 
 
-_MEASURES = {"prefill": _prefill, "decode": _decode, "training": _train, "distillation": _distill}
+_MEASURES = {
+    "prefill": _prefill,
+    "decode": _decode,
+    "training": _train,
+    "distillation": _distill,
+    "stored": _distill_stored,
+}
 
 
 def _make_training_step(
@@ -475,9 +502,7 @@ def _check_memory(settings: BenchmarkSettings, cell: Cell, contender: Contender,
         return
     config, item = teacher.config, teacher.dtype.itemsize
     tokens = cell.batch_size * (1 if cell.measure == "decode" else cell.tokens)
-    needed = (
-        tokens * config.vocab_size * 4 * {"prefill": 1, "decode": 1, "training": 3, "distillation": 5}[cell.measure]
-    )
+    needed = tokens * config.vocab_size * 4 * {"prefill": 1, "decode": 1, "training": 3}.get(cell.measure, 5)
     if cell.measure in ("prefill", "decode"):
         copies = 3 if cell.measure == "decode" else 1  # while the cache grows, and in the warm-up
         needed += copies * cell.batch_size * cell.tokens * count_kv_bytes_per_token(contender.model)

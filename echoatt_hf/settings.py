@@ -164,8 +164,8 @@ BENCHMARK_PRESETS = {
         "context": [128, 2048, 8192],
     },
 }
-_BENCHMARK_CHOICES = {
-    "measure": ("prefill", "decode", "training", "distillation"),
+BENCHMARK_CHOICES = {
+    "measure": ("prefill", "decode", "training", "distillation", "stored"),
     "baseline": ("eager", "layers", "kv", "none"),
     "dtype": ("float32", "bfloat16", "float16"),
     "optimizer": ("sgd", "adamw"),
@@ -183,7 +183,8 @@ class BenchmarkSettings:
     )
     measure: list[str] | None = setting(
         None,
-        "'prefill', 'decode', 'training' or 'distillation' (a step of it, the teacher's part too). May be repeated.",
+        "'prefill', 'decode', 'training' (a step), 'distillation' (the same, with the teacher's part) or 'stored' "
+        "(distillation from a stored teacher). May be repeated.",
     )
     length: list[int] | None = setting(None, "Tokens in a row, but for decoding. May be repeated.")
     rows: int = setting(1, "Rows, but for decoding.")
@@ -212,7 +213,7 @@ class BenchmarkSettings:
         for name in ("measure", "length", "batch_size", "context"):
             if not getattr(self, name):
                 object.__setattr__(self, name, BENCHMARK_PRESETS[self.preset].get(name, []))
-        for name, choices in _BENCHMARK_CHOICES.items():
+        for name, choices in BENCHMARK_CHOICES.items():
             values = getattr(self, name)
             for value in [values] if isinstance(values, str) else values:
                 if value not in choices:

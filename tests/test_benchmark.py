@@ -15,7 +15,7 @@ from echoatt_hf.costs import count_costs
 
 PLAN = "0,1,1,1,4,4"
 SMALL = {"length": [8], "batch_size": [1, 2], "context": [12], "repeats": 2}
-EVERYTHING = ["prefill", "decode", "training", "distillation"]
+EVERYTHING = ["prefill", "decode", "training", "distillation", "stored"]
 NAMES = ["teacher", "student", "eager teacher", "layers dropped", "KV sharing"]
 
 
@@ -56,6 +56,7 @@ def test_everything_is_measured(folder):
         ("decode", 2, 12, "bytes"),
         ("training", 1, 8, "operations"),
         ("distillation", 1, 8, "operations"),
+        ("stored", 1, 8, "operations"),
     ]
     for cell in results["cells"]:
         assert list(cell["models"]) == NAMES
@@ -68,7 +69,7 @@ def test_everything_is_measured(folder):
     ceilings = [cell["models"]["student"]["ceiling"] for cell in results["cells"]]
     ratio = before.forward_operations(1, 8) / after.forward_operations(1, 8)
     expected = [ratio, *(before.decode_bytes(rows, 12) / after.decode_bytes(rows, 12) for rows in (1, 2)), ratio]
-    assert ceilings == pytest.approx([*expected, 4 / (1 + 3 / ratio)])
+    assert ceilings == pytest.approx([*expected, 4 / (1 + 3 / ratio), ratio])
     assert results["environment"]["torch"] == torch.__version__
     assert str(folder) not in json.dumps(results)
 
@@ -219,7 +220,10 @@ def test_random_weights_of_fewer_layers(folder):
     ("options", "message"),
     [
         ({"preset": "fast"}, "preset is 'fast'; it must be one of quick, paper, decode, full"),
-        ({"measure": ["prefil"]}, "measure is 'prefil'; it must be one of prefill, decode, training, distillation"),
+        (
+            {"measure": ["prefil"]},
+            "measure is 'prefil'; it must be one of prefill, decode, training, distillation, stored",
+        ),
         ({"baseline": ["eager", "lora"]}, "baseline is 'lora'; it must be one of eager, layers, kv, none"),
         ({"dtype": "int8"}, "dtype is 'int8'; it must be one of float32, bfloat16, float16"),
         ({"optimizer": "lion"}, "optimizer is 'lion'; it must be one of sgd, adamw"),
