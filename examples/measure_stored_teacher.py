@@ -156,7 +156,8 @@ def _training_step(student, teacher, rows, arguments: argparse.Namespace, folder
 
     def step() -> float:
         start = time.perf_counter()
-        trainer.training_step(trainer.model, next(batches)).item()
+        batch = next(batches)
+        trainer.training_step(trainer.model, batch, batch["labels"][:, 1:].numel()).item()
         taken = time.perf_counter() - start
         trainer.model.zero_grad()
         return taken
