@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
@@ -51,18 +52,20 @@ class OutputHead:
         The output head of a model; `None`, and a warning, where it cannot be had apart from the rest.
 
         The family's code may be anything: it is tried out on two tokens, whose logits must be the same one by one as from
-        the model.
+        the model. Of several processes, which all have to ask, all get a head or none.
         """
+        head = None
         # With ZeRO-3 a module's parameters exist only in its own forward and backward passes. And a forward pass without
         # gradients is no trial for weights in 4 bits on a CPU: bitsandbytes then packs them so that they never give any.
         is_packed_by_trial = getattr(model, "is_loaded_in_4bit", False) and model.device.type == "cpu"
         if not is_deepspeed_zero3_enabled() and not is_packed_by_trial:
             try:
-                head = cls(model)
-                if head._gives_the_logits_of(model):
-                    return head
+                found = cls(model)
+                head = found if found._gives_the_logits_of(model) else None
             except Exception as error:  # it is not known what a family's code does without its decoder
                 logger.debug("The output head cannot be called alone.", exc_info=error)
+        if _all_processes(head is not None):
+            return head
         logger.warning(
             "The output head of %s cannot be called on some tokens at a time: the logits of whole batches are computed, "
             "which takes more memory.",
@@ -157,6 +160,15 @@ class _AfterDecoder(nn.Module):
     def _decode(self, *args, **kwargs):
         """In place of the decoder: what it returned, with other last hidden states."""
         return type(self._output)(**{**self._output, "last_hidden_state": self._states})
+
+
+def _all_processes(value: bool) -> bool:
+    """Whether `value` is true in all processes: some may hold no weights yet, and try nothing out."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return value
+    values = [value] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return all(values)
 
 
 def _bare_copy(module: nn.Module, decoder: nn.Module, decode: Callable) -> nn.Module:

@@ -14,6 +14,7 @@ from torch import nn
 
 from echoatt_hf import EchoAttForCausalLM, EchoAttTrainer, EchoAttTrainingArguments, losses
 from echoatt_hf.data import collate_rows
+from echoatt_hf.heads import OutputHead
 
 
 ROWS, BATCH = 32, 8
@@ -113,10 +114,15 @@ def main(folder: Path) -> None:
     trainer = make_trainer(folder / "ddp", 2, save_strategy="steps", save_steps=2)
     trainer.train()
     trainer.save_model(str(folder / "trained"))
-    rank = dist.get_rank()
+    rank, gives_the_logits_of = dist.get_rank(), OutputHead._gives_the_logits_of
     streamed = make_trainer(folder / "streamed", 2, rows=stream(19), stage1_steps=2, stage2_steps=0)
     streamed.train()
-    seen = {"rows": trainer.seen, "streamed": streamed.seen}
+    head = OutputHead.find(trainer.model) is not None
+    if rank == 1:  # as where it is the main process alone that has loaded the weights
+        OutputHead._gives_the_logits_of = lambda self, model: False
+    refused_by_one = OutputHead.find(trainer.model) is None
+    OutputHead._gives_the_logits_of = gives_the_logits_of
+    seen = {"rows": trainer.seen, "streamed": streamed.seen, "heads": [head, refused_by_one]}
     (folder / f"seen{rank}.json").write_text(json.dumps(seen))
     for family in FAMILIES:
         model = train_in_shards(make_trainer(folder / family, 2, family), 3)

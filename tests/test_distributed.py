@@ -73,6 +73,10 @@ def test_checkpoint_of_two_processes_goes_on_in_one(two_processes, one_process, 
     assert_same_state(trainer.model.state_dict(), one_process[1])
 
 
+def test_processes_agree_on_the_head(two_processes):
+    assert seen_by(two_processes, "heads") == [[True, True]] * 2
+
+
 def test_streamed_rows_are_divided(two_processes):
     first, second = seen_by(two_processes, "streamed")
     assert len(first) == len(second) == 8
