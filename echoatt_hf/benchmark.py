@@ -21,7 +21,7 @@ from .conversion import count_kv_bytes_per_token
 from .costs import Costs, count_costs
 from .data import load_documents, pack_rows
 from .heads import OutputHead
-from .losses import LogitLosses, TokenLoss, divergence_from_stored, divergence_from_teacher, merge_rest
+from .losses import LogitLosses, TokenLoss, divergence_from_stored, divergence_from_teacher, keep_top
 from .memory import peak_memory
 from .modeling_echoatt import EchoAttForCausalLM
 from .outputs import format_markdown
@@ -424,9 +424,9 @@ def _distill(settings: BenchmarkSettings, contender: Contender, teacher: PreTrai
 def _distill_stored(settings: BenchmarkSettings, contender: Contender, teacher: PreTrainedModel, prompt: torch.Tensor):
     """A training step on the KL to what a stored teacher holds, in memory already."""
     with torch.no_grad():
-        log_probs = teacher(prompt, use_cache=False).logits.float().log_softmax(-1)
-    ids = log_probs.topk(min(STORED_TOKENS, log_probs.shape[-1] - 1)).indices
-    divergence = divergence_from_stored("forward", ids, merge_rest(log_probs, ids).half())
+        logits = teacher(prompt, use_cache=False).logits
+        log_probs, ids = keep_top(logits, min(STORED_TOKENS, logits.shape[-1] - 1))
+    divergence = divergence_from_stored("forward", ids, log_probs)
     return _make_distillation_step(settings, contender.model, prompt, lambda: divergence)
 
 

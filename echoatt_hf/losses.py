@@ -23,6 +23,7 @@ __all__ = [
     "divergence_from_teacher",
     "forward_kl",
     "jensen_shannon",
+    "keep_top",
     "merge_rest",
     "next_token_loss",
     "next_tokens",
@@ -328,6 +329,24 @@ def merge_rest(logits: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
     logits = _upcast(logits)
     rest = logits.scatter(-1, token_ids, -torch.inf).logsumexp(-1, keepdim=True)
     return torch.cat([logits.gather(-1, token_ids), rest], -1)
+
+
+def keep_top(logits: torch.Tensor, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    What a stored teacher keeps of its distributions, see [`merge_rest`].
+
+    Args:
+        logits (`torch.Tensor` of shape `(..., V)`): of any float dtype, computed in float32 at least.
+        top_k (`int`): k, fewer than V.
+
+    Returns:
+        `tuple[torch.Tensor, torch.Tensor]`: log-probabilities `(..., k + 1)`, float16, and token ids `(..., k)`, int64, the
+        likeliest first.
+    """
+    log_probs = _log_probs(logits)
+    token_ids = log_probs.topk(top_k).indices
+    # A probability of 0 has no finite logarithm; the lowest float16 gives 0 as well.
+    return merge_rest(log_probs, token_ids).clamp_min(torch.finfo(torch.float16).min).half(), token_ids
 
 
 def relative_distance(

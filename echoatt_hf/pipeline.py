@@ -43,7 +43,7 @@ from .teachers import BUILTIN_TEACHER, default_device, load_model, load_tokenize
 __all__ = ["DistillationInterrupted", "compress", "distill", "distill_student", "store_teacher", "write_student"]
 
 # transformers renamed it.
-_CHECKPOINTING = (
+CHECKPOINTING = (
     "activation_checkpointing"
     if hasattr(PreTrainedModel, "activation_checkpointing_enable")
     else "gradient_checkpointing"
@@ -390,7 +390,7 @@ def _training_arguments(settings: DistillationSettings, output_dir: Path) -> Ech
             f"batch_size is {batch_size}, which {number} processes with accumulation_steps {accumulation_steps} do not divide."
         )
     del values["steps"], values["lora_rank"]
-    values[_CHECKPOINTING] = values.pop("gradient_checkpointing")
+    values[CHECKPOINTING] = values.pop("gradient_checkpointing")
     values["eval_steps"] = settings.eval_steps or None
     return EchoAttTrainingArguments(
         output_dir=str(output_dir),

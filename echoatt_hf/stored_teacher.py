@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.numpy import save
 from torch import nn
@@ -18,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .data import ROW_COLUMNS, stack_rows
 from .evaluation import inference
-from .losses import merge_rest
+from .losses import keep_top
 from .outputs import hash_file, write_whole
 from .runs import describe_environment
 
@@ -263,12 +262,8 @@ def _ask(teacher: PreTrainedModel, columns: dict[str, np.ndarray], top_k: int) -
     """Log-probabilities `(B, T, k + 1)`, float16, and token ids `(B, T, k)`, the likeliest first, for rows `(B, T)`."""
     rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
     logits = teacher(**stack_rows(rows).to(teacher.device), use_cache=False).logits
-    logprobs, ids = [], []
-    for row in logits:  # one at a time: float32 log-probabilities of a batch may not fit
-        row = F.log_softmax(row.float(), dim=-1)
-        ids.append(row.topk(top_k).indices)
-        # A probability of 0 has no finite logarithm; the lowest float16 gives 0 as well.
-        logprobs.append(merge_rest(row, ids[-1]).clamp_min(torch.finfo(torch.float16).min).half())
+    # One row at a time: float32 log-probabilities of a batch may not fit.
+    logprobs, ids = zip(*(keep_top(row, top_k) for row in logits), strict=True)
     return torch.stack(logprobs).cpu().numpy(), torch.stack(ids).cpu().numpy()
 
 

@@ -15,19 +15,13 @@ from families import FAMILIES, SIZES, VOCAB_SIZE  # noqa: E402
 from family_table import FamilyTable, is_always_run  # noqa: E402
 from hub_server import HubServer  # noqa: E402
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers  # noqa: E402
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel  # noqa: E402
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast  # noqa: E402
 
 import echoatt_hf  # noqa: E402
+from echoatt_hf.pipeline import CHECKPOINTING  # noqa: E402, F401
 
 
 torch.set_num_threads(1)
-
-# transformers renamed gradient checkpointing; the newer ones warn about the old name, the older know no other.
-CHECKPOINTING = (
-    "activation_checkpointing"
-    if hasattr(PreTrainedModel, "activation_checkpointing_enable")
-    else "gradient_checkpointing"
-)
 
 # The one table of tolerances, for outputs of order one.
 FP32_TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}
@@ -54,6 +48,46 @@ def train_byte_level_bpe(
     )
     tokenizer.train_from_iterator(texts, trainer)
     return tokenizer
+
+
+def write_workplace(folder: Path, texts: list[str]) -> PreTrainedTokenizerFast:
+    """Write texts into `folder / "text"`. Returns a tokenizer of 300 tokens for them."""
+    (folder / "text").mkdir()
+    for number, text in enumerate(texts):
+        (folder / "text" / f"{number}.txt").write_text(text)
+    tokenizer = train_byte_level_bpe(texts, 300, ["<|endoftext|>"])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>", pad_token="<|endoftext|>")
+
+
+def positions_with_target(labels: torch.Tensor) -> list[tuple[int, int]]:
+    """Rows and positions that predict a token, by a loop."""
+    return [
+        (row, position)
+        for row in range(labels.shape[0])
+        for position in range(labels.shape[1] - 1)
+        if labels[row, position + 1] != -100
+    ]
+
+
+def positions_of(batch: dict) -> torch.Tensor:
+    return (batch["attention_mask"].cumsum(-1) - 1).clamp(min=0)
+
+
+def decode(model: torch.nn.Module, batch: dict, cache, prompt: int) -> torch.Tensor:
+    """Logits of a prompt at once and of the rest token by token."""
+    length = batch["input_ids"].shape[1]
+    positions = positions_of(batch)
+    logits = []
+    for start, end in [(0, prompt), *((position, position + 1) for position in range(prompt, length))]:
+        output = model(
+            input_ids=batch["input_ids"][:, start:end],
+            attention_mask=batch["attention_mask"][:, :end],
+            position_ids=positions[:, start:end],
+            past_key_values=cache,
+            use_cache=True,
+        )
+        logits.append(output.logits)
+    return torch.cat(logits, dim=1)
 
 
 def pytest_addoption(parser):

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from conftest import FP32_TOLERANCE, make_batch, make_teacher, plan_of
+from conftest import FP32_TOLERANCE, decode, make_batch, make_teacher, plan_of, positions_of
 from oracle import make_oracle
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
@@ -23,28 +23,6 @@ CACHES = {
 
 def make_student(family: str = "llama", attention: str | None = "sdpa", **overrides) -> EchoAttForCausalLM:
     return EchoAttForCausalLM.from_teacher(make_teacher(family, attention, **overrides), plan_of(family))
-
-
-@torch.no_grad()
-def decode(model, batch: dict, cache, prompt: int = 9, **options) -> torch.Tensor:
-    """Logits of the tokens after the prompt, one by one."""
-    positions, logits = positions_of(batch), []
-    length = batch["input_ids"].shape[1]
-    for start, end in [(0, prompt), *((position, position + 1) for position in range(prompt, length))]:
-        output = model(
-            input_ids=batch["input_ids"][:, start:end],
-            attention_mask=batch["attention_mask"][:, :end],
-            position_ids=positions[:, start:end],
-            past_key_values=cache,
-            use_cache=True,
-            **options,
-        )
-        logits.append(output.logits[:, -1])
-    return torch.stack(logits[1:], dim=1)
-
-
-def positions_of(batch: dict) -> torch.Tensor:
-    return (batch["attention_mask"].cumsum(-1) - 1).clamp(min=0)
 
 
 @torch.no_grad()
@@ -75,7 +53,8 @@ def test_weights_equal_replay_and_the_oracle(family, attention, cache):
     found = {}
     for mode in ("weights", "replay", "auto"):
         student.config.echo_decode = mode
-        found[mode] = decode(student, batch, CACHES[cache](student.config), 5)
+        with torch.no_grad():
+            found[mode] = decode(student, batch, CACHES[cache](student.config), 5)[:, 5:]
         torch.testing.assert_close(found[mode], expected[:, 5:], **FP32_TOLERANCE)
     torch.testing.assert_close(found["weights"], found["replay"], **FP32_TOLERANCE)
     assert torch.equal(found["auto"], found["weights"])
@@ -91,7 +70,8 @@ def test_bf16_is_as_exact_as_replay(attention):
     errors = {}
     for mode in ("weights", "replay"):
         student.config.echo_decode = mode
-        found = decode(student, batch, DynamicCache(config=student.config))
+        with torch.no_grad():
+            found = decode(student, batch, DynamicCache(config=student.config), 9)[:, 9:]
         assert found.dtype == torch.bfloat16
         errors[mode] = float((found - expected).norm())
     assert 0 < errors["weights"] <= 1.1 * errors["replay"]

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import CHECKPOINTING, FP32_TOLERANCE, make_batch, make_teacher, plan_of
+from conftest import CHECKPOINTING, FP32_TOLERANCE, make_batch, make_teacher, plan_of, positions_with_target
 from datasets import Dataset
 from families import FAMILIES
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -114,15 +114,6 @@ def plain_losses(student_logits, teacher_logits, labels, temperature=1.0):
 
 def log_of(trainer):
     return [entry for entry in trainer.state.log_history if "loss" in entry]
-
-
-def positions_with_target(labels):
-    return [
-        (row, position)
-        for row in range(labels.shape[0])
-        for position in range(labels.shape[1] - 1)
-        if labels[row, position + 1] != -100
-    ]
 
 
 # The trainer.

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from conftest import CHECKPOINTING, FP32_TOLERANCE, make_batch, make_teacher, plan_of
+from conftest import CHECKPOINTING, FP32_TOLERANCE, decode, make_batch, make_teacher, plan_of, positions_of
 from families import REFUSED, SUPPORTED, Family
 from oracle import make_oracle
 from torch import nn
@@ -115,10 +115,6 @@ def kept(logits: torch.Tensor, batch: dict) -> torch.Tensor:
     return logits[batch["attention_mask"].bool()]
 
 
-def positions_of(batch: dict) -> torch.Tensor:
-    return (batch["attention_mask"].cumsum(-1) - 1).clamp(min=0)
-
-
 # Attention
 
 
@@ -204,23 +200,6 @@ def test_gradients(subject, assert_like_oracle, variant):
 
 
 # Caches
-
-
-def decode(model: nn.Module, batch: dict, cache, prompt: int) -> torch.Tensor:
-    """Logits of a prompt at once and of the rest token by token."""
-    length = batch["input_ids"].shape[1]
-    positions = positions_of(batch)
-    logits = []
-    for start, end in [(0, prompt), *((position, position + 1) for position in range(prompt, length))]:
-        output = model(
-            input_ids=batch["input_ids"][:, start:end],
-            attention_mask=batch["attention_mask"][:, :end],
-            position_ids=positions[:, start:end],
-            past_key_values=cache,
-            use_cache=True,
-        )
-        logits.append(output.logits)
-    return torch.cat(logits, dim=1)
 
 
 CACHES = {

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import process_environment, train_byte_level_bpe
+from conftest import process_environment, write_workplace
 from datasets import Dataset
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from echoatt_hf import EchoAttForCausalLM, collate_rows
 from echoatt_hf.distillation import EchoAttTrainer, EchoAttTrainingArguments
@@ -102,13 +102,7 @@ DISTILL = [
 def workplace(tmp_path_factory):
     """A folder with a tiny teacher, a converted student, text, a store, and the student an undisturbed run makes."""
     folder = tmp_path_factory.mktemp("workplace")
-    (folder / "text").mkdir()
-    for number, text in enumerate(TEXT):
-        (folder / "text" / f"{number}.txt").write_text(text)
-    tokenizer = train_byte_level_bpe(TEXT, 300, ["<|endoftext|>"])
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token="<|endoftext|>", pad_token="<|endoftext|>"
-    )
+    tokenizer = write_workplace(folder, TEXT)
     teacher = make_teacher(len(tokenizer))
     for model, name in ((teacher, "teacher"), (EchoAttForCausalLM.from_teacher(teacher, [0, 1, 1, 3]), "student")):
         model.save_pretrained(folder / name)

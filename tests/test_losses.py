@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import CHECKPOINTING, FP32_TOLERANCE, make_batch, make_teacher, plan_of
+from conftest import CHECKPOINTING, FP32_TOLERANCE, make_batch, make_teacher, plan_of, positions_with_target
 from families import FAMILIES, VOCAB_SIZE
 from transformers import LlamaForCausalLM
 
@@ -51,15 +51,6 @@ def random_batch(seed=0, batch=3, length=7):
     student = torch.randn(batch, length, VOCAB, generator=generator, dtype=torch.float64)
     teacher = torch.randn(batch, length, VOCAB, generator=generator, dtype=torch.float64)
     return student.float(), teacher.float(), labels
-
-
-def positions_with_target(labels):
-    return [
-        (row, position)
-        for row in range(labels.shape[0])
-        for position in range(labels.shape[1] - 1)
-        if labels[row, position + 1] != -100
-    ]
 
 
 @pytest.fixture

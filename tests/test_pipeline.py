@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import process_environment, train_byte_level_bpe
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from conftest import process_environment, write_workplace
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from echoatt_hf.card import find_gaps
 from echoatt_hf.outputs import replace_folder, whole_folder, write_whole
@@ -28,13 +28,7 @@ FAST = ["--row-length", "32", "--evaluation-rows", "8", "--calibration-rows", "4
 def workplace(tmp_path_factory):
     """A folder with a tiny teacher and some text."""
     folder = tmp_path_factory.mktemp("workplace")
-    (folder / "text").mkdir()
-    for number, text in enumerate(TEXT):
-        (folder / "text" / f"{number}.txt").write_text(text)
-    tokenizer = train_byte_level_bpe(TEXT, 300, ["<|endoftext|>"])
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token="<|endoftext|>", pad_token="<|endoftext|>"
-    )
+    tokenizer = write_workplace(folder, TEXT)
     tokenizer.save_pretrained(folder / "teacher")
     torch.manual_seed(0)
     config = LlamaConfig(
