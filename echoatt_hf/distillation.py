@@ -4,12 +4,17 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
+from accelerate.utils import fsdp2_prepare_model
+from accelerate.utils.constants import FSDP_MODEL_NAME
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel, Trainer, TrainingArguments, get_scheduler
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.pytorch_utils import id_tensor_storage
+from transformers.trainer_utils import get_last_checkpoint
 
 from .callbacks import PublishingCallback
 from .data import STORED_COLUMNS
@@ -198,7 +203,7 @@ class EchoAttTrainer(Trainer):
         self.teacher = None
         if args.stage1_steps > 0 and stored is None:
             self._teacher_head = OutputHead.find(teacher)  # before it is prepared for mixed precision
-            self.teacher = self.accelerator.prepare_model(teacher.requires_grad_(False).eval(), evaluation_mode=True)
+            self.teacher = self._prepare_teacher(teacher.requires_grad_(False).eval())
         # Sum of each loss part since the last log, and the steps it was part of.
         self._parts: dict[str, tuple[torch.Tensor, set[int]]] = {}
 
@@ -206,6 +211,35 @@ class EchoAttTrainer(Trainer):
     def stage(self) -> int:
         """`int`: the stage of the step that comes next, 1 or 2."""
         return 1 if self.state.global_step < self.args.stage1_steps else 2
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
+        """
+        Train both stages. See [`~transformers.Trainer.train`].
+
+        Raises:
+            `ValueError`: the checkpoint was saved with FSDP or DeepSpeed, and this run has not the same, or the other way
+                round: its optimizer states could not be read.
+        """
+        if resume_from_checkpoint:
+            folder = resume_from_checkpoint
+            _check_layout(self, get_last_checkpoint(self.args.output_dir) if folder is True else folder)
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _prepare_teacher(self, teacher: PreTrainedModel) -> nn.Module:
+        """The teacher on its device, divided among processes where the student's weights are."""
+        if self.is_fsdp_enabled and self.accelerator.is_fsdp2:
+            return fsdp2_prepare_model(self.accelerator, teacher)
+        if is_deepspeed_zero3_enabled():
+            import deepspeed
+
+            config = {
+                "train_micro_batch_size_per_gpu": self.args.per_device_train_batch_size,
+                "zero_optimization": {"stage": 3},
+                "bf16": {"enabled": teacher.dtype == torch.bfloat16},
+                "fp16": {"enabled": teacher.dtype == torch.float16},
+            }
+            return deepspeed.initialize(model=teacher, config=config)[0]
+        return self.accelerator.prepare_model(teacher, evaluation_mode=True)
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         """
@@ -422,6 +456,26 @@ def _attention_outputs(model: nn.Module, layers: Sequence[int]) -> Iterator[dict
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def _check_layout(trainer: Trainer, checkpoint: str | None) -> None:
+    """Check that the optimizer states of a checkpoint are in the files that this run will read: `Trainer` may read none."""
+    if checkpoint is None or not Path(checkpoint).is_dir():
+        return  # which `Trainer` says
+    names = [file.name for file in Path(checkpoint).iterdir()]
+    saved_with = "neither FSDP nor DeepSpeed"
+    if any(name.startswith(FSDP_MODEL_NAME) for name in names):
+        saved_with = "FSDP"
+    elif any(name.startswith("global_step") for name in names):
+        saved_with = "DeepSpeed"
+    runs_with = {(True, False): "FSDP", (False, True): "DeepSpeed"}.get(
+        (trainer.is_fsdp_enabled, trainer.is_deepspeed_enabled), "neither FSDP nor DeepSpeed"
+    )
+    if saved_with != runs_with:
+        raise ValueError(
+            f"The checkpoint {Path(checkpoint).name!r} was saved with {saved_with}, and this run has {runs_with}, which cannot "
+            "read its optimizer states: launch as before, or start anew from its weights."
+        )
 
 
 def _stored_parts(stored: dict) -> list[torch.Tensor]:

@@ -35,6 +35,7 @@ from transformers import (
     PreTrainedModel,
     QuantizedCache,
 )
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.modeling_layers import GenericForSequenceClassification, GenericForTokenClassification
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -698,7 +699,8 @@ class EchoAttPreTrainedModel(PreTrainedModel):
         if type(self)._auto_class is not None:
             # Saving writes the auto class of the model at hand only; the checkpoint serves all of them.
             self.config.auto_map = copy.deepcopy(_AUTO_MAP)
-        super().save_pretrained(save_directory, **kwargs)
+        with _of_its_own_class(self):
+            super().save_pretrained(save_directory, **kwargs)
 
     def push_to_hub(self, repo_id: str, **kwargs):
         """
@@ -710,6 +712,20 @@ class EchoAttPreTrainedModel(PreTrainedModel):
         except ImportError:
             return super().push_to_hub(repo_id, **kwargs)
         return push_model(self, repo_id, **kwargs)
+
+
+@contextmanager
+def _of_its_own_class(model: nn.Module) -> Iterator[None]:
+    """
+    In this context a model that FSDP2 divided has the class that it had before: FSDP2 puts one of its own in its place, made
+    in a file of torch, which would be saved as the code of the model.
+    """
+    found = type(model)
+    model.__class__ = next(each for each in found.__mro__ if not each.__module__.startswith("torch."))
+    try:
+        yield
+    finally:
+        model.__class__ = found
 
 
 class EchoAttModel(EchoAttPreTrainedModel):
@@ -1054,6 +1070,11 @@ def _check_teacher(teacher: PreTrainedModel) -> None:
     if getattr(teacher, "is_quantized", False):
         raise ValueError(
             "The teacher is quantized: convert the unquantized model, and quantize the student afterwards."
+        )
+    if is_deepspeed_zero3_enabled():
+        raise ValueError(
+            "DeepSpeed's ZeRO-3 is set up, which divides the weights of every new model among processes: convert in one "
+            "process, before arguments for training are made, save the student, and load it where you train."
         )
     device_map = getattr(teacher, "hf_device_map", {})
     if len({*device_map.values()}) > 1:

@@ -1,6 +1,7 @@
 """The pipeline: analyze, plan, convert, distill, evaluate, and write a student that is ready to publish."""
 
 import json
+import os
 import shutil
 import signal
 import time
@@ -13,6 +14,7 @@ import transformers
 from datasets import Dataset, IterableDataset
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from .adapters import add_lora, merge_lora, share_weights
 from .alignment import find_echoes, get_parameters, replace_parameter
@@ -31,6 +33,7 @@ from .runs import (
     processes,
     train_from_last_checkpoint,
     unfinished_run,
+    whole_state,
     without_paths,
 )
 from .settings import CompressionSettings, DataSettings, DistillationSettings, StoreSettings, StudentSettings
@@ -292,7 +295,7 @@ def _distill_and_write(
         "environment": describe_environment(),
         "last_session_s": round(time.time() - start, 1),
     }
-    state_dict = trainer.accelerator.get_state_dict(models.student)  # of which each process may have a part
+    state_dict = whole_state(trainer)
     if processes().is_main_process:
         shutil.rmtree(work / "student", ignore_errors=True)
         write_student(work / "student", models.student, models.tokenizer, report, state_dict)
@@ -346,10 +349,11 @@ def distill(
         data_collator=collate_rows,
         callbacks=[callback],
     )
-    if settings.lora_rank and trainer.is_fsdp_enabled:
+    if settings.lora_rank and (trainer.is_fsdp_enabled or is_deepspeed_zero3_enabled()):
+        divider = "FSDP" if trainer.is_fsdp_enabled else "DeepSpeed's ZeRO-3"
         raise ValueError(
-            f"lora_rank is {settings.lora_rank}, and FSDP takes the weights apart that adapters are merged into: launch with "
-            "examples/accelerate/ddp.yaml, or set lora_rank to 0."
+            f"lora_rank is {settings.lora_rank}, and {divider} divides the weights that adapters are merged into: launch with "
+            "examples/accelerate/ddp.yaml or zero2.yaml, or set lora_rank to 0."
         )
     # Several processes would not all be told of Ctrl-C in the same step.
     is_alone = trainer.accelerator.num_processes == 1
@@ -392,6 +396,8 @@ def _training_arguments(settings: DistillationSettings, output_dir: Path) -> Ech
     del values["steps"], values["lora_rank"]
     values[CHECKPOINTING] = values.pop("gradient_checkpointing")
     values["eval_steps"] = settings.eval_steps or None
+    # What `accelerate launch` was told counts, and with DeepSpeed the two must agree.
+    values["bf16"] = settings.bf16 or os.environ.get("ACCELERATE_MIXED_PRECISION") == "bf16"
     return EchoAttTrainingArguments(
         output_dir=str(output_dir),
         stage1_steps=settings.stage1_steps,

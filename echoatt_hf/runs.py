@@ -9,9 +9,10 @@ from pathlib import Path
 
 import torch
 import transformers
-from accelerate import PartialState
+from accelerate import PartialState, load_checkpoint_in_model
 from huggingface_hub import try_to_load_from_cache
 from transformers import PreTrainedModel, ProgressCallback, Trainer, TrainerCallback, TrainerState
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import CONFIG_NAME
 
 from .configuration_echoatt import ECHOATT_VERSION
@@ -37,6 +38,7 @@ __all__ = [
     "resumable_search",
     "train_from_last_checkpoint",
     "unfinished_run",
+    "whole_state",
     "without_paths",
 ]
 
@@ -61,7 +63,10 @@ def train_from_last_checkpoint(trainer: Trainer) -> None:
     if checkpoint is not None:
         state = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
         if state.global_step >= trainer.args.max_steps:
-            trainer._load_from_checkpoint(checkpoint)
+            if trainer.is_fsdp_enabled:  # whose states are for a model that it has divided
+                load_checkpoint_in_model(trainer.model, checkpoint)
+            else:
+                trainer._load_from_checkpoint(checkpoint)
             trainer.state = state
             return
     try:
@@ -70,6 +75,22 @@ def train_from_last_checkpoint(trainer: Trainer) -> None:
         for callback in trainer.callback_handler.callbacks:
             if isinstance(callback, ProgressCallback) and callback.training_bar is not None:
                 callback.training_bar.close()  # which `Trainer` leaves open when it fails, over what is said of it
+
+
+def whole_state(trainer: Trainer) -> dict[str, torch.Tensor] | None:
+    """
+    Args:
+        trainer (`Trainer`): a trainer that has trained, in each process that was launched.
+
+    Returns:
+        `dict` or `None`: the weights of its model, whole in the main process, where each process has a part of them;
+        `None` where the model itself has all of them.
+    """
+    if trainer.is_fsdp_enabled:
+        return trainer.accelerator.get_state_dict(trainer.model)
+    if is_deepspeed_zero3_enabled() and trainer.model_wrapped is not trainer.model:  # there was something to train
+        return trainer.accelerator.get_state_dict(trainer.model_wrapped)
+    return None
 
 
 class _SealCheckpoints(TrainerCallback):

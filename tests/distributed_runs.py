@@ -1,25 +1,26 @@
 """What the processes of `test_distributed.py` run, and what one process runs to compare with."""
 
 import json
+import os
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
-from accelerate.utils import FullyShardedDataParallelPlugin, fsdp2_prepare_model
+from accelerate import PartialState
+from accelerate.utils import DistributedType
 from conftest import make_batch, make_teacher, plan_of
 from datasets import Dataset, IterableDataset
-from torch import nn
+from transformers import Trainer
+from transformers.integrations import unset_hf_deepspeed_config
 
-from echoatt_hf import EchoAttForCausalLM, EchoAttTrainer, EchoAttTrainingArguments, losses
+from echoatt_hf import EchoAttForCausalLM, EchoAttTrainer, EchoAttTrainingArguments, cli, losses
 from echoatt_hf.data import collate_rows
 from echoatt_hf.heads import OutputHead
+from echoatt_hf.runs import train_from_last_checkpoint, whole_state
 
 
 ROWS, BATCH = 32, 8
-# Whose head is tied to the embeddings, has a bias.
-FAMILIES = ["llama", "phi"]
 
 
 def rows_of_ids():
@@ -47,6 +48,7 @@ class RecordingTrainer(EchoAttTrainer):
 def make_trainer(folder, processes, family="llama", rows=None, **changes):
     """A trainer of the tiny student, of global batches of the same rows for any number of processes."""
     losses.CHUNK_BYTES = 4 * 97 * 5  # five tokens
+    unset_hf_deepspeed_config()  # of the trainer before
     teacher = make_teacher(family)
     values = {
         "stage1_steps": 3,
@@ -82,56 +84,74 @@ def stream(number):
     return IterableDataset.from_generator(generate)
 
 
-def train_in_shards(trainer: EchoAttTrainer, steps: int) -> nn.Module:
-    """Some steps of plain gradient descent with the student in the shards that accelerate makes of it with FSDP2."""
-    rank, processes = dist.get_rank(), dist.get_world_size()
-    plugin = FullyShardedDataParallelPlugin(
-        fsdp_version=2,
-        auto_wrap_policy="transformer_based_wrap",
-        reshard_after_forward=True,
-        cpu_ram_efficient_loading=False,
-    )
-    # accelerate itself shards on GPUs only.
-    accelerator = SimpleNamespace(
-        state=SimpleNamespace(fsdp_plugin=plugin), mixed_precision="no", device="cpu", is_main_process=rank == 0
-    )
-    model = fsdp2_prepare_model(accelerator, trainer.model.train())
-    part = slice(rank * BATCH // processes, (rank + 1) * BATCH // processes)
-    for step in range(steps):
-        descend(trainer, model, step, part)
-    return model
+def shard_without_gpus() -> None:
+    """Let accelerate use FSDP2 for processes on CPUs, which it leaves to accelerators: they pass for those of one."""
+
+    def create(self):
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_XPU
+        Trainer.create_accelerator_and_postprocess(self)
+
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true":
+        EchoAttTrainer.create_accelerator_and_postprocess = create
 
 
-def descend(trainer: EchoAttTrainer, model: nn.Module, step: int, part: slice = slice(None)) -> None:
-    rows = rows_of_ids()[step * BATCH : (step + 1) * BATCH]
-    tokens = (masked_collator(rows)["labels"][:, 1:] != -100).sum()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    trainer.compute_loss(model, masked_collator(rows[part]), num_items_in_batch=tokens).backward()
-    optimizer.step()
+def train_and_save(folder: Path, **options) -> EchoAttTrainer:
+    """Train, going on from the checkpoint that `options` may name, and save as `Trainer` does."""
+    checkpoint = options.pop("checkpoint", None)
+    trainer = make_trainer(folder / "runs", 2, **options)
+    trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.save_model(str(folder))
+    return trainer
 
 
-def main(folder: Path) -> None:
-    trainer = make_trainer(folder / "ddp", 2, save_strategy="steps", save_steps=2)
-    trainer.train()
+def run_everywhere(folder: Path, alone: Path) -> dict:
+    """What has to give the same however the student is divided. `alone` is the checkpoint of one process."""
+    runs = {"save_strategy": "steps", "save_steps": 2}
+    trainer = make_trainer(folder / "runs", 2, **runs)
+    train_from_last_checkpoint(trainer)
     trainer.save_model(str(folder / "trained"))
-    rank, gives_the_logits_of = dist.get_rank(), OutputHead._gives_the_logits_of
-    streamed = make_trainer(folder / "streamed", 2, rows=stream(19), stage1_steps=2, stage2_steps=0)
-    streamed.train()
+    local = [getattr(value, "_local_tensor", value).numel() for value in trainer.teacher.parameters()]
+    facts = {"rows": trainer.seen, "teacher": [type(trainer.teacher).__name__, sum(local)]}
+    train_and_save(folder / "phi", family="phi")
+    finished = make_trainer(folder / "runs", 2, **runs)
+    train_from_last_checkpoint(finished)
+    state = whole_state(finished)
+    if dist.get_rank() == 0:
+        finished.model.save_pretrained(folder / "finished", state_dict=state)
+    for name, checkpoint in (("resumed", folder / "runs" / "checkpoint-2"), ("from_one", alone)):
+        try:
+            train_and_save(folder / name, checkpoint=str(checkpoint))
+        except (ValueError, RuntimeError) as error:
+            facts[name] = str(error)
+    return facts
+
+
+def run_replicated(folder: Path) -> dict:
+    """What does not depend on how the student is divided."""
+    trainer = make_trainer(folder / "streamed", 2, rows=stream(19), stage1_steps=2, stage2_steps=0)
+    trainer.train()
+    gives_the_logits_of = OutputHead._gives_the_logits_of
     head = OutputHead.find(trainer.model) is not None
-    if rank == 1:  # as where it is the main process alone that has loaded the weights
+    if dist.get_rank() == 1:  # as where it is the main process alone that has loaded the weights
         OutputHead._gives_the_logits_of = lambda self, model: False
     refused_by_one = OutputHead.find(trainer.model) is None
     OutputHead._gives_the_logits_of = gives_the_logits_of
-    seen = {"rows": trainer.seen, "streamed": streamed.seen, "heads": [head, refused_by_one]}
-    (folder / f"seen{rank}.json").write_text(json.dumps(seen))
-    for family in FAMILIES:
-        model = train_in_shards(make_trainer(folder / family, 2, family), 3)
-        state = {name: value.full_tensor() for name, value in model.state_dict().items()}
-        if rank == 0:
-            torch.save(state, folder / f"{family}.pt")
+    return {"streamed": trainer.seen, "heads": [head, refused_by_one]}
+
+
+def main(folder: Path, alone: Path) -> None:
+    facts = run_everywhere(folder, alone)
+    if folder.name == "ddp_cpu2":
+        facts |= run_replicated(folder)
+    (folder / f"facts{dist.get_rank()}.json").write_text(json.dumps(facts))
     dist.barrier()
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    shard_without_gpus()
+    if sys.argv[1] == "echoatt":
+        sys.argv = sys.argv[1:]
+        cli.main()
+    else:
+        main(*map(Path, sys.argv[1:]))

@@ -1,5 +1,6 @@
 """Two processes train as one does, and write what one writes."""
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -10,29 +11,55 @@ import pytest
 import torch
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
-from conftest import FP32_TOLERANCE, process_environment
-from distributed_runs import FAMILIES, descend, make_trainer
+from conftest import FP32_TOLERANCE, make_teacher, process_environment
+from distributed_runs import make_trainer
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "examples" / "accelerate"
 
 
-def launch(*arguments, cwd, config="ddp_cpu2.yaml"):
-    environment = process_environment()
+def launch(*arguments, cwd, config="ddp_cpu2.yaml", precision="no"):
+    environment = process_environment(DS_ACCELERATOR="cpu")
     environment["PYTHONPATH"] = os.pathsep.join([environment["PYTHONPATH"], str(ROOT / "tests")])
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(CONFIGS / config)]
-    command += ["--main_process_port", "0"]
+    command += ["--main_process_port", "0", "--num_processes", "2", "--mixed_precision", precision]
     return subprocess.run(
         [*command, *map(str, arguments)], cwd=cwd, env=environment, capture_output=True, text=True, timeout=300
     )
 
 
+def needs_deepspeed(name):
+    missing = importlib.util.find_spec("deepspeed") is None
+    return pytest.param(
+        name, marks=[pytest.mark.slow, pytest.mark.skipif(missing, reason="deepspeed is not installed")]
+    )
+
+
+LAYOUTS = ["ddp_cpu2", "fsdp2", needs_deepspeed("zero2"), needs_deepspeed("zero3")]
+
+
 @pytest.fixture(scope="module")
-def two_processes(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("two_processes")
-    result = launch(ROOT / "tests" / "distributed_runs.py", folder, cwd=folder)
+def one_process(tmp_path_factory):
+    """A trainer that has trained in one process, and its folder of checkpoints."""
+    folder = tmp_path_factory.mktemp("one_process")
+    trainer = make_trainer(folder, 1, save_strategy="steps", save_steps=2)
+    start = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+    trainer.train()
+    state = trainer.model.state_dict()
+    assert any((state[name] - start[name]).abs().max() > 1e-3 for name in state)
+    return trainer, folder
+
+
+@pytest.fixture(scope="module", params=LAYOUTS)
+def layout(request, one_process, tmp_path_factory):
+    """The folder of what two processes did, named after the configuration that they were launched with."""
+    folder = tmp_path_factory.mktemp("two_processes") / request.param
+    folder.mkdir()
+    script = [ROOT / "tests" / "distributed_runs.py", folder, one_process[1] / "checkpoint-2"]
+    result = launch(*script, cwd=folder, config=f"{request.param}.yaml")
     assert result.returncode == 0, result.stderr[-5000:]
     return folder
 
@@ -46,50 +73,88 @@ def assert_same_state(found, expected):
     assert len(found) >= len(expected) - 1
 
 
-@pytest.fixture(scope="module")
-def one_process(tmp_path_factory):
-    trainer = make_trainer(tmp_path_factory.mktemp("one_process"), 1)
-    start = {name: value.clone() for name, value in trainer.model.state_dict().items()}
-    trainer.train()
-    state = trainer.model.state_dict()
-    assert any((state[name] - start[name]).abs().max() > 1e-3 for name in state)
-    return trainer, state
+def facts_of(folder, kind):
+    return [json.loads((folder / f"facts{rank}.json").read_text())[kind] for rank in range(2)]
 
 
-def seen_by(folder, kind):
-    return [json.loads((folder / f"seen{rank}.json").read_text())[kind] for rank in range(2)]
-
-
-def test_ddp_trains_to_the_weights_of_one_process(two_processes, one_process):
-    trainer, expected = one_process
-    assert_same_state(load_file(two_processes / "trained" / "model.safetensors"), expected)
-    first, second = seen_by(two_processes, "rows")
+def test_two_processes_train_to_the_weights_of_one(layout, one_process):
+    trainer = one_process[0]
+    assert_same_state(load_file(layout / "trained" / "model.safetensors"), trainer.model.state_dict())
+    first, second = facts_of(layout, "rows")
     assert not set(first) & set(second) and sorted(first + second) == sorted(trainer.seen)
 
 
-def test_checkpoint_of_two_processes_goes_on_in_one(two_processes, one_process, tmp_path):
-    trainer = make_trainer(tmp_path, 1)
-    trainer.train(resume_from_checkpoint=str(two_processes / "ddp" / "checkpoint-2"))
-    assert_same_state(trainer.model.state_dict(), one_process[1])
+def test_head_with_a_bias_in_two_processes(layout, tmp_path):
+    trainer = make_trainer(tmp_path, 1, family="phi")
+    trainer.train()
+    assert_same_state(load_file(layout / "phi" / "model.safetensors"), trainer.model.state_dict())
 
 
-def test_processes_agree_on_the_head(two_processes):
-    assert seen_by(two_processes, "heads") == [[True, True]] * 2
+def skip_where_transformers_cannot_resume(layout):
+    facts = json.loads((layout / "facts0.json").read_text())
+    if layout.name == "ddp_cpu2" and "tagged with cpu:0" in facts.get("resumed", ""):
+        pytest.skip("this version of transformers reads no optimizer states in several processes on CPUs")
 
 
-def test_streamed_rows_are_divided(two_processes):
-    first, second = seen_by(two_processes, "streamed")
+def test_checkpoint_goes_on_in_two_processes(layout, one_process):
+    skip_where_transformers_cannot_resume(layout)
+    assert_same_state(load_file(layout / "resumed" / "model.safetensors"), one_process[0].model.state_dict())
+
+
+def test_checkpoint_of_the_last_step_in_two_processes(layout, one_process):
+    assert_same_state(load_file(layout / "finished" / "model.safetensors"), one_process[0].model.state_dict())
+
+
+def test_checkpoints_of_two_processes_and_of_one(layout, one_process, tmp_path):
+    trainer, checkpoint = make_trainer(tmp_path, 1), str(layout / "runs" / "checkpoint-2")
+    expected = one_process[0].model.state_dict()
+    if layout.name == "ddp_cpu2":
+        trainer.train(resume_from_checkpoint=checkpoint)
+        assert_same_state(trainer.model.state_dict(), expected)
+        skip_where_transformers_cannot_resume(layout)
+        assert_same_state(load_file(layout / "from_one" / "model.safetensors"), expected)
+        return
+    known, neither = "FSDP" if layout.name == "fsdp2" else "DeepSpeed", "neither FSDP nor DeepSpeed"
+    message = (
+        "The checkpoint 'checkpoint-2' was saved with {}, and this run has {}, which cannot read its optimizer states"
+    )
+    with pytest.raises(ValueError, match=message.format(known, neither)):
+        trainer.train(resume_from_checkpoint=checkpoint)
+    assert all(message.format(neither, known) in found for found in facts_of(layout, "from_one"))
+
+
+def test_teacher_is_divided_as_the_student_is(layout):
+    whole = make_teacher("llama").num_parameters()
+    names, numbers = zip(*facts_of(layout, "teacher"), strict=True)
+    if layout.name == "fsdp2":
+        assert set(names) == {"FSDPLlamaForCausalLM"} and sum(numbers) < 1.1 * whole
+    elif layout.name == "zero3":
+        assert set(names) == {"DeepSpeedEngine"}
+    else:
+        assert set(names) == {"LlamaForCausalLM"} and set(numbers) == {whole}
+
+
+def test_saved_files_are_those_of_one_process(layout, one_process, tmp_path):
+    one_process[0].save_model(str(tmp_path))
+    expected = {file.name for file in tmp_path.iterdir()}
+    for name in ("trained", "finished"):
+        assert {file.name for file in (layout / name).iterdir()} | {"training_args.bin"} == expected
+        config = json.loads((layout / name / "config.json").read_text())
+        assert config["auto_map"] == json.loads((tmp_path / "config.json").read_text())["auto_map"]
+        model = AutoModelForCausalLM.from_pretrained(layout / name)
+        assert_same_state(model.state_dict(), one_process[0].model.state_dict())
+
+
+@pytest.mark.parametrize("layout", ["ddp_cpu2"], indirect=True)
+def test_processes_agree_on_the_head(layout):
+    assert facts_of(layout, "heads") == [[True, True]] * 2
+
+
+@pytest.mark.parametrize("layout", ["ddp_cpu2"], indirect=True)
+def test_streamed_rows_are_divided(layout):
+    first, second = facts_of(layout, "streamed")
     assert len(first) == len(second) == 8
     assert sorted(first + second) == list(range(1, 17))  # two steps of eight; three rows were not asked for
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_shards_train_to_the_weights_of_one_process(two_processes, tmp_path, family):
-    trainer = make_trainer(tmp_path, 1, family)
-    model = trainer.model.train()
-    for step in range(3):
-        descend(trainer, model, step)
-    assert_same_state(torch.load(two_processes / f"{family}.pt"), model.state_dict())
 
 
 @pytest.mark.parametrize("file", sorted(CONFIGS.glob("*.yaml")), ids=lambda file: file.stem)
@@ -102,29 +167,64 @@ def test_accelerate_reads_the_configurations(file):
 DISTILL = ["--stage2-steps", "2", "--batch-size", "4", "--row-length", "32", "--evaluation-rows", "4"]
 
 
-@pytest.mark.slow
-def test_distill_command_in_two_processes_is_that_of_one(tmp_path):
+@pytest.fixture(scope="module")
+def distilled(tmp_path_factory):
+    """The folder of a converted student, and of what `echoatt distill` made of it in one process."""
+    folder = tmp_path_factory.mktemp("distilled")
+
     def run(*arguments):
         command = [sys.executable, "-m", "echoatt_hf.cli", *arguments]
         return subprocess.run(
-            command, cwd=tmp_path, env=process_environment(), capture_output=True, text=True, timeout=300, check=True
+            command, cwd=folder, env=process_environment(), capture_output=True, text=True, timeout=300, check=True
         )
 
     plan = ["--plan", "0,1,1,1,4,4,4,4,8,9,10,11", "--no-align", "--no-refit", "--calibration-rows", "4"]
     run("convert", *plan, "--row-length", "32", "--output", "converted")
-    arguments = ["distill", "converted", "--steps", "4", "--save-steps", "2", *DISTILL]
-    run(*arguments, "--output", "one")
-    result = launch("-m", "echoatt_hf.cli", *arguments, "--output", "two", cwd=tmp_path)
+    run("distill", "converted", "--steps", "4", "--save-steps", "2", *DISTILL, "--output", "one")
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", LAYOUTS)
+def test_distill_command_in_two_processes_is_that_of_one(distilled, tmp_path, config):
+    arguments = ["echoatt", "distill", distilled / "converted", "--steps", "4", "--save-steps", "2", *DISTILL]
+    script = ROOT / "tests" / "distributed_runs.py"
+    result = launch(script, *arguments, "--output", "two", cwd=tmp_path, config=f"{config}.yaml")
     assert result.returncode == 0, result.stderr[-5000:]
     assert result.stdout.count("written to two") == 1
-    assert sorted(file.name for file in (tmp_path / "two").iterdir()) == sorted(
-        file.name for file in (tmp_path / "one").iterdir()
-    )
-    assert_same_state(*(load_file(tmp_path / name / "model.safetensors") for name in ("two", "one")))
-    reports = [json.loads((tmp_path / name / "report.json").read_text()) for name in ("one", "two")]
+    folders = [distilled / "one", tmp_path / "two"]
+    names = [sorted(file.name for file in folder.iterdir()) for folder in folders]
+    assert names[0] == names[1]
+    expected, found = (load_file(folder / "model.safetensors") for folder in folders)
+    assert_same_state(found, expected)
+    reports = [json.loads((folder / "report.json").read_text()) for folder in folders]
     for expected, found in zip(*(report["results"] for report in reports), strict=True):
         assert found["loss"] == pytest.approx(expected["loss"], rel=1e-4)
     assert not (tmp_path / "two.partial").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", LAYOUTS)
+def test_distill_command_in_bfloat16(distilled, tmp_path, config):
+    arguments = ["echoatt", "distill", distilled / "converted", "--steps", "4", *DISTILL, "--output", "two"]
+    script = ROOT / "tests" / "distributed_runs.py"
+    result = launch(script, *arguments, cwd=tmp_path, config=f"{config}.yaml", precision="bf16")
+    assert result.returncode == 0, result.stderr[-5000:]
+    expected, found = (
+        json.loads((folder / "report.json").read_text())["results"][-1]["loss"]
+        for folder in (distilled / "one", tmp_path / "two")
+    )
+    assert found == pytest.approx(expected, rel=1e-2) and found != expected
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", ["fsdp2", needs_deepspeed("zero3")])
+def test_adapters_need_undivided_weights(distilled, tmp_path, config):
+    arguments = ["echoatt", "distill", distilled / "converted", "--steps", "4", *DISTILL, "--lora-rank", "4"]
+    script = ROOT / "tests" / "distributed_runs.py"
+    result = launch(script, *arguments, "--output", "two", cwd=tmp_path, config=f"{config}.yaml")
+    assert result.returncode != 0 and "divides the weights that adapters are merged into" in result.stderr
+    assert not (tmp_path / "two").exists()
 
 
 @pytest.mark.slow

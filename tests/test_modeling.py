@@ -43,6 +43,7 @@ from echoatt_hf import (
     EchoAttForSequenceClassification,
     EchoAttForTokenClassification,
     EchoAttModel,
+    modeling_echoatt,
 )
 from echoatt_hf.modeling_echoatt import find_attention_modules
 from echoatt_hf.sharing import SharingPlan
@@ -338,6 +339,12 @@ def test_echo_with_other_heads_is_refused(tiny_teacher):
     model = EchoAttForCausalLM(student_config)
     with pytest.raises(ValueError, match="Layer 2 cannot echo layer 1: their heads differ"):
         model._share(tiny_teacher)
+
+
+def test_conversion_under_zero3_is_refused(tiny_teacher, monkeypatch):
+    monkeypatch.setattr(modeling_echoatt, "is_deepspeed_zero3_enabled", lambda: True)
+    with pytest.raises(ValueError, match="ZeRO-3 is set up, which divides the weights .* convert in one process"):
+        EchoAttForCausalLM.from_teacher(tiny_teacher, PLAN)
 
 
 def test_teacher_that_is_a_student_is_refused(tiny_teacher):
