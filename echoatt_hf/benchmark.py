@@ -6,16 +6,18 @@ import json
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import psutil
 import torch
+from peft import PeftModel
 from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
+from .adapters import add_lora
 from .baselines import drop_layers, share_keys_values
 from .conversion import count_kv_bytes_per_token
 from .costs import Costs, count_costs
@@ -96,6 +98,7 @@ SHAPES = {
 TEACHER, STUDENT, EAGER, DROPPED, SHARING = "teacher", "student", "eager teacher", "layers dropped", "KV sharing"
 BOUNDS = {measure: "bytes" if measure == "decode" else "operations" for measure in BENCHMARK_CHOICES["measure"]}
 DECODED_TOKENS = 4
+ADAPTER_RANK = 16
 STORED_TOKENS = 64
 
 
@@ -356,9 +359,16 @@ def _ceiling(cell: Cell, teacher: Costs | None, model: Costs | None) -> float | 
         return None
     if cell.measure == "decode":
         return teacher.decode_bytes(cell.batch_size, cell.tokens) / model.decode_bytes(cell.batch_size, cell.tokens)
-    before, after = (each.forward_operations(cell.batch_size, cell.tokens) for each in (teacher, model))
-    # Distillation: a forward pass of the teacher beside the three of training.
-    return 4 * before / (before + 3 * after) if cell.measure == "distillation" else before / after
+    before, after = (_operations(cell, teacher, each) for each in (teacher, model))
+    return before / after
+
+
+def _operations(cell: Cell, teacher: Costs, model: Costs) -> int:
+    size = cell.batch_size, cell.tokens
+    if cell.measure == "prefill":
+        return model.forward_operations(*size)
+    asked = teacher.forward_operations(*size) if cell.measure in ("distillation", "adapters") else 0
+    return asked + model.training_operations(*size, frozen=cell.measure == "adapters")
 
 
 def _prefill(settings: BenchmarkSettings, contender: Contender, teacher: PreTrainedModel, prompt: torch.Tensor):
@@ -421,6 +431,15 @@ def _distill(settings: BenchmarkSettings, contender: Contender, teacher: PreTrai
     return _make_distillation_step(settings, contender.model, prompt, ask)
 
 
+def _distill_adapters(
+    settings: BenchmarkSettings, contender: Contender, teacher: PreTrainedModel, prompt: torch.Tensor
+):
+    """As `_distill`, of adapters beside weights that the models share."""
+    weights = {id(each): each for each in contender.model.parameters()}
+    adapted = add_lora(copy.deepcopy(contender.model, weights), ADAPTER_RANK)
+    return _distill(settings, replace(contender, model=adapted), teacher, prompt)
+
+
 def _distill_stored(settings: BenchmarkSettings, contender: Contender, teacher: PreTrainedModel, prompt: torch.Tensor):
     """A training step on the KL to what a stored teacher holds, in memory already."""
     with torch.no_grad():
@@ -448,6 +467,7 @@ _MEASURES = {
     "decode": _decode,
     "training": _train,
     "distillation": _distill,
+    "adapters": _distill_adapters,
     "stored": _distill_stored,
 }
 
@@ -456,11 +476,15 @@ def _make_training_step(
     settings: BenchmarkSettings, model: PreTrainedModel, loss: Callable[[PreTrainedModel], torch.Tensor]
 ) -> Callable[[], None]:
     optimizers = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}
+    adapters_alone = isinstance(model, PeftModel)
+    trained = {id(each): each for name, each in model.named_parameters() if "lora_" in name or not adapters_alone}
     # So small a rate that weights, which the models share, stay what they are.
-    optimizer = optimizers[settings.optimizer](model.parameters(), lr=1e-12)
+    optimizer = optimizers[settings.optimizer](trained.values(), lr=1e-12)
 
     def step():
-        model.train().requires_grad_(True)
+        model.train()
+        for parameter in model.parameters():  # which other models may share
+            parameter.requires_grad_(id(parameter) in trained)
         loss(model).backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -509,8 +533,8 @@ def _check_memory(settings: BenchmarkSettings, cell: Cell, contender: Contender,
         layers = 1
     else:
         layers = config.num_hidden_layers
-        parameters = contender.model.num_parameters() * item
-        needed += parameters * (3 if settings.optimizer == "adamw" else 1)
+        if cell.measure != "adapters":  # gradients and optimizer states
+            needed += contender.model.num_parameters() * item * (3 if settings.optimizer == "adamw" else 1)
         needed += tokens * layers * (12 * config.hidden_size + 5 * config.intermediate_size) * item
     if contender.attention == "eager":
         needed += 3 * layers * tokens * cell.tokens * config.num_attention_heads * max(item, 4)
@@ -529,7 +553,7 @@ def format_benchmark(results: dict) -> str:
         results (`dict`): as returned by [`run_benchmark`].
 
     Returns:
-        `str`: two tables. "x teacher" is how many times faster than the teacher a model is, with quartiles over rounds;
+        `str`: two tables. "tokens/s" are those read, in decoding those written; "x teacher" is how many times faster than the teacher a model is, with quartiles over rounds;
         "ceiling" how much faster the count of operations or bytes allows it to be; "of it" the share of the ceiling that
         is reached; memory is what a step needs beyond weights and cache.
     """
@@ -546,7 +570,19 @@ def format_benchmark(results: dict) -> str:
             ]
         )
     has_eager = EAGER in results["models"]
-    header = ["measure", "rows", "tokens", "model", "time", "x teacher", "quartiles", "ceiling", "of it", "bound"]
+    header = [
+        "measure",
+        "rows",
+        "tokens",
+        "model",
+        "time",
+        "tokens/s",
+        "x teacher",
+        "quartiles",
+        "ceiling",
+        "of it",
+        "bound",
+    ]
     lines = [header + ["x eager"] * has_eager + ["memory"]]
     for cell in results["cells"]:
         for name, found in cell["models"].items():
@@ -557,7 +593,7 @@ def format_benchmark(results: dict) -> str:
 def _format_line(cell: dict, name: str, found: dict, has_eager: bool) -> list[str]:
     start = [cell["measure"], str(cell["batch_size"]), str(cell["tokens"]), name]
     if "error" in found:
-        return [*start, found["error"], *[""] * (6 + has_eager)]
+        return [*start, found["error"], *[""] * (7 + has_eager)]
     speedup, ceiling, eager = found["speedup"], found["ceiling"], found["speedup_over_eager"]
     counts = ["", "", ""]
     if ceiling is not None:
@@ -566,6 +602,7 @@ def _format_line(cell: dict, name: str, found: dict, has_eager: bool) -> list[st
     return [
         *start,
         f"{found['median']:.3f} s" if found["median"] >= 1 else f"{found['median'] * 1000:.1f} ms",
+        f"{cell['batch_size'] * (1 if cell['measure'] == 'decode' else cell['tokens']) / found['median']:,.0f}",
         *([f"{speedup['median']:.3f}", f"{speedup['low']:.3f} to {speedup['high']:.3f}"] if speedup else ["", ""]),
         *counts,
         *([f"{eager['median']:.3f}" if eager else ""] if has_eager else []),

@@ -6,12 +6,13 @@ For B rows of T new tokens that attend to S tokens (S = T in a prefill, the cont
 - Linear layers, the head included: 2 · B · T operations for each weight.
 - Attention: 2 · B · T · S · H · D operations for Q Kᵀ and as many for A · V in each layer. An echo layer has the second
   alone. Pairs that the mask hides are counted, as PyTorch's own counter does, though good kernels leave them out.
-- Backward pass: two products for each one of the forward pass, so training is three times it. The backward of Q Kᵀ, two
-  products for dQ and dK, is the source's alone, as the forward is: one sum of dA suffices for a block.
+- Backward pass: two products for each one of the forward pass, so training is three times it; one of them is the gradient
+  of the weights in a linear layer, which frozen ones do without. The backward of Q Kᵀ, two products for dQ and dK, is
+  the source's alone, as the forward is: one sum of dA suffices for a block.
 - Decoding reads each weight once, of the input embedding a few rows only, and keys and values of the context: both in
   most layers, values alone in an echo layer. A layer that uses the keys and values of another reads them all the same.
 
-Norms, softmax, activations, the optimizer and what a cache copies are not counted. A ceiling is the teacher's cost over
+Norms, softmax, activations, adapters, the optimizer and what a cache copies are not counted. A ceiling is the teacher's cost over
 the model's. It says what the shared weights can give to code that is bound by what is counted, and is no bound for code that
 is not: an eager softmax, launching kernels, expanding heads.
 """
@@ -59,6 +60,11 @@ class Costs:
         """
         context = tokens if context is None else context
         return 2 * rows * tokens * (self.linear_weights + context * (self.query_features + self.output_features))
+
+    def training_operations(self, rows: int, tokens: int, *, frozen: bool = False) -> int:
+        """Operations of a forward and a backward pass, of `rows` rows of `tokens` tokens; of adapters alone if `frozen`."""
+        of_weights = 2 * rows * tokens * self.linear_weights if frozen else 0
+        return 3 * self.forward_operations(rows, tokens) - of_weights
 
     def decode_bytes(self, rows: int, context: int) -> int:
         """Bytes that one step of decoding `rows` rows with `context` tokens each reads."""

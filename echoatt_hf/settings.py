@@ -165,7 +165,7 @@ BENCHMARK_PRESETS = {
     },
 }
 BENCHMARK_CHOICES = {
-    "measure": ("prefill", "decode", "training", "distillation", "stored"),
+    "measure": ("prefill", "decode", "training", "distillation", "adapters", "stored"),
     "baseline": ("eager", "layers", "kv", "none"),
     "dtype": ("float32", "bfloat16", "float16"),
     "optimizer": ("sgd", "adamw"),
@@ -183,8 +183,8 @@ class BenchmarkSettings:
     )
     measure: list[str] | None = setting(
         None,
-        "'prefill', 'decode', 'training' (a step), 'distillation' (the same, with the teacher's part) or 'stored' "
-        "(distillation from a stored teacher). May be repeated.",
+        "'prefill', 'decode', 'training' (a step), 'distillation' (the same, with the teacher's part), 'adapters' "
+        "(distillation of adapters of rank 16) or 'stored' (distillation from a stored teacher). May be repeated.",
     )
     length: list[int] | None = setting(None, "Tokens in a row, but for decoding. May be repeated.")
     rows: int = setting(1, "Rows, but for decoding.")

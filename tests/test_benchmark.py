@@ -15,7 +15,7 @@ from echoatt_hf.costs import count_costs
 
 PLAN = "0,1,1,1,4,4"
 SMALL = {"length": [8], "batch_size": [1, 2], "context": [12], "repeats": 2}
-EVERYTHING = ["prefill", "decode", "training", "distillation", "stored"]
+EVERYTHING = ["prefill", "decode", "training", "distillation", "adapters", "stored"]
 NAMES = ["teacher", "student", "eager teacher", "layers dropped", "KV sharing"]
 
 
@@ -56,6 +56,7 @@ def test_everything_is_measured(folder):
         ("decode", 2, 12, "bytes"),
         ("training", 1, 8, "operations"),
         ("distillation", 1, 8, "operations"),
+        ("adapters", 1, 8, "operations"),
         ("stored", 1, 8, "operations"),
     ]
     for cell in results["cells"]:
@@ -69,7 +70,10 @@ def test_everything_is_measured(folder):
     ceilings = [cell["models"]["student"]["ceiling"] for cell in results["cells"]]
     ratio = before.forward_operations(1, 8) / after.forward_operations(1, 8)
     expected = [ratio, *(before.decode_bytes(rows, 12) / after.decode_bytes(rows, 12) for rows in (1, 2)), ratio]
-    assert ceilings == pytest.approx([*expected, 4 / (1 + 3 / ratio), ratio])
+    asked = before.forward_operations(1, 8)
+    with_adapters = [3 * each.forward_operations(1, 8) - 2 * 8 * each.linear_weights for each in (before, after)]
+    adapters = (asked + with_adapters[0]) / (asked + with_adapters[1])
+    assert ceilings == pytest.approx([*expected, 4 / (1 + 3 / ratio), adapters, ratio])
     assert results["environment"]["torch"] == torch.__version__
     assert str(folder) not in json.dumps(results)
 
@@ -136,7 +140,7 @@ def test_training_leaves_the_weights_the_models_share():
     teacher = make_teacher("llama")
     student = EchoAttForCausalLM.from_teacher(teacher, plan_of("llama"), share_weights=True)
     before = {name: value.clone() for name, value in teacher.state_dict().items()}
-    for make in (benchmark._train, benchmark._distill):
+    for make in (benchmark._train, benchmark._distill_adapters, benchmark._distill):
         step = make(
             BenchmarkSettings(), benchmark.Contender("student", student, "sdpa"), teacher, make_batch()["input_ids"]
         )
@@ -144,6 +148,29 @@ def test_training_leaves_the_weights_the_models_share():
     for name, value in teacher.state_dict().items():
         torch.testing.assert_close(value, before[name], rtol=0, atol=1e-6)
     assert all(parameter.grad is None for parameter in student.parameters())
+    assert not any("lora_" in name for name, _ in student.named_modules())
+
+
+@pytest.mark.parametrize(
+    ("make", "adapters_alone"), [(benchmark._distill_adapters, True), (benchmark._distill, False)]
+)
+def test_what_a_step_trains(monkeypatch, make, adapters_alone):
+    """Whatever a step of another measure did to the flags of the weights that they share."""
+    teacher = make_teacher("llama")
+    student = EchoAttForCausalLM.from_teacher(teacher, plan_of("llama"), share_weights=True)
+    trained = []
+    monkeypatch.setattr(torch.optim.SGD, "step", lambda self: trained.append(self.param_groups[0]["params"]))
+    contender, ids = benchmark.Contender("student", student, "sdpa"), make_batch()["input_ids"]
+    step = make(BenchmarkSettings(), contender, teacher, ids)
+    for flag in (True, False):
+        student.requires_grad_(flag)
+        step()
+    weights = {id(parameter) for parameter in student.parameters()}
+    for parameters in trained:
+        found = {id(parameter) for parameter in parameters}
+        assert found and (not found & weights if adapters_alone else found == weights)
+        assert all(parameter.requires_grad for parameter in parameters)
+    assert any(parameter.requires_grad for parameter in student.parameters()) != adapters_alone
 
 
 @pytest.mark.parametrize(
@@ -222,7 +249,7 @@ def test_random_weights_of_fewer_layers(folder):
         ({"preset": "fast"}, "preset is 'fast'; it must be one of quick, paper, decode, full"),
         (
             {"measure": ["prefil"]},
-            "measure is 'prefil'; it must be one of prefill, decode, training, distillation, stored",
+            "measure is 'prefil'; it must be one of prefill, decode, training, distillation, adapters, stored",
         ),
         ({"baseline": ["eager", "lora"]}, "baseline is 'lora'; it must be one of eager, layers, kv, none"),
         ({"dtype": "int8"}, "dtype is 'int8'; it must be one of float32, bfloat16, float16"),

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from conftest import make_batch, make_teacher, plan_of
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
@@ -27,7 +28,13 @@ def test_forward_and_training_are_what_pytorch_counts(family):
     costs, batch = count_costs(teacher), make_batch(3, 14)["input_ids"]
     assert count_operations(lambda: teacher(batch, use_cache=False)) == costs.forward_operations(3, 14)
     step = lambda: teacher(batch, use_cache=False).logits.sum().backward()  # noqa: E731
-    assert count_operations(step) == 3 * costs.forward_operations(3, 14)
+    assert count_operations(step) == costs.training_operations(3, 14) == 3 * costs.forward_operations(3, 14)
+    frozen = make_teacher(family, "eager", tie_word_embeddings=False)
+    trained = {id(module.weight) for module in frozen.modules() if isinstance(module, nn.Embedding)}
+    for parameter in frozen.parameters():
+        parameter.requires_grad_(id(parameter) in trained)
+    step = lambda: frozen(batch, use_cache=False).logits.sum().backward()  # noqa: E731
+    assert count_operations(step) == count_costs(frozen).training_operations(3, 14, frozen=True)
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "phi3", "gpt2"])
