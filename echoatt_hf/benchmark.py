@@ -95,6 +95,7 @@ SHAPES = {
     },
 }
 
+TRAINING = "training"
 TEACHER, STUDENT, EAGER, DROPPED, SHARING = "teacher", "student", "eager teacher", "layers dropped", "KV sharing"
 BOUNDS = {measure: "bytes" if measure == "decode" else "operations" for measure in BENCHMARK_CHOICES["measure"]}
 DECODED_TOKENS = 4
@@ -129,8 +130,8 @@ def run_benchmark(
     """
     Measure a student beside its teacher and the baselines of the settings.
 
-    All are in one process and take turns, each time in another order, so that what else the machine does meets all of
-    them; each ratio is the median over rounds of the teacher's time to the model's in the same round. Models share one copy
+    All are in one process and take turns, each time in another order, and so do training steps of all kinds, so that what
+    else the machine does meets all of them; each ratio is the median over rounds of the teacher's time to the model's in the same round. Models share one copy
     of the weights where they have the same. Decoding is timed in steps of four tokens with a dynamic cache, which goes on
     growing by them.
 
@@ -157,11 +158,12 @@ def run_benchmark(
     costs = {each.name: count_costs(each.model) for each in contenders}
     rounds = settings.warmup + settings.repeats
     results = []
-    with tqdm(total=len(cells) * rounds * len(contenders), desc="benchmark", disable=not progress, leave=False) as bar:
-        for cell in cells:
-            bar.set_description(str(cell))
-            prompt = _make_prompt(settings, teacher, contenders[0].model, cell)
-            results.append(_measure_cell(settings, cell, contenders, costs, prompt, bar))
+    number = sum(map(len, cells)) * rounds * len(contenders)
+    with tqdm(total=number, desc="benchmark", disable=not progress, leave=False) as bar:
+        for group in cells:
+            bar.set_description(" and ".join(map(str, group)))
+            prompt = _make_prompt(settings, teacher, contenders[0].model, group[0])
+            results += _measure_together(settings, group, contenders, costs, prompt, bar)
     return {
         "environment": describe_environment(),
         "settings": without_paths({"teacher": teacher, "student": student, **asdict(settings)}),
@@ -170,14 +172,17 @@ def run_benchmark(
     }
 
 
-def _make_cells(settings: BenchmarkSettings) -> list[Cell]:
-    return [
-        Cell(measure, batch_size, tokens)
-        for measure in settings.measure
-        for batch_size, tokens in itertools.product(
-            *((settings.batch_size, settings.context) if measure == "decode" else ([settings.rows], settings.length))
-        )
+def _make_cells(settings: BenchmarkSettings) -> list[list[Cell]]:
+    """What is measured, in groups that are measured together: training steps of all kinds, to be compared."""
+    rows = [(settings.rows, length) for length in settings.length]
+    decoding = list(itertools.product(settings.batch_size, settings.context))
+    steps = [measure for measure in settings.measure if measure not in ("prefill", "decode")]
+    groups = [
+        [Cell(measure, *size) for measure in measures if measure in settings.measure]
+        for measures, sizes in ((["prefill"], rows), (["decode"], decoding), (steps, rows))
+        for size in sizes
     ]
+    return [group for group in groups if group]
 
 
 # Models
@@ -289,20 +294,23 @@ def _make_prompt(settings: BenchmarkSettings, name: str, teacher: PreTrainedMode
 # Measuring
 
 
-def _measure_cell(
+def _measure_together(
     settings: BenchmarkSettings,
-    cell: Cell,
+    cells: list[Cell],
     contenders: list[Contender],
     costs: dict[str, Costs | None],
     prompt: torch.Tensor,
     bar: tqdm,
-) -> dict:
+) -> list[dict]:
+    """What is found for each cell; models and cells take turns."""
     teacher, seconds, memory, errors, steps = contenders[0].model, {}, {}, {}, {}
+    turns = [(cell, contender) for cell in cells for contender in contenders]
     for index in range(settings.warmup + settings.repeats):
-        turn = index % len(contenders)
-        for contender in contenders[turn:] + contenders[:turn]:
+        first = index % len(turns)
+        for cell, contender in turns[first:] + turns[:first]:
             bar.update()
-            if contender.name in errors:
+            key = cell.measure, contender.name
+            if key in errors:
                 continue
             for model in (teacher, contender.model):
                 if model.config._attn_implementation != contender.attention:
@@ -310,36 +318,42 @@ def _measure_cell(
             try:
                 if index == 0:
                     _check_memory(settings, cell, contender, teacher)
-                    steps[contender.name] = _MEASURES[cell.measure](settings, contender, teacher, prompt)
+                    steps[key] = _MEASURES[cell.measure](settings, contender, teacher, prompt)
                     with peak_memory(teacher.device) as peak:
-                        steps[contender.name]()
-                    if peak.bytes is not None:
-                        memory[contender.name] = peak.bytes
+                        steps[key]()
+                    memory[key] = peak.bytes
                 elif index < settings.warmup:
-                    steps[contender.name]()
+                    steps[key]()
                 else:
-                    taken = _time(steps[contender.name], teacher.device)
-                    seconds.setdefault(contender.name, []).append(taken / _tokens_in_step(cell))
+                    seconds.setdefault(key, []).append(_time(steps[key], teacher.device) / _tokens_in_step(cell))
             except (MemoryError, RuntimeError) as error:  # torch's own on a GPU, what its CPU allocator raises
                 if not _is_out_of_memory(error):
                     raise
-                errors[contender.name] = f"out of memory: {str(error).splitlines()[0]}"
-                steps.pop(contender.name, None)
-                seconds.pop(contender.name, None)
+                errors[key] = f"out of memory: {str(error).splitlines()[0]}"
+                steps.pop(key, None)
+                seconds.pop(key, None)
                 contender.model.zero_grad(set_to_none=True)
     teacher.set_attn_implementation(settings.attention)
-    models = {name: {"error": error} for name, error in errors.items()}
-    for name, times in seconds.items():
-        models[name] = {
-            "seconds": times,
-            "median": float(np.median(times)),
-            "memory_bytes": memory.get(name),
-            "ceiling": _ceiling(cell, costs[TEACHER], costs[name]),
-            "speedup": _ratios(seconds.get(TEACHER), times),
-            "speedup_over_eager": _ratios(seconds.get(EAGER), times),
-        }
-    ordered = {contender.name: models[contender.name] for contender in contenders}
-    return {**asdict(cell), "bound": BOUNDS[cell.measure], "models": ordered}
+    results = []
+    for cell in cells:
+        models = {}
+        for name in (contender.name for contender in contenders):
+            key, times = (cell.measure, name), seconds.get((cell.measure, name))
+            models[name] = (
+                {"error": errors[key]}
+                if key in errors
+                else {
+                    "seconds": times,
+                    "median": float(np.median(times)),
+                    "memory_bytes": memory[key],
+                    "ceiling": _ceiling(cell, costs[TEACHER], costs[name]),
+                    "speedup": _ratios(seconds.get((cell.measure, TEACHER)), times),
+                    "speedup_over_eager": _ratios(seconds.get((cell.measure, EAGER)), times),
+                    "speedup_over_training": _ratios(seconds.get((TRAINING, name)), times),
+                }
+            )
+        results.append({**asdict(cell), "bound": BOUNDS[cell.measure], "models": models})
+    return results
 
 
 def _tokens_in_step(cell: Cell) -> int:
@@ -465,7 +479,7 @@ def _make_distillation_step(
 _MEASURES = {
     "prefill": _prefill,
     "decode": _decode,
-    "training": _train,
+    TRAINING: _train,
     "distillation": _distill,
     "adapters": _distill_adapters,
     "stored": _distill_stored,
@@ -553,61 +567,53 @@ def format_benchmark(results: dict) -> str:
         results (`dict`): as returned by [`run_benchmark`].
 
     Returns:
-        `str`: two tables. "tokens/s" are those read, in decoding those written; "x teacher" is how many times faster than the teacher a model is, with quartiles over rounds;
-        "ceiling" how much faster the count of operations or bytes allows it to be; "of it" the share of the ceiling that
-        is reached; memory is what a step needs beyond weights and cache.
+        `str`: two tables. "tokens/s" are those read, in decoding those written; "x teacher" is how many times faster than
+        the teacher a model is, with quartiles over rounds, "x eager" than the eager teacher, and "x training" than in
+        training; "ceiling" how much faster than the teacher the count of operations or bytes allows it to be; "of it" the
+        share of the ceiling that is reached; memory is what a step needs beyond weights and cache.
     """
-    models = [["model", "attention", "layers", "parameters", "weights", "KV bytes/token"]]
-    for name, facts in results["models"].items():
-        models.append(
-            [
-                name,
-                facts["attention"],
-                str(facts["layers"]),
-                f"{facts['parameters']:,}",
-                f"{facts['weight_bytes'] / 2**20:,.0f} MiB",
-                f"{facts['kv_bytes_per_token']:,}",
-            ]
-        )
-    has_eager = EAGER in results["models"]
-    header = [
-        "measure",
-        "rows",
-        "tokens",
-        "model",
-        "time",
-        "tokens/s",
-        "x teacher",
-        "quartiles",
-        "ceiling",
-        "of it",
-        "bound",
+    models = [
+        {
+            "model": name,
+            "attention": facts["attention"],
+            "layers": str(facts["layers"]),
+            "parameters": f"{facts['parameters']:,}",
+            "weights": f"{facts['weight_bytes'] / 2**20:,.0f} MiB",
+            "KV bytes/token": f"{facts['kv_bytes_per_token']:,}",
+        }
+        for name, facts in results["models"].items()
     ]
-    lines = [header + ["x eager"] * has_eager + ["memory"]]
-    for cell in results["cells"]:
-        for name, found in cell["models"].items():
-            lines.append(_format_line(cell, name, found, has_eager))
-    return f"{format_markdown(models)}\n\n{format_markdown(lines, left=3)}"
+    lines = [_describe_line(cell, name, found) for cell in results["cells"] for name, found in cell["models"].items()]
+    return f"{_format_table(models)}\n\n{_format_table(lines, left=3)}"
 
 
-def _format_line(cell: dict, name: str, found: dict, has_eager: bool) -> list[str]:
-    start = [cell["measure"], str(cell["batch_size"]), str(cell["tokens"]), name]
+def _format_table(lines: list[dict[str, str]], **options) -> str:
+    """A table of what any of the lines has."""
+    columns = [name for name in lines[0] if any(line.get(name) for line in lines)]
+    return format_markdown([columns, *([line.get(name, "") for name in columns] for line in lines)], **options)
+
+
+def _describe_line(cell: dict, name: str, found: dict) -> dict[str, str]:
+    size = {"rows": str(cell["batch_size"]), "tokens": str(cell["tokens"])}
+    line = {"measure": cell["measure"], **size, "model": name, "time": found.get("error", "")}
+    line |= dict.fromkeys(("tokens/s", "x teacher", "quartiles", "ceiling", "of it", "bound"), "")
+    line |= dict.fromkeys(("x eager", "x training", "memory"), "")
     if "error" in found:
-        return [*start, found["error"], *[""] * (7 + has_eager)]
-    speedup, ceiling, eager = found["speedup"], found["ceiling"], found["speedup_over_eager"]
-    counts = ["", "", ""]
+        return line
+    median, ratio, ceiling, memory = (found[key] for key in ("median", "speedup", "ceiling", "memory_bytes"))
+    tokens = cell["batch_size"] * (1 if cell["measure"] == "decode" else cell["tokens"]) / median
+    line["time"] = f"{median:.3f} s" if median >= 1 else f"{median * 1000:.1f} ms"
+    line["tokens/s"] = f"{tokens:,.0f}" if tokens >= 100 else f"{tokens:.1f}"
+    if ratio:
+        line |= {"x teacher": f"{ratio['median']:.3f}", "quartiles": f"{ratio['low']:.3f} to {ratio['high']:.3f}"}
     if ceiling is not None:
-        reached = f"{speedup['median'] / ceiling:.2f}" if speedup else ""
-        counts = [f"{ceiling:.3f}", reached, cell["bound"]]
-    return [
-        *start,
-        f"{found['median']:.3f} s" if found["median"] >= 1 else f"{found['median'] * 1000:.1f} ms",
-        f"{cell['batch_size'] * (1 if cell['measure'] == 'decode' else cell['tokens']) / found['median']:,.0f}",
-        *([f"{speedup['median']:.3f}", f"{speedup['low']:.3f} to {speedup['high']:.3f}"] if speedup else ["", ""]),
-        *counts,
-        *([f"{eager['median']:.3f}" if eager else ""] if has_eager else []),
-        "" if found["memory_bytes"] is None else f"{found['memory_bytes'] / 2**20:,.0f} MiB",
-    ]
+        line |= {"ceiling": f"{ceiling:.3f}", "bound": cell["bound"]}
+        line["of it"] = f"{ratio['median'] / ceiling:.2f}" if ratio else ""
+    for other in ("eager", "training"):
+        over = found.get(f"speedup_over_{other}")
+        line[f"x {other}"] = f"{over['median']:.3f}" if over else ""
+    line["memory"] = "" if memory is None else f"{memory / 2**20:,.0f} MiB"
+    return line
 
 
 def plot_benchmark(results: dict, path: Path) -> None:

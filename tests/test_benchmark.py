@@ -66,6 +66,9 @@ def test_everything_is_measured(folder):
         assert cell["models"]["teacher"]["speedup"]["median"] == 1
         assert cell["models"]["eager teacher"]["speedup_over_eager"]["median"] == 1
         assert cell["models"]["eager teacher"]["ceiling"] == 1
+        over_training = cell["models"]["student"]["speedup_over_training"]
+        assert (over_training is None) == (cell["measure"] in ("prefill", "decode"))
+        assert cell["measure"] != "training" or over_training["median"] == 1
     before, after = count_costs(teacher), count_costs(student)
     ceilings = [cell["models"]["student"]["ceiling"] for cell in results["cells"]]
     ratio = before.forward_operations(1, 8) / after.forward_operations(1, 8)
@@ -114,6 +117,24 @@ def test_each_model_takes_its_turn(folder, monkeypatch):
         ("student", "sdpa"),
         ("eager teacher", "eager"),
     }
+
+
+def test_training_steps_of_all_kinds_take_turns(folder, monkeypatch):
+    seen = []
+    for name in ("prefill", *(kinds := ("training", "stored", "distillation"))):
+
+        def make(settings, contender, teacher, prompt, name=name):
+            return lambda: seen.append((name, contender.name, prompt.shape[1]))
+
+        monkeypatch.setitem(benchmark._MEASURES, name, make)
+    settings = BenchmarkSettings(
+        measure=["prefill", *kinds], length=[8, 9], repeats=1, warmup=1, baseline=["none"], preset="quick"
+    )
+    results = run_benchmark(settings, str(folder / "teacher"), PLAN)
+    measured = [(cell["measure"], cell["tokens"]) for cell in results["cells"]]
+    assert measured == [("prefill", 8), ("prefill", 9), *((kind, length) for length in (8, 9) for kind in kinds)]
+    turns = [(kind, name, 8) for kind in kinds for name in ("teacher", "student")]
+    assert seen[8:20] == turns + turns[1:] + turns[:1]
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3_text"])
@@ -187,7 +208,7 @@ def test_a_model_that_runs_out_of_memory_is_reported_and_the_rest_goes_on(folder
     monkeypatch.setitem(benchmark._MEASURES, "training", fail_for_eager)
     settings = BenchmarkSettings(measure=["training", "prefill"], length=[8], repeats=2)
     results = run_benchmark(settings, str(folder / "teacher"), PLAN)
-    training, prefill = (cell["models"] for cell in results["cells"])
+    prefill, training = (cell["models"] for cell in results["cells"])
     assert training["eager teacher"] == {"error": f"out of memory: {error}"}
     assert training["student"]["speedup_over_eager"] is None and training["student"]["speedup"]["median"] > 0
     assert all("seconds" in found for name, found in [*training.items(), *prefill.items()] if name != "eager teacher")
