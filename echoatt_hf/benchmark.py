@@ -23,7 +23,7 @@ from .conversion import count_kv_bytes_per_token
 from .costs import Costs, count_costs
 from .data import load_documents, pack_rows
 from .heads import OutputHead
-from .losses import LogitLosses, TokenLoss, divergence_from_stored, divergence_from_teacher, keep_top
+from .losses import LogitLosses, TeacherDivergence, TokenLoss, divergence_from_stored, keep_top
 from .memory import peak_memory
 from .modeling_echoatt import EchoAttForCausalLM
 from .outputs import format_markdown
@@ -440,7 +440,7 @@ def _distill(settings: BenchmarkSettings, contender: Contender, teacher: PreTrai
     def ask() -> TokenLoss:
         with torch.no_grad(), teacher_head.last_states() as kept:
             teacher(prompt, use_cache=False, logits_to_keep=1)
-        return divergence_from_teacher("forward", teacher_head.logits(kept))
+        return TeacherDivergence("forward", teacher_head.logits(kept))
 
     return _make_distillation_step(settings, contender.model, prompt, ask)
 

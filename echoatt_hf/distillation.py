@@ -22,10 +22,10 @@ from .heads import OutputHead
 from .losses import (
     DIVERGENCES,
     LogitLosses,
+    NextTokenLoss,
+    TeacherDivergence,
     check_divergence,
     divergence_from_stored,
-    divergence_from_teacher,
-    next_token_loss,
     relative_distance,
     target_mask,
 )
@@ -291,7 +291,7 @@ class EchoAttTrainer(Trainer):
         if model.training and self.stage == 1:
             loss, parts, outputs = self._stage1_loss(model, inputs, stored, labels, num_tokens, return_outputs)
         else:
-            losses = LogitLosses({"ce": next_token_loss(labels)}, {"ce": 1.0}, labels, num_tokens)
+            losses = LogitLosses({"ce": NextTokenLoss(labels)}, {"ce": 1.0}, labels, num_tokens)
             loss, parts, outputs = self._loss_of_logits(model, inputs, losses, return_outputs)
         if model.training:
             self._add_parts(parts)
@@ -323,10 +323,10 @@ class EchoAttTrainer(Trainer):
             if self.teacher is None:
                 losses["kl"] = divergence_from_stored(args.divergence, *_stored_parts(stored))
             else:
-                losses["kl"] = divergence_from_teacher(args.divergence, teacher_logits, args.kl_temperature)
+                losses["kl"] = TeacherDivergence(args.divergence, teacher_logits, args.kl_temperature)
         # Where states are all that counts, DDP still waits for a gradient of what makes the logits of them: zero.
         if args.ce_weight > 0 or not losses:
-            losses["ce"] = next_token_loss(labels)
+            losses["ce"] = NextTokenLoss(labels)
         weights = {name.removesuffix("_weight"): getattr(args, name) for name in _WEIGHTS}
         with _attention_outputs(model, echoes) as attended:
             loss, parts, outputs = self._loss_of_logits(
@@ -365,7 +365,7 @@ class EchoAttTrainer(Trainer):
             parts = losses.parts(outputs.logits.flatten(0, 1))
             loss = losses.total(parts)
         else:
-            with self._head.computes(losses, self.accelerator.autocast) as found:
+            with self._head.computes(losses, self.accelerator.autocast, self.args.use_liger_kernel) as found:
                 outputs = model(**inputs, **options, logits_to_keep=1)
             loss, parts = outputs.loss, found[0]
         return loss, dict(zip(losses.losses, parts, strict=True)), outputs

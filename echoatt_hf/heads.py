@@ -3,20 +3,23 @@
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from .evaluation import inference
+from .liger import liger_loss
 from .losses import LogitLosses, chunked_loss
 from .modeling_echoatt import find_decoder
 
 
-__all__ = ["OutputHead"]
+__all__ = ["HeadLogits", "OutputHead"]
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -45,6 +48,7 @@ class OutputHead:
             raise ValueError(f"{type(model).__name__} has no output head.")
         # The innermost one is the family's.
         self._language_model, self._decoder = with_head[-1], find_decoder(model)
+        self._is_plain = False
 
     @classmethod
     def find(cls, model: nn.Module) -> "OutputHead | None":
@@ -79,11 +83,28 @@ class OutputHead:
             last = model(input_ids=tokens, use_cache=False, logits_to_keep=1).logits
             expected = model(input_ids=tokens, use_cache=False).logits
             found = torch.cat([self.logits(kept)(slice(token, token + 1)) for token in range(2)])
+            self._is_plain = self._is_one_product(kept[0])
         if expected.is_meta:
             return False
         scale = expected.abs().max().clamp_min(torch.finfo(expected.dtype).tiny)
         tolerance = 1e-3 if torch.finfo(expected.dtype).eps < 1e-6 else 5e-2
         return last.shape[1] == 1 and ((found - expected[0]).abs().max() / scale).item() < tolerance
+
+    def _is_one_product(self, output) -> bool:
+        """Whether logits are states times the weights of the head, and nothing else: without a bias, a scale or a cap."""
+        head = self._language_model.get_output_embeddings()
+        if type(head) is not nn.Linear or head.bias is not None:
+            return False
+        states = output.last_hidden_state.flatten(0, 1)
+        states = torch.cat([states, 100 * states])  # a soft cap shows on long ones
+        found, expected = self._function(output)(states), head(states)
+        return torch.allclose(found, expected, rtol=1e-3, atol=1e-3)
+
+    @property
+    def plain_weight(self) -> nn.Parameter | None:
+        """The weights `(V, D)` of a head that is one product with them and has all of them at hand; `None` for others."""
+        weight = self._language_model.get_output_embeddings().weight
+        return weight if self._is_plain and not isinstance(weight, DTensor) else None
 
     @contextmanager
     def last_states(self) -> Iterator[list]:
@@ -98,13 +119,15 @@ class OutputHead:
         finally:
             hook.remove()
 
-    def logits(self, kept: list) -> Callable[[slice], torch.Tensor]:
-        """Logits `(N, V)` of a slice of the B · T tokens whose states [`last_states`] left in `kept`."""
-        logits_of, states = self._function(kept[0]), kept[0].last_hidden_state.flatten(0, 1)
-        return lambda tokens: logits_of(states[tokens])
+    def logits(self, kept: list) -> "HeadLogits":
+        """The logits of the B · T tokens whose states [`last_states`] left in `kept`."""
+        output = kept[0]
+        return HeadLogits(output.last_hidden_state.flatten(0, 1), self._function(output), self.plain_weight)
 
     @contextmanager
-    def computes(self, losses: LogitLosses, autocast: Callable) -> Iterator[list[torch.Tensor]]:
+    def computes(
+        self, losses: LogitLosses, autocast: Callable, with_liger: bool = False
+    ) -> Iterator[list[torch.Tensor]]:
         """
         In this context the forward pass of the model, to be called with `logits_to_keep=1`, returns the weighted sum of
         `losses` as its `loss`, and leaves their parts, without gradients, in the list.
@@ -115,15 +138,17 @@ class OutputHead:
         Args:
             losses ([`LogitLosses`]): what to compute.
             autocast (`Callable`): makes the context of mixed precision, which may be that of an outer forward pass only.
+            with_liger (`bool`, *optional*, defaults to `False`): use liger-kernel where [`liger_loss`] can.
         """
         parts = []
 
         def compute(module, args, output):
-            logits_of = self._function(kept[0])
+            logits_of, states = self._function(kept[0]), kept[0].last_hidden_state
             parameters = [value for value in logits_of.parameters() if value.requires_grad]
             vocab_size = output.logits.shape[-1]
             with autocast():
-                total, found = chunked_loss(losses, kept[0].last_hidden_state, logits_of, parameters, vocab_size)
+                computed = liger_loss(losses, states, self.plain_weight) if with_liger else None
+                total, found = computed or chunked_loss(losses, states, logits_of, parameters, vocab_size)
             parts.append(found)
             output["loss"] = total
 
@@ -136,6 +161,25 @@ class OutputHead:
 
     def _function(self, output) -> "_AfterDecoder":
         return _AfterDecoder(self._language_model, self._decoder, output)
+
+
+@dataclass(frozen=True)
+class HeadLogits:
+    """
+    Logits of the tokens of a batch, made for those that are asked for: a slice of them -> `(N, V)`.
+
+    Args:
+        states (`torch.Tensor` of shape `(B · T, D)`): what the head is applied to.
+        logits_of (`Callable`): states `(N, D)` -> logits `(N, V)`.
+        plain_weight (`nn.Parameter` of shape `(V, D)`, *optional*): see [`OutputHead.plain_weight`].
+    """
+
+    states: torch.Tensor
+    logits_of: Callable[[torch.Tensor], torch.Tensor]
+    plain_weight: nn.Parameter | None = None
+
+    def __call__(self, tokens: slice) -> torch.Tensor:
+        return self.logits_of(self.states[tokens])
 
 
 class _AfterDecoder(nn.Module):

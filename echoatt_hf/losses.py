@@ -17,15 +17,15 @@ import torch.nn.functional as F
 __all__ = [
     "DIVERGENCES",
     "LogitLosses",
+    "NextTokenLoss",
+    "TeacherDivergence",
     "check_divergence",
     "chunked_loss",
     "divergence_from_stored",
-    "divergence_from_teacher",
     "forward_kl",
     "jensen_shannon",
     "keep_top",
     "merge_rest",
-    "next_token_loss",
     "next_tokens",
     "relative_distance",
     "reverse_kl",
@@ -115,29 +115,29 @@ def check_divergence(name: str) -> None:
         raise ValueError(f"divergence is {name!r}; it must be one of {', '.join(map(repr, DIVERGENCES))}.")
 
 
-def divergence_from_teacher(
-    divergence: str, teacher_logits: Callable[[slice], torch.Tensor], temperature: float = 1.0
-) -> TokenLoss:
+@dataclass(frozen=True)
+class TeacherDivergence:
     """
     A loss of tokens: a divergence of the next-token distributions at a temperature, times the temperature squared.
+
+    Called with logits `(N, V)` and the slice of tokens they are of, it returns `(N,)`, in nats.
 
     Args:
         divergence (`str`): a name of `DIVERGENCES`.
         teacher_logits (`Callable`): tokens of the flattened batch, as a slice -> the teacher's logits `(N, V)`.
         temperature (`float`, *optional*, defaults to 1.0): divides the logits of both.
 
-    Returns:
-        `Callable`: logits `(N, V)` and the slice of tokens they are of -> `(N,)`, in nats.
-
     Source: Hinton et al., arXiv 1503.02531, section 2 (temperature, and its square to keep the gradients' size).
     """
 
-    def loss(logits: torch.Tensor, tokens: slice) -> torch.Tensor:
-        with torch.no_grad():
-            expected = _log_probs(teacher_logits(tokens).to(logits.device), temperature)
-        return DIVERGENCES[divergence](_upcast(logits) / temperature, expected) * temperature**2
+    divergence: str
+    teacher_logits: Callable[[slice], torch.Tensor]
+    temperature: float = 1.0
 
-    return loss
+    def __call__(self, logits: torch.Tensor, tokens: slice) -> torch.Tensor:
+        with torch.no_grad():
+            expected = _log_probs(self.teacher_logits(tokens).to(logits.device), self.temperature)
+        return DIVERGENCES[self.divergence](_upcast(logits) / self.temperature, expected) * self.temperature**2
 
 
 def divergence_from_stored(divergence: str, token_ids: torch.Tensor, log_probs: torch.Tensor) -> TokenLoss:
@@ -163,23 +163,22 @@ def divergence_from_stored(divergence: str, token_ids: torch.Tensor, log_probs: 
     return loss
 
 
-def next_token_loss(labels: torch.Tensor) -> TokenLoss:
+class NextTokenLoss:
     """
     A loss of tokens: the cross-entropy of the next token.
 
+    Called with logits `(N, V)` and the slice of tokens they are of, it returns `(N,)`, in nats; 0 without a target.
+
     Args:
         labels (`torch.Tensor` of shape `(B, T)`): token ids, not shifted; -100 is not predicted.
-
-    Returns:
-        `Callable`: logits `(N, V)` and the slice of tokens they are of -> `(N,)`, in nats; 0 without a target.
     """
-    targets = next_tokens(labels).flatten()
 
-    def loss(logits: torch.Tensor, tokens: slice) -> torch.Tensor:
-        expected = targets[tokens].to(logits.device)
+    def __init__(self, labels: torch.Tensor):
+        self.targets = next_tokens(labels).flatten()
+
+    def __call__(self, logits: torch.Tensor, tokens: slice) -> torch.Tensor:
+        expected = self.targets[tokens].to(logits.device)
         return F.cross_entropy(_upcast(logits), expected, ignore_index=IGNORED_LABEL, reduction="none")
-
-    return loss
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,8 @@ import json
 from dataclasses import MISSING, asdict, dataclass, field
 from typing import Any
 
+from transformers.utils import is_liger_kernel_available
+
 from .data import STDLIB
 from .losses import check_divergence
 from .teachers import BUILTIN_TEACHER
@@ -130,6 +132,9 @@ class DistillationSettings:
         False, "Keep only the inputs of layers for the backward pass: less memory, one more forward pass."
     )
     torch_compile: bool = setting(False, "Compile the student for training; not with an attention weight.")
+    use_liger_kernel: bool = setting(
+        False, "On a GPU, compute the losses with the kernels of liger-kernel, which must be installed."
+    )
     seed: int = setting(0, "Seed of the order of rows and of dropout.")
 
     def __post_init__(self):
@@ -142,6 +147,11 @@ class DistillationSettings:
             object.__setattr__(self, "stage2_steps", self.steps // 6)
         if not 0 <= self.stage2_steps <= self.steps:
             raise ValueError(f"stage2_steps is {self.stage2_steps}; it must be from 0 to steps, {self.steps}.")
+        if self.use_liger_kernel and not is_liger_kernel_available():
+            raise ValueError(
+                "use_liger_kernel is set, but liger-kernel is not installed: install it with `pip install liger-kernel`, or "
+                "leave the setting out."
+            )
         if self.batch_size % self.accumulation_steps:
             raise ValueError(
                 f"batch_size is {self.batch_size}, which accumulation_steps {self.accumulation_steps} does not divide."

@@ -17,9 +17,9 @@ from echoatt_hf.heads import OutputHead
 from echoatt_hf.losses import (
     DIVERGENCES,
     LogitLosses,
+    NextTokenLoss,
+    TeacherDivergence,
     chunked_loss,
-    divergence_from_teacher,
-    next_token_loss,
     relative_distance,
     target_mask,
 )
@@ -71,7 +71,7 @@ def test_cross_entropy_equals_loop():
     logits, _, labels = random_batch()
     places = positions_with_target(labels)
     expected = -sum(F.log_softmax(logits[b, t], -1)[labels[b, t + 1]] for b, t in places) / len(places)
-    found = LogitLosses({"ce": next_token_loss(labels)}, {}, labels, len(places)).parts(logits.flatten(0, 1))
+    found = LogitLosses({"ce": NextTokenLoss(labels)}, {}, labels, len(places)).parts(logits.flatten(0, 1))
     assert found.item() == pytest.approx(expected.item(), abs=1e-6)
 
 
@@ -89,7 +89,7 @@ TWINS = {
 
 
 def divergence(name, student, teacher, labels, num_tokens, temperature=1.0):
-    loss = divergence_from_teacher(name, lambda tokens: teacher.flatten(0, 1)[tokens], temperature)
+    loss = TeacherDivergence(name, lambda tokens: teacher.flatten(0, 1)[tokens], temperature)
     return LogitLosses({"kl": loss}, {}, labels, num_tokens).parts(student.flatten(0, 1))
 
 
@@ -147,7 +147,7 @@ def test_all_masked_batch_is_zero_with_finite_gradients(loss):
     if loss == "hidden":
         value = relative_distance([logits], [teacher], labels, 1)
     elif loss == "ce":
-        value = LogitLosses({"ce": next_token_loss(labels)}, {}, labels, 1).parts(logits.flatten(0, 1)).sum()
+        value = LogitLosses({"ce": NextTokenLoss(labels)}, {}, labels, 1).parts(logits.flatten(0, 1)).sum()
     else:
         value = divergence(loss, logits, teacher, labels, 1).sum()
     value.backward()
@@ -165,9 +165,9 @@ def test_gradients_of_chunks_are_those_of_finite_differences(name, chunks_of):
     generator = torch.Generator().manual_seed(0)
     labels = torch.tensor([[1, 2, -100, 5], [3, 0, 4, -100]])
     teacher = torch.randn(8, 6, generator=generator, dtype=torch.float64)
-    loss = next_token_loss(labels)
+    loss = NextTokenLoss(labels)
     if name != "ce":
-        loss = divergence_from_teacher(name, lambda tokens: teacher[tokens], 1.5)
+        loss = TeacherDivergence(name, lambda tokens: teacher[tokens], 1.5)
     of_batch = LogitLosses({"loss": loss}, {"loss": 0.7}, labels, 3)
 
     def function(states, weight, bias):
@@ -205,7 +205,7 @@ def labelled_batch():
 
 
 def losses_of(batch, labels, teacher_logits, name="forward"):
-    parts = {"kl": divergence_from_teacher(name, teacher_logits, 2.0), "ce": next_token_loss(labels)}
+    parts = {"kl": TeacherDivergence(name, teacher_logits, 2.0), "ce": NextTokenLoss(labels)}
     return LogitLosses(parts, {"kl": 0.7, "ce": 0.3}, labels, 13)
 
 
@@ -324,7 +324,7 @@ def test_gradients_of_a_bfloat16_head_are_added_up_in_float32(chunks_of):
     weight = torch.nn.Parameter(torch.randn(2, 3, dtype=torch.bfloat16))
     states = torch.randn(1, 2000, 3, dtype=torch.bfloat16)
     labels = torch.randint(0, 2, (1, 2000))
-    of_batch = LogitLosses({"ce": next_token_loss(labels)}, {"ce": 1.0}, labels, 2000)
+    of_batch = LogitLosses({"ce": NextTokenLoss(labels)}, {"ce": 1.0}, labels, 2000)
     chunked_loss(of_batch, states, lambda chunk: F.linear(chunk, weight), [weight], 2)[0].backward()
     found, weight.grad = weight.grad, None
     of_batch.parts(F.linear(states, weight).flatten(0, 1)).sum().backward()
