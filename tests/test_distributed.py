@@ -167,20 +167,20 @@ def test_accelerate_reads_the_configurations(file):
 DISTILL = ["--stage2-steps", "2", "--batch-size", "4", "--row-length", "32", "--evaluation-rows", "4"]
 
 
+def run_alone(folder, *arguments):
+    command = [sys.executable, "-m", "echoatt_hf.cli", *map(str, arguments)]
+    return subprocess.run(
+        command, cwd=folder, env=process_environment(), capture_output=True, text=True, timeout=300, check=True
+    )
+
+
 @pytest.fixture(scope="module")
 def distilled(tmp_path_factory):
     """The folder of a converted student, and of what `echoatt distill` made of it in one process."""
     folder = tmp_path_factory.mktemp("distilled")
-
-    def run(*arguments):
-        command = [sys.executable, "-m", "echoatt_hf.cli", *arguments]
-        return subprocess.run(
-            command, cwd=folder, env=process_environment(), capture_output=True, text=True, timeout=300, check=True
-        )
-
     plan = ["--plan", "0,1,1,1,4,4,4,4,8,9,10,11", "--no-align", "--no-refit", "--calibration-rows", "4"]
-    run("convert", *plan, "--row-length", "32", "--output", "converted")
-    run("distill", "converted", "--steps", "4", "--save-steps", "2", *DISTILL, "--output", "one")
+    run_alone(folder, "convert", *plan, "--row-length", "32", "--output", "converted")
+    run_alone(folder, "distill", "converted", "--steps", "4", "--save-steps", "2", *DISTILL, "--output", "one")
     return folder
 
 
@@ -215,6 +215,21 @@ def test_distill_command_in_bfloat16(distilled, tmp_path, config):
         for folder in (distilled / "one", tmp_path / "two")
     )
     assert found == pytest.approx(expected, rel=1e-2) and found != expected
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", ["ddp_cpu2", needs_deepspeed("zero2")])
+def test_adapters_in_two_processes(distilled, tmp_path, config):
+    arguments = ["distill", distilled / "converted", "--steps", "4", *DISTILL, "--lora-rank", "4"]
+    arguments += ["--learning-rate", "2e-2"]
+    run_alone(tmp_path, *arguments, "--output", "one")
+    script = ROOT / "tests" / "distributed_runs.py"
+    result = launch(script, "echoatt", *arguments, "--output", "two", cwd=tmp_path, config=f"{config}.yaml")
+    assert result.returncode == 0, result.stderr[-5000:]
+    folders = tmp_path / "two", tmp_path / "one", distilled / "converted"
+    found, expected, start = (load_file(folder / "model.safetensors") for folder in folders)
+    assert_same_state(found, expected)
+    assert max((expected[name] - start[name]).abs().max() for name in start) > 1e-4
 
 
 @pytest.mark.slow
