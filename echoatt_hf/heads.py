@@ -103,8 +103,10 @@ class OutputHead:
     @property
     def plain_weight(self) -> nn.Parameter | None:
         """The weights `(V, D)` of a head that is one product with them and has all of them at hand; `None` for others."""
+        if not self._is_plain:
+            return None
         weight = self._language_model.get_output_embeddings().weight
-        return weight if self._is_plain and not isinstance(weight, DTensor) else None
+        return None if isinstance(weight, DTensor) else weight
 
     @contextmanager
     def last_states(self) -> Iterator[list]:
