@@ -138,7 +138,8 @@ class EchoAttTrainer(Trainer):
     of hidden states + `attention_weight` · distance of the attention outputs of echo layers; stage 2 minimises the
     cross-entropy of the text alone. Each part is logged. Losses are divided by the number of target tokens of the whole
     batch, over all accumulation steps and processes. `eval_loss` is the cross-entropy in both stages. The teacher is
-    kept frozen, in evaluation mode, and out of every checkpoint.
+    kept frozen, in evaluation mode, and out of every checkpoint; FSDP2 and ZeRO-3 divide its weights among processes, in
+    place, as they do the student's.
 
     Args:
         model (`PreTrainedModel`):
