@@ -131,9 +131,9 @@ def run_benchmark(
     Measure a student beside its teacher and the baselines of the settings.
 
     All are in one process and take turns, each time in another order, and so do training steps of all kinds, so that what
-    else the machine does meets all of them; each ratio is the median over rounds of the teacher's time to the model's in the same round. Models share one copy
-    of the weights where they have the same. Decoding is timed in steps of four tokens with a dynamic cache, which goes on
-    growing by them.
+    else the machine does meets all of them; each ratio is the median over rounds of the teacher's time to the model's in
+    the same round. Models share one copy of the weights where they have the same. Decoding is timed in steps of four tokens
+    with a dynamic cache, which goes on growing by them.
 
     Args:
         settings ([`BenchmarkSettings`]):
@@ -334,26 +334,27 @@ def _measure_together(
                 seconds.pop(key, None)
                 contender.model.zero_grad(set_to_none=True)
     teacher.set_attn_implementation(settings.attention)
-    results = []
-    for cell in cells:
-        models = {}
-        for name in (contender.name for contender in contenders):
-            key, times = (cell.measure, name), seconds.get((cell.measure, name))
-            models[name] = (
-                {"error": errors[key]}
-                if key in errors
-                else {
-                    "seconds": times,
-                    "median": float(np.median(times)),
-                    "memory_bytes": memory[key],
-                    "ceiling": _ceiling(cell, costs[TEACHER], costs[name]),
-                    "speedup": _ratios(seconds.get((cell.measure, TEACHER)), times),
-                    "speedup_over_eager": _ratios(seconds.get((cell.measure, EAGER)), times),
-                    "speedup_over_training": _ratios(seconds.get((TRAINING, name)), times),
-                }
-            )
-        results.append({**asdict(cell), "bound": BOUNDS[cell.measure], "models": models})
-    return results
+
+    def summarize(cell: Cell, name: str) -> dict:
+        key = cell.measure, name
+        if key in errors:
+            return {"error": errors[key]}
+        times = seconds[key]
+        return {
+            "seconds": times,
+            "median": float(np.median(times)),
+            "memory_bytes": memory[key],
+            "ceiling": _ceiling(cell, costs[TEACHER], costs[name]),
+            "speedup": _ratios(seconds.get((cell.measure, TEACHER)), times),
+            "speedup_over_eager": _ratios(seconds.get((cell.measure, EAGER)), times),
+            "speedup_over_training": _ratios(seconds.get((TRAINING, name)), times),
+        }
+
+    names = [contender.name for contender in contenders]
+    return [
+        {**asdict(cell), "bound": BOUNDS[cell.measure], "models": {name: summarize(cell, name) for name in names}}
+        for cell in cells
+    ]
 
 
 def _tokens_in_step(cell: Cell) -> int:
@@ -572,48 +573,57 @@ def format_benchmark(results: dict) -> str:
         training; "ceiling" how much faster than the teacher the count of operations or bytes allows it to be; "of it" the
         share of the ceiling that is reached; memory is what a step needs beyond weights and cache.
     """
-    models = [
-        {
-            "model": name,
-            "attention": facts["attention"],
-            "layers": str(facts["layers"]),
-            "parameters": f"{facts['parameters']:,}",
-            "weights": f"{facts['weight_bytes'] / 2**20:,.0f} MiB",
-            "KV bytes/token": f"{facts['kv_bytes_per_token']:,}",
-        }
-        for name, facts in results["models"].items()
-    ]
+    models = [_describe_model(name, facts) for name, facts in results["models"].items()]
     lines = [_describe_line(cell, name, found) for cell in results["cells"] for name, found in cell["models"].items()]
     return f"{_format_table(models)}\n\n{_format_table(lines, left=3)}"
 
 
 def _format_table(lines: list[dict[str, str]], **options) -> str:
-    """A table of what any of the lines has."""
-    columns = [name for name in lines[0] if any(line.get(name) for line in lines)]
-    return format_markdown([columns, *([line.get(name, "") for name in columns] for line in lines)], **options)
+    """A table with the columns that are filled in any line, in the order of a line."""
+    columns = [name for name in lines[0] if any(line[name] for line in lines)]
+    return format_markdown([columns, *([line[name] for name in columns] for line in lines)], **options)
+
+
+def _describe_model(name: str, facts: dict) -> dict[str, str]:
+    return {
+        "model": name,
+        "attention": facts["attention"],
+        "layers": str(facts["layers"]),
+        "parameters": f"{facts['parameters']:,}",
+        "weights": f"{facts['weight_bytes'] / 2**20:,.0f} MiB",
+        "KV bytes/token": f"{facts['kv_bytes_per_token']:,}",
+    }
 
 
 def _describe_line(cell: dict, name: str, found: dict) -> dict[str, str]:
-    size = {"rows": str(cell["batch_size"]), "tokens": str(cell["tokens"])}
-    line = {"measure": cell["measure"], **size, "model": name, "time": found.get("error", "")}
-    line |= dict.fromkeys(("tokens/s", "x teacher", "quartiles", "ceiling", "of it", "bound"), "")
-    line |= dict.fromkeys(("x eager", "x training", "memory"), "")
-    if "error" in found:
-        return line
-    median, ratio, ceiling, memory = (found[key] for key in ("median", "speedup", "ceiling", "memory_bytes"))
-    tokens = cell["batch_size"] * (1 if cell["measure"] == "decode" else cell["tokens"]) / median
-    line["time"] = f"{median:.3f} s" if median >= 1 else f"{median * 1000:.1f} ms"
-    line["tokens/s"] = f"{tokens:,.0f}" if tokens >= 100 else f"{tokens:.1f}"
-    if ratio:
-        line |= {"x teacher": f"{ratio['median']:.3f}", "quartiles": f"{ratio['low']:.3f} to {ratio['high']:.3f}"}
-    if ceiling is not None:
-        line |= {"ceiling": f"{ceiling:.3f}", "bound": cell["bound"]}
-        line["of it"] = f"{ratio['median'] / ceiling:.2f}" if ratio else ""
-    for other in ("eager", "training"):
-        over = found.get(f"speedup_over_{other}")
-        line[f"x {other}"] = f"{over['median']:.3f}" if over else ""
-    line["memory"] = "" if memory is None else f"{memory / 2**20:,.0f} MiB"
-    return line
+    """One result, of which what is not known is empty."""
+    median, ratio, ceiling, memory = (found.get(key) for key in ("median", "speedup", "ceiling", "memory_bytes"))
+    eager, training = found.get("speedup_over_eager"), found.get("speedup_over_training")
+    tokens = cell["batch_size"] * (1 if cell["measure"] == "decode" else cell["tokens"])
+    return {
+        "measure": cell["measure"],
+        "rows": str(cell["batch_size"]),
+        "tokens": str(cell["tokens"]),
+        "model": name,
+        "time": found["error"] if "error" in found else _format_seconds(median),
+        "tokens/s": _format_rate(tokens / median) if median else "",
+        "x teacher": f"{ratio['median']:.3f}" if ratio else "",
+        "quartiles": f"{ratio['low']:.3f} to {ratio['high']:.3f}" if ratio else "",
+        "ceiling": f"{ceiling:.3f}" if ceiling else "",
+        "of it": f"{ratio['median'] / ceiling:.2f}" if ratio and ceiling else "",
+        "bound": cell["bound"] if ceiling else "",
+        "x eager": f"{eager['median']:.3f}" if eager else "",
+        "x training": f"{training['median']:.3f}" if training else "",
+        "memory": f"{memory / 2**20:,.0f} MiB" if memory is not None else "",
+    }
+
+
+def _format_seconds(seconds: float) -> str:
+    return f"{seconds:.3f} s" if seconds >= 1 else f"{seconds * 1000:.1f} ms"
+
+
+def _format_rate(rate: float) -> str:
+    return f"{rate:,.0f}" if rate >= 100 else f"{rate:.1f}"
 
 
 def plot_benchmark(results: dict, path: Path) -> None:

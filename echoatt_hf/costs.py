@@ -12,9 +12,9 @@ For B rows of T new tokens that attend to S tokens (S = T in a prefill, the cont
 - Decoding reads each weight once, of the input embedding a few rows only, and keys and values of the context: both in
   most layers, values alone in an echo layer. A layer that uses the keys and values of another reads them all the same.
 
-Norms, softmax, activations, adapters, the optimizer and what a cache copies are not counted. A ceiling is the teacher's cost over
-the model's. It says what the shared weights can give to code that is bound by what is counted, and is no bound for code that
-is not: an eager softmax, launching kernels, expanding heads.
+Norms, softmax, activations, adapters, the optimizer and what a cache copies are not counted. A ceiling is the teacher's
+cost over the model's. It says what the shared weights can give to code that is bound by what is counted, and is no bound
+for code that is not: an eager softmax, launching kernels, expanding heads.
 """
 
 from dataclasses import dataclass

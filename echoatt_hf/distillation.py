@@ -200,10 +200,11 @@ class EchoAttTrainer(Trainer):
         # `train` counts the target tokens of a batch only for models whose loss they divide.
         self.model_accepts_loss_kwargs = True
         # What is compiled is compiled whole.
-        self._head = OutputHead.find(self.model) if not args.torch_compile else None
+        self._head = OutputHead.find(self.model, args.use_liger_kernel) if not args.torch_compile else None
         self.teacher = None
         if args.stage1_steps > 0 and stored is None:
-            self._teacher_head = OutputHead.find(teacher)  # before it is prepared for mixed precision
+            # Before it is prepared for mixed precision.
+            self._teacher_head = OutputHead.find(teacher, args.use_liger_kernel)
             self.teacher = self._prepare_teacher(teacher.requires_grad_(False).eval())
         # Sum of each loss part since the last log, and the steps it was part of.
         self._parts: dict[str, tuple[torch.Tensor, set[int]]] = {}
@@ -366,7 +367,7 @@ class EchoAttTrainer(Trainer):
             parts = losses.parts(outputs.logits.flatten(0, 1))
             loss = losses.total(parts)
         else:
-            with self._head.computes(losses, self.accelerator.autocast, self.args.use_liger_kernel) as found:
+            with self._head.computes(losses, self.accelerator.autocast) as found:
                 outputs = model(**inputs, **options, logits_to_keep=1)
             loss, parts = outputs.loss, found[0]
         return loss, dict(zip(losses.losses, parts, strict=True)), outputs
@@ -464,19 +465,20 @@ def _check_layout(trainer: Trainer, checkpoint: str | None) -> None:
     if checkpoint is None or not Path(checkpoint).is_dir():
         return  # which `Trainer` says
     names = [file.name for file in Path(checkpoint).iterdir()]
-    saved_with = "neither FSDP nor DeepSpeed"
-    if any(name.startswith(FSDP_MODEL_NAME) for name in names):
-        saved_with = "FSDP"
-    elif any(name.startswith("global_step") for name in names):
-        saved_with = "DeepSpeed"
-    runs_with = {(True, False): "FSDP", (False, True): "DeepSpeed"}.get(
-        (trainer.is_fsdp_enabled, trainer.is_deepspeed_enabled), "neither FSDP nor DeepSpeed"
+    saved_with = _name_layout(
+        fsdp=any(name.startswith(FSDP_MODEL_NAME) for name in names),
+        deepspeed=any(name.startswith("global_step") for name in names),
     )
+    runs_with = _name_layout(fsdp=trainer.is_fsdp_enabled, deepspeed=trainer.is_deepspeed_enabled)
     if saved_with != runs_with:
         raise ValueError(
             f"The checkpoint {Path(checkpoint).name!r} was saved with {saved_with}, and this run has {runs_with}, which cannot "
             "read its optimizer states: launch as before, or start anew from its weights."
         )
+
+
+def _name_layout(*, fsdp: bool, deepspeed: bool) -> str:
+    return "FSDP" if fsdp else "DeepSpeed" if deepspeed else "neither FSDP nor DeepSpeed"
 
 
 def _stored_parts(stored: dict) -> list[torch.Tensor]:

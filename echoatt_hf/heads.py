@@ -51,7 +51,7 @@ class OutputHead:
         self._is_plain = False
 
     @classmethod
-    def find(cls, model: nn.Module) -> "OutputHead | None":
+    def find(cls, model: nn.Module, with_liger: bool = False) -> "OutputHead | None":
         """
         The output head of a model; `None`, and a warning, where it cannot be had apart from the rest.
 
@@ -65,7 +65,8 @@ class OutputHead:
         if not is_deepspeed_zero3_enabled() and not is_packed_by_trial:
             try:
                 found = cls(model)
-                head = found if found._gives_the_logits_of(model) else None
+                if found._gives_the_logits_of(model):
+                    head, found._is_plain = found, with_liger and found._is_one_product(model)
             except Exception as error:  # it is not known what a family's code does without its decoder
                 logger.debug("The output head cannot be called alone.", exc_info=error)
         if _all_processes(head is not None):
@@ -83,26 +84,29 @@ class OutputHead:
             last = model(input_ids=tokens, use_cache=False, logits_to_keep=1).logits
             expected = model(input_ids=tokens, use_cache=False).logits
             found = torch.cat([self.logits(kept)(slice(token, token + 1)) for token in range(2)])
-            self._is_plain = self._is_one_product(kept[0])
         if expected.is_meta:
             return False
         scale = expected.abs().max().clamp_min(torch.finfo(expected.dtype).tiny)
         tolerance = 1e-3 if torch.finfo(expected.dtype).eps < 1e-6 else 5e-2
         return last.shape[1] == 1 and ((found - expected[0]).abs().max() / scale).item() < tolerance
 
-    def _is_one_product(self, output) -> bool:
+    def _is_one_product(self, model: nn.Module) -> bool:
         """Whether logits are states times the weights of the head, and nothing else: without a bias, a scale or a cap."""
         head = self._language_model.get_output_embeddings()
         if type(head) is not nn.Linear or head.bias is not None:
             return False
-        states = output.last_hidden_state.flatten(0, 1)
-        states = torch.cat([states, 100 * states])  # a soft cap shows on long ones
-        found, expected = self._function(output)(states), head(states)
-        return torch.allclose(found, expected, rtol=1e-3, atol=1e-3)
+        with inference(model), self.last_states() as kept:
+            model(input_ids=torch.tensor([[0, 1]], device=self._language_model.device), use_cache=False)
+            states = kept[0].last_hidden_state.flatten(0, 1)
+            states = torch.cat([states, 100 * states])  # a soft cap shows on long ones
+            return torch.allclose(self._function(kept[0])(states), head(states), rtol=1e-3, atol=1e-3)
 
     @property
     def plain_weight(self) -> nn.Parameter | None:
-        """The weights `(V, D)` of a head that is one product with them and has all of them at hand; `None` for others."""
+        """
+        The weights `(V, D)` of a head that was found with liger in mind, is one product with them and has all of them at
+        hand; `None` for others.
+        """
         if not self._is_plain:
             return None
         weight = self._language_model.get_output_embeddings().weight
@@ -127,9 +131,7 @@ class OutputHead:
         return HeadLogits(output.last_hidden_state.flatten(0, 1), self._function(output), self.plain_weight)
 
     @contextmanager
-    def computes(
-        self, losses: LogitLosses, autocast: Callable, with_liger: bool = False
-    ) -> Iterator[list[torch.Tensor]]:
+    def computes(self, losses: LogitLosses, autocast: Callable) -> Iterator[list[torch.Tensor]]:
         """
         In this context the forward pass of the model, to be called with `logits_to_keep=1`, returns the weighted sum of
         `losses` as its `loss`, and leaves their parts, without gradients, in the list.
@@ -140,7 +142,6 @@ class OutputHead:
         Args:
             losses ([`LogitLosses`]): what to compute.
             autocast (`Callable`): makes the context of mixed precision, which may be that of an outer forward pass only.
-            with_liger (`bool`, *optional*, defaults to `False`): use liger-kernel where [`liger_loss`] can.
         """
         parts = []
 
@@ -149,7 +150,7 @@ class OutputHead:
             parameters = [value for value in logits_of.parameters() if value.requires_grad]
             vocab_size = output.logits.shape[-1]
             with autocast():
-                computed = liger_loss(losses, states, self.plain_weight) if with_liger else None
+                computed = liger_loss(losses, states, self.plain_weight)
                 total, found = computed or chunked_loss(losses, states, logits_of, parameters, vocab_size)
             parts.append(found)
             output["loss"] = total

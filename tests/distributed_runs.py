@@ -95,13 +95,11 @@ def shard_without_gpus() -> None:
         EchoAttTrainer.create_accelerator_and_postprocess = create
 
 
-def train_and_save(folder: Path, **options) -> EchoAttTrainer:
-    """Train, going on from the checkpoint that `options` may name, and save as `Trainer` does."""
-    checkpoint = options.pop("checkpoint", None)
-    trainer = make_trainer(folder / "runs", 2, **options)
-    trainer.train(resume_from_checkpoint=checkpoint)
+def train_and_save(folder: Path, family: str = "llama", checkpoint: Path | None = None) -> None:
+    """Train, going on from a checkpoint if there is one, and save as `Trainer` does."""
+    trainer = make_trainer(folder / "runs", 2, family)
+    trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
     trainer.save_model(str(folder))
-    return trainer
 
 
 def run_everywhere(folder: Path, alone: Path) -> dict:
@@ -120,7 +118,7 @@ def run_everywhere(folder: Path, alone: Path) -> dict:
         finished.model.save_pretrained(folder / "finished", state_dict=state)
     for name, checkpoint in (("resumed", folder / "runs" / "checkpoint-2"), ("from_one", alone)):
         try:
-            train_and_save(folder / name, checkpoint=str(checkpoint))
+            train_and_save(folder / name, checkpoint=checkpoint)
         except (ValueError, RuntimeError) as error:
             facts[name] = str(error)
     return facts

@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "examples" / "accelerate"
+SCRIPT = ROOT / "tests" / "distributed_runs.py"
 
 
 def launch(*arguments, cwd, config="ddp_cpu2.yaml", precision="no"):
@@ -58,8 +59,8 @@ def layout(request, one_process, tmp_path_factory):
     """The folder of what two processes did, named after the configuration that they were launched with."""
     folder = tmp_path_factory.mktemp("two_processes") / request.param
     folder.mkdir()
-    script = [ROOT / "tests" / "distributed_runs.py", folder, one_process[1] / "checkpoint-2"]
-    result = launch(*script, cwd=folder, config=f"{request.param}.yaml")
+    checkpoint = one_process[1] / "checkpoint-2"
+    result = launch(SCRIPT, folder, checkpoint, cwd=folder, config=f"{request.param}.yaml")
     assert result.returncode == 0, result.stderr[-5000:]
     return folder
 
@@ -188,8 +189,7 @@ def distilled(tmp_path_factory):
 @pytest.mark.parametrize("config", LAYOUTS)
 def test_distill_command_in_two_processes_is_that_of_one(distilled, tmp_path, config):
     arguments = ["echoatt", "distill", distilled / "converted", "--steps", "4", "--save-steps", "2", *DISTILL]
-    script = ROOT / "tests" / "distributed_runs.py"
-    result = launch(script, *arguments, "--output", "two", cwd=tmp_path, config=f"{config}.yaml")
+    result = launch(SCRIPT, *arguments, "--output", "two", cwd=tmp_path, config=f"{config}.yaml")
     assert result.returncode == 0, result.stderr[-5000:]
     assert result.stdout.count("written to two") == 1
     folders = [distilled / "one", tmp_path / "two"]
@@ -207,8 +207,7 @@ def test_distill_command_in_two_processes_is_that_of_one(distilled, tmp_path, co
 @pytest.mark.parametrize("config", LAYOUTS)
 def test_distill_command_in_bfloat16(distilled, tmp_path, config):
     arguments = ["echoatt", "distill", distilled / "converted", "--steps", "4", *DISTILL, "--output", "two"]
-    script = ROOT / "tests" / "distributed_runs.py"
-    result = launch(script, *arguments, cwd=tmp_path, config=f"{config}.yaml", precision="bf16")
+    result = launch(SCRIPT, *arguments, cwd=tmp_path, config=f"{config}.yaml", precision="bf16")
     assert result.returncode == 0, result.stderr[-5000:]
     expected, found = (
         json.loads((folder / "report.json").read_text())["results"][-1]["loss"]
@@ -223,8 +222,7 @@ def test_adapters_in_two_processes(distilled, tmp_path, config):
     arguments = ["distill", distilled / "converted", "--steps", "4", *DISTILL, "--lora-rank", "4"]
     arguments += ["--learning-rate", "2e-2"]
     run_alone(tmp_path, *arguments, "--output", "one")
-    script = ROOT / "tests" / "distributed_runs.py"
-    result = launch(script, "echoatt", *arguments, "--output", "two", cwd=tmp_path, config=f"{config}.yaml")
+    result = launch(SCRIPT, "echoatt", *arguments, "--output", "two", cwd=tmp_path, config=f"{config}.yaml")
     assert result.returncode == 0, result.stderr[-5000:]
     folders = tmp_path / "two", tmp_path / "one", distilled / "converted"
     found, expected, start = (load_file(folder / "model.safetensors") for folder in folders)
@@ -236,8 +234,7 @@ def test_adapters_in_two_processes(distilled, tmp_path, config):
 @pytest.mark.parametrize("config", ["fsdp2", needs_deepspeed("zero3")])
 def test_adapters_need_undivided_weights(distilled, tmp_path, config):
     arguments = ["echoatt", "distill", distilled / "converted", "--steps", "4", *DISTILL, "--lora-rank", "4"]
-    script = ROOT / "tests" / "distributed_runs.py"
-    result = launch(script, *arguments, "--output", "two", cwd=tmp_path, config=f"{config}.yaml")
+    result = launch(SCRIPT, *arguments, "--output", "two", cwd=tmp_path, config=f"{config}.yaml")
     assert result.returncode != 0 and "divides the weights that adapters are merged into" in result.stderr
     assert not (tmp_path / "two").exists()
 

@@ -1,6 +1,5 @@
 """Losses by liger-kernel: which heads it is for, and, where it is installed, what it gives in Triton's interpreter."""
 
-import contextlib
 import importlib.util
 import os
 import subprocess
@@ -11,10 +10,11 @@ import torch
 from conftest import FP32_TOLERANCE, make_batch, make_teacher, plan_of, process_environment
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
+from test_losses import gradients_of, labelled_batch, loss_in_chunks, models_of
 
 from echoatt_hf import EchoAttForCausalLM, EchoAttTrainer, EchoAttTrainingArguments, collate_rows, liger
 from echoatt_hf.heads import OutputHead
-from echoatt_hf.losses import LogitLosses, NextTokenLoss, TeacherDivergence
+from echoatt_hf.losses import LogitLosses, NextTokenLoss
 from echoatt_hf.settings import DistillationSettings
 
 
@@ -49,7 +49,8 @@ def test_in_the_interpreter():
 )
 def test_heads_that_are_one_product(family, changes, is_plain):
     student = EchoAttForCausalLM.from_teacher(make_teacher(family, attention=None, **changes), plan_of(family))
-    weight = OutputHead.find(student).plain_weight
+    assert OutputHead.find(student).plain_weight is None
+    weight = OutputHead.find(student, with_liger=True).plain_weight
     assert weight is (student.get_output_embeddings().weight if is_plain else None)
 
 
@@ -57,39 +58,24 @@ def test_heads_that_are_one_product(family, changes, is_plain):
 def test_head_with_an_adapter_is_no_product():
     student = EchoAttForCausalLM.from_teacher(make_teacher("llama", tie_word_embeddings=False), plan_of("llama"))
     adapted = get_peft_model(student, LoraConfig(task_type="CAUSAL_LM", target_modules=["lm_head", "v_proj"]))
-    assert OutputHead.find(adapted).plain_weight is None
-
-
-def losses_of(student, teacher, labels, divergence, with_liger):
-    """Total, parts and gradients of a batch, with the weights that they have in training."""
-    head, teacher_head = OutputHead.find(student), OutputHead.find(teacher)
-    ids = make_batch(2, 12)["input_ids"]
-    with torch.no_grad(), teacher_head.last_states() as kept:
-        teacher(ids, use_cache=False, logits_to_keep=1)
-    found = {"kl": TeacherDivergence(divergence, teacher_head.logits(kept), 2.0), "ce": NextTokenLoss(labels)}
-    losses = LogitLosses(found, {"kl": 0.7, "ce": 0.3}, labels, 13)
-    student.zero_grad()
-    with head.computes(losses, contextlib.nullcontext, with_liger) as parts:
-        total = student(ids, use_cache=False, logits_to_keep=1).loss
-    total.backward()
-    gradients = [value.grad.clone() for value in student.parameters() if value.grad is not None]
-    return [total.detach(), parts[0], *gradients]
+    assert OutputHead.find(adapted, with_liger=True).plain_weight is None
 
 
 @pytest.mark.parametrize("divergence", ["forward", "reverse", "jensen_shannon"])
 @pytest.mark.parametrize("kept", [5, 0], ids=["some targets", "no target"])
 def test_liger_gives_the_losses_and_gradients_of_chunks(interpreter, monkeypatch, divergence, kept):
-    teacher = make_teacher("llama").requires_grad_(False)
-    student = EchoAttForCausalLM.from_teacher(make_teacher("llama"), plan_of("llama")).train()
-    labels = make_batch(2, 12)["input_ids"]
-    labels[0, 2:6] = -100
+    student, teacher = models_of("llama")
+    batch, labels = labelled_batch()
     labels[:, kept:] = -100
-    expected = losses_of(student, teacher, labels, divergence, False)
-    monkeypatch.setattr("echoatt_hf.heads.chunked_loss", None)  # not called
-    found = losses_of(student, teacher, labels, divergence, True)
-    assert len(found) == len(expected) > 10
-    for one, other in zip(found, expected, strict=True):
-        torch.testing.assert_close(one, other, **FP32_TOLERANCE)
+    found = {}
+    for with_liger in (False, True):
+        if with_liger:
+            monkeypatch.setattr("echoatt_hf.heads.chunked_loss", None)  # not called
+        total, parts = loss_in_chunks(student, teacher, batch, labels, divergence, with_liger=with_liger)
+        gradients = gradients_of(total, student)
+        assert len(gradients) > 10
+        found[with_liger] = {"total": total.detach(), "parts": parts, **gradients}
+    torch.testing.assert_close(found[True], found[False], **FP32_TOLERANCE)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
@@ -114,7 +100,8 @@ def test_a_trainer_with_liger(interpreter, tmp_path, monkeypatch, family):
         return student.state_dict()
 
     expected = train()
-    assert not computed
+    assert computed == [None] * 3
+    computed.clear()
     found = train(use_liger_kernel=True)
     assert [result is not None for result in computed] == [family == "llama"] * 3
     for name, value in expected.items():

@@ -218,8 +218,8 @@ def plain_loss(student, teacher, batch, labels, name="forward", context=contextl
     return of_batch.total(parts), parts
 
 
-def loss_in_chunks(student, teacher, batch, labels, name="forward", context=contextlib.nullcontext):
-    head, teacher_head = OutputHead.find(student), OutputHead.find(teacher)
+def loss_in_chunks(student, teacher, batch, labels, name="forward", context=contextlib.nullcontext, with_liger=False):
+    head, teacher_head = (OutputHead.find(model, with_liger) for model in (student, teacher))
     with context():
         with torch.no_grad(), teacher_head.last_states() as kept:
             teacher(**batch, use_cache=False, logits_to_keep=1)
