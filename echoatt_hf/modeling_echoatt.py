@@ -708,7 +708,7 @@ class EchoAttPreTrainedModel(PreTrainedModel):
         [`~PreTrainedModel.push_to_hub`].
         """
         try:
-            from echoatt_hf.hub import push_model
+            from echoatt_hf.publishing.push import push_model
         except ImportError:
             return super().push_to_hub(repo_id, **kwargs)
         return push_model(self, repo_id, **kwargs)

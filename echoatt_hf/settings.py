@@ -6,9 +6,9 @@ from typing import Any
 
 from transformers.utils import is_liger_kernel_available
 
-from .data import STDLIB
-from .losses import check_divergence
-from .teachers import BUILTIN_TEACHER
+from .distillation.losses import check_divergence
+from .models.loading import BUILTIN_TEACHER
+from .text.documents import STDLIB
 
 
 __all__ = [

@@ -13,7 +13,7 @@ import tempfile
 from pathlib import Path
 
 from echoatt_hf import CompressionSettings, compress
-from echoatt_hf.card import write_model_card
+from echoatt_hf.publishing.card import write_model_card
 
 
 CARD = Path(__file__).parents[1] / "model_cards" / "builtin_student_041"

@@ -27,9 +27,9 @@ from echoatt_hf import (
     merge_lora,
     share_weights,
 )
-from echoatt_hf.memory import peak_memory
-from echoatt_hf.outputs import format_markdown
-from echoatt_hf.teachers import default_device
+from echoatt_hf.benchmark.memory import peak_memory
+from echoatt_hf.models.loading import default_device
+from echoatt_hf.outputs.files import format_markdown
 
 
 MIB = 2**20

@@ -17,9 +17,9 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from echoatt_hf import EchoAttForCausalLM, EchoAttTrainer, EchoAttTrainingArguments
-from echoatt_hf.memory import peak_memory
-from echoatt_hf.outputs import format_markdown, write_whole
-from echoatt_hf.runs import describe_environment
+from echoatt_hf.benchmark.memory import peak_memory
+from echoatt_hf.outputs.files import format_markdown, write_whole
+from echoatt_hf.pipeline.runs import describe_environment
 
 
 VOCAB_SIZES = [32_000, 151_936]

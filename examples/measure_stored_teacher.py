@@ -33,14 +33,14 @@ from echoatt_hf import (
     evaluate_model,
     write_stored_teacher,
 )
-from echoatt_hf.data import STDLIB
-from echoatt_hf.outputs import format_markdown
-from echoatt_hf.pipeline import distill
-from echoatt_hf.preparation import load_rows, make_plan
-from echoatt_hf.runs import describe_environment
+from echoatt_hf.analysis.similarity import measure_on_rows
+from echoatt_hf.models.loading import default_device, load_model, load_tokenizer
+from echoatt_hf.outputs.files import format_markdown
+from echoatt_hf.pipeline.pipeline import distill
+from echoatt_hf.pipeline.preparation import load_rows, make_plan
+from echoatt_hf.pipeline.runs import describe_environment
 from echoatt_hf.settings import DataSettings, DistillationSettings, PlanSettings
-from echoatt_hf.similarity import measure_on_rows
-from echoatt_hf.teachers import default_device, load_model, load_tokenizer
+from echoatt_hf.text.documents import STDLIB
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:

@@ -56,22 +56,22 @@ from study_report import compare, make_curve, make_report, plot_curves
 from transformers import PreTrainedModel
 
 from echoatt_hf import SharingPlan, convert, count_kv_bytes_per_token, evaluate_model, evaluate_zero_shot
-from echoatt_hf.baselines import (
+from echoatt_hf.analysis.similarity import AttentionSimilarity, measure_on_rows
+from echoatt_hf.baselines.layer_dropping import (
     check_same_model,
     choose_layers_to_drop,
     draw_plan,
     drop_layers,
     share_keys_values,
 )
-from echoatt_hf.data import STDLIB, load_documents, pack_rows
-from echoatt_hf.outputs import whole_folder, write_whole
-from echoatt_hf.pipeline import distill
-from echoatt_hf.preparation import choose_plan, load_rows, make_plan
-from echoatt_hf.refit import hold_out
-from echoatt_hf.runs import describe_environment
+from echoatt_hf.conversion.refit import hold_out
+from echoatt_hf.models.loading import default_device, load_config, load_model, load_tokenizer
+from echoatt_hf.outputs.files import whole_folder, write_whole
+from echoatt_hf.pipeline.pipeline import distill
+from echoatt_hf.pipeline.preparation import choose_plan, load_rows, make_plan
+from echoatt_hf.pipeline.runs import describe_environment
 from echoatt_hf.settings import CalibrationSettings, DataSettings, DistillationSettings, PlanSettings
-from echoatt_hf.similarity import AttentionSimilarity, measure_on_rows
-from echoatt_hf.teachers import default_device, load_config, load_model, load_tokenizer
+from echoatt_hf.text.documents import STDLIB, load_documents, pack_rows
 
 
 METHODS = ("none", "cross-entropy", "paper", "ours untrained", "ours")

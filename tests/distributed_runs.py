@@ -14,10 +14,12 @@ from datasets import Dataset, IterableDataset
 from transformers import Trainer
 from transformers.integrations import unset_hf_deepspeed_config
 
-from echoatt_hf import EchoAttForCausalLM, EchoAttTrainer, EchoAttTrainingArguments, cli, losses
-from echoatt_hf.data import collate_rows
-from echoatt_hf.heads import OutputHead
-from echoatt_hf.runs import train_from_last_checkpoint, whole_state
+from echoatt_hf import EchoAttForCausalLM, EchoAttTrainer, EchoAttTrainingArguments
+from echoatt_hf.cli import app as cli
+from echoatt_hf.distillation import losses
+from echoatt_hf.models.heads import OutputHead
+from echoatt_hf.pipeline.runs import train_from_last_checkpoint, whole_state
+from echoatt_hf.text.documents import collate_rows
 
 
 ROWS, BATCH = 32, 8

@@ -7,7 +7,7 @@ import torch
 from conftest import make_batch, make_teacher, plan_of
 
 from echoatt_hf import AttentionSimilarity, EchoAttForCausalLM, align_heads
-from echoatt_hf.alignment import count_heads, count_kv_heads, match_heads, permute_heads
+from echoatt_hf.conversion.alignment import count_heads, count_kv_heads, match_heads, permute_heads
 from echoatt_hf.modeling_echoatt import AttentionRecord, EchoRecords, find_attention_modules
 
 

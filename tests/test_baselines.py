@@ -8,7 +8,8 @@ from conftest import FP32_TOLERANCE, make_batch, make_teacher
 from transformers import AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, repeat_kv
 
-from echoatt_hf import baselines, evaluate_model
+from echoatt_hf import evaluate_model
+from echoatt_hf.baselines import layer_dropping as baselines
 
 
 def attend_by_hand(attention, states, position_embeddings, shared):

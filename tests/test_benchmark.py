@@ -9,8 +9,9 @@ import torch
 from conftest import make_batch, make_teacher, plan_of, process_environment, train_byte_level_bpe
 from transformers import PreTrainedTokenizerFast
 
-from echoatt_hf import BenchmarkSettings, EchoAttForCausalLM, benchmark, format_benchmark, run_benchmark
-from echoatt_hf.costs import count_costs
+from echoatt_hf import BenchmarkSettings, EchoAttForCausalLM, format_benchmark, run_benchmark
+from echoatt_hf.benchmark import speed as benchmark
+from echoatt_hf.benchmark.costs import count_costs
 
 
 PLAN = "0,1,1,1,4,4"
@@ -321,7 +322,7 @@ def test_prompts_need_a_tokenizer(folder):
 
 
 def echoatt(*arguments: str, cwd) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "echoatt_hf.cli", "benchmark", *arguments]
+    command = [sys.executable, "-m", "echoatt_hf.cli.app", "benchmark", *arguments]
     return subprocess.run(command, cwd=cwd, env=process_environment(), capture_output=True, text=True, timeout=300)
 
 

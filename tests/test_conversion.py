@@ -26,7 +26,7 @@ from echoatt_hf import (
     count_cache_bytes,
     count_kv_bytes_per_token,
 )
-from echoatt_hf.teachers import builtin_teacher_path
+from echoatt_hf.models.loading import builtin_teacher_path
 
 
 TINYLLAMA = {

@@ -8,10 +8,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 from echoatt_hf import EchoAttConfig, EchoAttForCausalLM
-from echoatt_hf.baselines import drop_layers, share_keys_values
-from echoatt_hf.benchmark import SHAPES
-from echoatt_hf.costs import count_costs
-from echoatt_hf.sharing import SharingPlan
+from echoatt_hf.baselines.layer_dropping import drop_layers, share_keys_values
+from echoatt_hf.benchmark.costs import count_costs
+from echoatt_hf.benchmark.speed import SHAPES
+from echoatt_hf.planning.sharing import SharingPlan
 
 
 def count_operations(run) -> int:

@@ -17,7 +17,7 @@ from tokenizers import processors
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerFast
 
-from echoatt_hf.data import STDLIB, collate_rows, load_documents, pack_rows, split_documents
+from echoatt_hf.text.documents import STDLIB, collate_rows, load_documents, pack_rows, split_documents
 
 
 TEXTS = [
@@ -439,7 +439,7 @@ def test_missing_columns_and_splits(streaming, tmp_path):
 
 @pytest.mark.parametrize("data", ["no/such/file", "missing.txt", "./missing", "missing/", Path("owner/name"), "~/a"])
 def test_a_missing_path_is_not_looked_for_on_the_hub(data, monkeypatch):
-    monkeypatch.setattr("echoatt_hf.data.load_dataset", lambda *_, **__: pytest.fail("asked the Hub"))
+    monkeypatch.setattr("echoatt_hf.text.documents.load_dataset", lambda *_, **__: pytest.fail("asked the Hub"))
     with pytest.raises(FileNotFoundError, match="no such file or folder"):
         load_documents(data)
 
@@ -449,7 +449,7 @@ def test_a_name_that_cannot_be_loaded(data, monkeypatch):
     def fail(path, name, split, streaming):
         raise ConnectionError(f"Couldn't reach {path!r}\nand more")
 
-    monkeypatch.setattr("echoatt_hf.data.load_dataset", fail)
+    monkeypatch.setattr("echoatt_hf.text.documents.load_dataset", fail)
     message = r"neither a file or folder of text .* \(ConnectionError: Couldn't reach '[^\n]*'\)\..*'stdlib'"
     with pytest.raises(FileNotFoundError, match=message):
         load_documents(data)
@@ -461,7 +461,7 @@ def test_a_data_set_is_loaded_by_name_with_configuration_and_split(monkeypatch):
         assert options == {"split": "train[:3]", "streaming": False}
         return Dataset.from_dict({"text": TEXTS})
 
-    monkeypatch.setattr("echoatt_hf.data.load_dataset", load)
+    monkeypatch.setattr("echoatt_hf.text.documents.load_dataset", load)
     assert load_documents("owner/name", name="english", split="train[:3]")["text"][:] == TEXTS
 
 

@@ -14,12 +14,13 @@ from torch.utils._pytree import tree_leaves
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from echoatt_hf import EchoAttForCausalLM, losses
-from echoatt_hf.adapters import add_lora, merge_lora
-from echoatt_hf.data import collate_rows
-from echoatt_hf.distillation import EchoAttTrainer, EchoAttTrainingArguments
-from echoatt_hf.losses import relative_distance
+from echoatt_hf import EchoAttForCausalLM
+from echoatt_hf.distillation import losses
+from echoatt_hf.distillation.adapters import add_lora, merge_lora
+from echoatt_hf.distillation.losses import relative_distance
+from echoatt_hf.distillation.trainer import EchoAttTrainer, EchoAttTrainingArguments
 from echoatt_hf.modeling_echoatt import find_attention_modules
+from echoatt_hf.text.documents import collate_rows
 
 
 VOCAB = 48

@@ -23,9 +23,9 @@ from echoatt_hf import (
     refit_outputs,
     search_plan,
 )
-from echoatt_hf.preparation import load_calibration_rows, load_held_out_rows, load_rows
+from echoatt_hf.analysis.similarity import measure_on_rows
+from echoatt_hf.pipeline.preparation import load_calibration_rows, load_held_out_rows, load_rows
 from echoatt_hf.settings import CompressionSettings
-from echoatt_hf.similarity import measure_on_rows
 
 
 HALF = 10
@@ -207,7 +207,7 @@ def test_families_whose_packed_rows_see_each_other_are_refused(family, tokenizer
 def test_command_line(tokenizer, text_file, tmp_path, capsys):
     from typer.testing import CliRunner
 
-    from echoatt_hf.cli import app
+    from echoatt_hf.cli.app import app
 
     model = make_teacher("llama", vocab_size=len(tokenizer), initializer_range=0.3)
     model.save_pretrained(tmp_path / "teacher")

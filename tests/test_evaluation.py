@@ -12,8 +12,8 @@ from tokenizers import Tokenizer, decoders, models
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import echoatt_hf
-from echoatt_hf.data import load_documents, pack_rows
-from echoatt_hf.evaluation import compute_agreement, compute_perplexity, evaluate_model, metric_path
+from echoatt_hf.evaluation.held_out import compute_agreement, compute_perplexity, evaluate_model, metric_path
+from echoatt_hf.text.documents import load_documents, pack_rows
 
 
 TEXTS = [f"Story {index}: the ünïcödé cat no. {index * 7} sat on a mat 🙂 and sang." for index in range(12)]

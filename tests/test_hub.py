@@ -19,11 +19,12 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import echoatt_hf
-from echoatt_hf import DataSettings, builtin_teacher_path, cli, convert, push_student
-from echoatt_hf import hub as publishing
-from echoatt_hf.callbacks import CODE_FILES
-from echoatt_hf.card import find_gaps, write_model_card
-from echoatt_hf.runs import describe_data, describe_teacher
+from echoatt_hf import DataSettings, builtin_teacher_path, convert, push_student
+from echoatt_hf.cli import app as cli
+from echoatt_hf.pipeline.runs import describe_data, describe_teacher
+from echoatt_hf.publishing import push as publishing
+from echoatt_hf.publishing.callbacks import CODE_FILES
+from echoatt_hf.publishing.card import find_gaps, write_model_card
 
 
 pytestmark = pytest.mark.hub

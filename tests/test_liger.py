@@ -12,9 +12,10 @@ from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from test_losses import gradients_of, labelled_batch, loss_in_chunks, models_of
 
-from echoatt_hf import EchoAttForCausalLM, EchoAttTrainer, EchoAttTrainingArguments, collate_rows, liger
-from echoatt_hf.heads import OutputHead
-from echoatt_hf.losses import LogitLosses, NextTokenLoss
+from echoatt_hf import EchoAttForCausalLM, EchoAttTrainer, EchoAttTrainingArguments, collate_rows
+from echoatt_hf.distillation import liger
+from echoatt_hf.distillation.losses import LogitLosses, NextTokenLoss
+from echoatt_hf.models.heads import OutputHead
 from echoatt_hf.settings import DistillationSettings
 
 
@@ -70,7 +71,7 @@ def test_liger_gives_the_losses_and_gradients_of_chunks(interpreter, monkeypatch
     found = {}
     for with_liger in (False, True):
         if with_liger:
-            monkeypatch.setattr("echoatt_hf.heads.chunked_loss", None)  # not called
+            monkeypatch.setattr("echoatt_hf.models.heads.chunked_loss", None)  # not called
         total, parts = loss_in_chunks(student, teacher, batch, labels, divergence, with_liger=with_liger)
         gradients = gradients_of(total, student)
         assert len(gradients) > 10
@@ -83,7 +84,7 @@ def test_a_trainer_with_liger(interpreter, tmp_path, monkeypatch, family):
     """The same weights as without, and for heads that liger has no kernel for too."""
     computed, liger_loss = [], liger.liger_loss
     monkeypatch.setattr(
-        "echoatt_hf.heads.liger_loss", lambda *given: computed.append(liger_loss(*given)) or computed[-1]
+        "echoatt_hf.models.heads.liger_loss", lambda *given: computed.append(liger_loss(*given)) or computed[-1]
     )
 
     def train(**options):

@@ -11,10 +11,10 @@ from conftest import CHECKPOINTING, FP32_TOLERANCE, make_batch, make_teacher, pl
 from families import FAMILIES, VOCAB_SIZE
 from transformers import LlamaForCausalLM
 
-from echoatt_hf import EchoAttForCausalLM, losses
-from echoatt_hf.adapters import add_lora
-from echoatt_hf.heads import OutputHead
-from echoatt_hf.losses import (
+from echoatt_hf import EchoAttForCausalLM
+from echoatt_hf.distillation import losses
+from echoatt_hf.distillation.adapters import add_lora
+from echoatt_hf.distillation.losses import (
     DIVERGENCES,
     LogitLosses,
     NextTokenLoss,
@@ -23,6 +23,7 @@ from echoatt_hf.losses import (
     relative_distance,
     target_mask,
 )
+from echoatt_hf.models.heads import OutputHead
 
 
 VOCAB = 48

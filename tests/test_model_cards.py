@@ -10,7 +10,7 @@ import pytest
 from huggingface_hub import ModelCard
 
 from echoatt_hf import EchoAttForCausalLM, SharingPlan, count_kv_bytes_per_token, load_model
-from echoatt_hf.card import find_gaps
+from echoatt_hf.publishing.card import find_gaps
 from echoatt_hf.settings import CompressionSettings
 
 

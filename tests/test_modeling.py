@@ -46,7 +46,7 @@ from echoatt_hf import (
     modeling_echoatt,
 )
 from echoatt_hf.modeling_echoatt import find_attention_modules
-from echoatt_hf.sharing import SharingPlan
+from echoatt_hf.planning.sharing import SharingPlan
 
 
 PLAN = [0, 1, 1, 1, 4]

@@ -13,8 +13,8 @@ import torch
 from conftest import process_environment, write_workplace
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from echoatt_hf.card import find_gaps
-from echoatt_hf.outputs import replace_folder, whole_folder, write_whole
+from echoatt_hf.outputs.files import replace_folder, whole_folder, write_whole
+from echoatt_hf.publishing.card import find_gaps
 
 
 LAYERS = 6
@@ -52,7 +52,7 @@ def workplace(tmp_path_factory):
 def echoatt(*arguments, cwd=None, check=True):
     """Run the command line in a process of its own."""
     result = subprocess.run(
-        [sys.executable, "-m", "echoatt_hf.cli", *map(str, arguments)],
+        [sys.executable, "-m", "echoatt_hf.cli.app", *map(str, arguments)],
         cwd=cwd,
         env=process_environment(COLUMNS="200"),
         capture_output=True,
@@ -174,7 +174,7 @@ def test_steps_one_by_one_equal_the_pipeline(compressed, workplace):
 
 
 def test_stopped_search_resumes_to_the_same_plan(workplace, tmp_path, monkeypatch, run_in_process):
-    from echoatt_hf import search
+    from echoatt_hf.search import effect as search
 
     command = ["plan", workplace / "teacher", "--data", workplace / "text", *FAST[:6], "--ratio", 0.5]
     whole = run_in_process(*command)
@@ -215,7 +215,7 @@ def test_stopped_run_resumes_to_the_same_student(workplace, tmp_path, how):
     echoatt(*arguments, "--output", tmp_path / "whole")
     output = tmp_path / "stopped"
     process = subprocess.Popen(
-        [sys.executable, "-m", "echoatt_hf.cli", *map(str, arguments), "--output", str(output)],
+        [sys.executable, "-m", "echoatt_hf.cli.app", *map(str, arguments), "--output", str(output)],
         env=process_environment(),
         stderr=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
@@ -249,7 +249,7 @@ def test_stopped_run_resumes_to_the_same_student(workplace, tmp_path, how):
 
 
 def test_full_disk_at_the_end_keeps_the_old_student_and_the_run(workplace, tmp_path, monkeypatch, run_in_process):
-    from echoatt_hf import pipeline
+    from echoatt_hf.pipeline import pipeline
 
     output = tmp_path / "out"
     arguments = [
@@ -304,7 +304,7 @@ def test_results_of_mixed_precision_are_those_of_the_student_that_is_saved(workp
 
 
 def test_adapters_are_merged_into_a_plain_student(workplace, tmp_path, run_in_process, monkeypatch):
-    from echoatt_hf import pipeline
+    from echoatt_hf.pipeline import pipeline
 
     arguments = [
         "compress", workplace / "teacher", "--data", workplace / "text", "--plan", "0,1,1,1,1,5", "--steps", 24,
@@ -410,7 +410,7 @@ def run_in_process(monkeypatch, capfd):
     """The command line in this process: as the real one, but without the seconds an import takes."""
     from typer.testing import CliRunner
 
-    from echoatt_hf.cli import app
+    from echoatt_hf.cli.app import app
 
     def run(*arguments):
         result = CliRunner().invoke(app, [str(argument) for argument in arguments])
@@ -439,7 +439,7 @@ def test_bad_input_is_one_line_and_nothing_is_written(bad_workplace, monkeypatch
 
 @pytest.mark.parametrize("rule", ["effect", "similarity", "blocks", "0,1,1"])
 def test_impossible_plans_are_refused_before_anything_is_measured(workplace, monkeypatch, run_in_process, rule):
-    from echoatt_hf import pipeline, preparation
+    from echoatt_hf.pipeline import pipeline, preparation
 
     monkeypatch.chdir(workplace)
     for module in (pipeline, preparation):

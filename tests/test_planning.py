@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from echoatt_hf.configuration_echoatt import check_echo_sources
-from echoatt_hf.planning import plan_from_similarity
-from echoatt_hf.sharing import SharingPlan
+from echoatt_hf.planning.rules import plan_from_similarity
+from echoatt_hf.planning.sharing import SharingPlan
 
 
 def random_similarity(num_layers: int, seed: int = 0) -> torch.Tensor:

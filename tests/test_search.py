@@ -7,7 +7,7 @@ import torch
 from conftest import make_batch, make_teacher
 
 from echoatt_hf import EchoAttForCausalLM, evaluate_model, measure_attention_similarity, search_plan
-from echoatt_hf import search as search_module
+from echoatt_hf.search import effect as search_module
 
 
 UNTUNED = {"align": False, "refit": False}

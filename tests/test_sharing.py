@@ -4,7 +4,7 @@ from collections.abc import Sequence
 import pytest
 
 from echoatt_hf.configuration_echoatt import check_echo_sources
-from echoatt_hf.sharing import SharingPlan, count_echo_layers
+from echoatt_hf.planning.sharing import SharingPlan, count_echo_layers
 
 
 # Five sliding layers, then one full, as in gemma-3-1b.

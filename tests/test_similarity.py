@@ -10,8 +10,9 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.models.llama.modeling_llama import LlamaAttention
 
-from echoatt_hf import EchoAttForCausalLM, plan_from_similarity, similarity
-from echoatt_hf.similarity import AttentionSimilarity, measure_attention_similarity
+from echoatt_hf import EchoAttForCausalLM, plan_from_similarity
+from echoatt_hf.analysis import similarity
+from echoatt_hf.analysis.similarity import AttentionSimilarity, measure_attention_similarity
 
 
 # Different lengths, no padding, padding on the left, on the right, and a row of one token, which says nothing.

@@ -13,9 +13,9 @@ from conftest import FP32_TOLERANCE, process_environment, train_byte_level_bpe
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from echoatt_hf import EchoAttForCausalLM, StoredTeacher, collate_rows, write_stored_teacher
-from echoatt_hf.distillation import EchoAttTrainer, EchoAttTrainingArguments
-from echoatt_hf.losses import divergence_from_stored, forward_kl, merge_rest
-from echoatt_hf.stored_teacher import hash_tokenizer, hash_weights
+from echoatt_hf.distillation.losses import divergence_from_stored, forward_kl, merge_rest
+from echoatt_hf.distillation.stored_teacher import hash_tokenizer, hash_weights
+from echoatt_hf.distillation.trainer import EchoAttTrainer, EchoAttTrainingArguments
 
 
 TEXT = [f"Story {n}. Once upon a time {n} small bears ate {n * 3} pots of honey.\n" * 20 for n in range(24)]
@@ -173,7 +173,7 @@ def test_hash_of_a_tokenizer_is_that_of_its_vocabulary(tokenizer):
 
 @pytest.mark.parametrize("stop_after", [0, 1, 2])
 def test_stopped_store_becomes_the_same(store, tmp_path, teacher, tokenizer, rows, monkeypatch, stop_after):
-    from echoatt_hf import stored_teacher
+    from echoatt_hf.distillation import stored_teacher
 
     folder, ask, asked = tmp_path / "store", stored_teacher._ask, []
 
@@ -458,7 +458,7 @@ def workplace(tmp_path_factory, teacher, tokenizer):
 
 def run(folder, *arguments):
     return subprocess.run(
-        [sys.executable, "-m", "echoatt_hf.cli", *map(str, arguments)],
+        [sys.executable, "-m", "echoatt_hf.cli.app", *map(str, arguments)],
         cwd=folder, env=process_environment(), capture_output=True, text=True, timeout=200,
     )  # fmt: skip
 
@@ -468,7 +468,7 @@ def run_in_process(workplace, monkeypatch):
     """The command line in this process: as the real one, but without the seconds an import takes."""
     from typer.testing import CliRunner
 
-    from echoatt_hf.cli import app
+    from echoatt_hf.cli.app import app
 
     monkeypatch.chdir(workplace[0])
     return lambda *arguments: CliRunner().invoke(app, [str(argument) for argument in arguments])

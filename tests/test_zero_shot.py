@@ -31,7 +31,7 @@ from transformers import (
 
 import echoatt_hf
 from echoatt_hf import evaluate_zero_shot
-from echoatt_hf.zero_shot import format_zero_shot, read_zero_shot_tasks
+from echoatt_hf.evaluation.zero_shot import format_zero_shot, read_zero_shot_tasks
 
 
 ROOT = Path(__file__).parents[1]
@@ -500,7 +500,7 @@ def run(capfd):
     """The command line in this process, which spares the seconds an import takes."""
     from typer.testing import CliRunner
 
-    from echoatt_hf.cli import app
+    from echoatt_hf.cli.app import app
 
     def invoke(*arguments):
         return CliRunner().invoke(app, ["zero-shot", *map(str, arguments)])

@@ -1,0 +1,1 @@
+"""Analyze: how similarly the layers of a model attend."""

@@ -1,0 +1,459 @@
+"""The command line: `echoatt compress`, and the steps of the pipeline one by one."""
+
+import functools
+import inspect
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import fields
+from pathlib import Path
+from typing import Annotated, get_type_hints
+
+import typer
+
+from ..settings import (
+    BenchmarkSettings,
+    CalibrationSettings,
+    CompressionSettings,
+    DataSettings,
+    DistillationSettings,
+    PlanSettings,
+    StoredTeacherSettings,
+    StoreSettings,
+    default_of,
+)
+
+
+app = typer.Typer(
+    help="EchoAtt for Hugging Face: smaller, faster students of decoder language models, by sharing attention.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="An error is one line; --debug shows where it came from.",
+)
+
+# Bad input, files and disks, and losses that are not finite.
+EXPECTED_ERRORS = (ValueError, OSError, FloatingPointError)
+
+Teacher = Annotated[str, typer.Argument(help="'builtin', a folder, or a repository of the Hub.")]
+Output = Annotated[Path, typer.Option(help="What to write.", show_default=False)]
+Similarity = Annotated[
+    Path | None,
+    typer.Option(help="similarity.json of `echoatt analyze`; measured anew where it is needed and not given."),
+]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an output that is there.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on with an unfinished run.")]
+
+
+def with_settings(**groups: type) -> Callable:
+    """
+    Turn parameters that hold settings into one command-line option per field.
+
+    Args:
+        groups: name of a parameter of the command, and the dataclass whose fields become options.
+    """
+
+    def decorate(command: Callable) -> Callable:
+        signature = inspect.signature(command)
+        parameters = [parameter for name, parameter in signature.parameters.items() if name not in groups]
+        for group in groups.values():
+            hints = get_type_hints(group)
+            parameters += [
+                inspect.Parameter(
+                    field.name,
+                    inspect.Parameter.KEYWORD_ONLY,
+                    default=default_of(field),
+                    annotation=Annotated[hints[field.name], _option(field, hints[field.name])],
+                )
+                for field in fields(group)
+            ]
+
+        @functools.wraps(command)
+        def run(**values):
+            with one_line_errors(can_resume="resume" in values and values["output"] is not None):
+                for parameter, group in groups.items():
+                    values[parameter] = group(**{field.name: values.pop(field.name) for field in fields(group)})
+                command(**values)
+
+        run.__signature__ = signature.replace(
+            parameters=[parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in parameters]
+        )
+        run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+        return run
+
+    return decorate
+
+
+def _option(field, kind: type):
+    name, names = field.name.replace("_", "-"), []
+    if kind is bool:
+        names = [f"--{name}/--no-{name}" if default_of(field) else f"--{name}"]
+    return typer.Option(*names, help=field.metadata["help"])
+
+
+@app.command()
+@with_settings(
+    plan=PlanSettings, calibration=CalibrationSettings, data=DataSettings, distillation=DistillationSettings
+)
+def compress(
+    plan: PlanSettings,
+    calibration: CalibrationSettings,
+    data: DataSettings,
+    distillation: DistillationSettings,
+    output: Output,
+    teacher: Teacher = "builtin",
+    overwrite: Overwrite = False,
+    resume: Resume = False,
+) -> None:
+    """Make a student from a teacher: analyze, plan, convert, distill, evaluate."""
+    from ..pipeline.pipeline import compress
+    from ..planning.sharing import SharingPlan
+    from ..publishing.card import format_table
+
+    settings = CompressionSettings(
+        teacher=teacher, plan=plan, calibration=calibration, data=data, distillation=distillation
+    )
+    report = compress(settings, output, overwrite=overwrite, resume=resume)
+    print(f"\n{SharingPlan(report['plan']['echo_sources'])}")
+    for name, kl in report.get("search", {}).get("kl", {}).items():
+        print(f"KL of the plan by {name}, untrained: {kl:.4f} nats")
+    print(f"\n{format_table(report['results'])}\n\nwritten to {output}")
+
+
+@app.command()
+@with_settings(data=DataSettings)
+def analyze(
+    data: DataSettings,
+    output: Output,
+    teacher: Teacher = "builtin",
+    calibration_rows: Annotated[int, typer.Option(help="Rows on which similarity is measured.")] = 48,
+    overwrite: Overwrite = False,
+) -> None:
+    """Measure how similarly the layers of a model attend: similarity.json and a heat map, similarity.png."""
+    from ..analysis.similarity import measure_on_rows
+    from ..models.loading import load_model, load_tokenizer
+    from ..outputs.files import check_output_folder, whole_folder, write_whole
+    from ..pipeline.preparation import load_calibration_rows
+
+    check_output_folder(output, overwrite)
+    calibration = CalibrationSettings(calibration_rows=calibration_rows)
+    model = load_model(teacher)
+    settings = CompressionSettings(teacher=teacher, calibration=calibration, data=data)
+    rows = load_calibration_rows(settings, load_tokenizer(teacher, model), model)
+    similarity = measure_on_rows(model, rows, progress=True)
+    with whole_folder(output, overwrite) as folder:
+        write_whole(folder / "similarity.json", similarity.to_json())
+        similarity.plot(folder / "similarity.png")
+    layers = similarity.layers
+    print("layer  most similar earlier layer")
+    for layer in range(1, len(layers)):
+        best = int(layers[layer, :layer].argmax())
+        print(f"{layer:5}  {best} ({layers[layer, best]:.3f})")
+    print(f"\nwritten to {output}")
+
+
+@app.command()
+@with_settings(plan=PlanSettings, calibration=CalibrationSettings, data=DataSettings)
+def plan(
+    plan: PlanSettings,
+    calibration: CalibrationSettings,
+    data: DataSettings,
+    teacher: Teacher = "builtin",
+    similarity: Similarity = None,
+    output: Annotated[Path | None, typer.Option(help="JSON file to write the plan to.")] = None,
+    overwrite: Overwrite = False,
+    resume: Resume = False,
+) -> None:
+    """Choose which layers echo which. Prints the plan as a line of layers and as JSON."""
+    from ..outputs.files import check_output_file, write_whole
+    from ..pipeline.preparation import plan_teacher
+    from ..pipeline.runs import resumable_search
+
+    check_output_file(output, overwrite)
+    settings = CompressionSettings(teacher=teacher, plan=plan, calibration=calibration, data=data)
+    with resumable_search(settings, output, overwrite, resume) as state:
+        made, search = plan_teacher(settings, similarity, state)
+    if search is not None:
+        print(f"{search}\n")
+    print(made)
+    if output is None:
+        print(made.to_json(), end="")
+    else:
+        write_whole(output, made.to_json())
+        print(f"written to {output}")
+
+
+@app.command()
+@with_settings(plan=PlanSettings, calibration=CalibrationSettings, data=DataSettings)
+def convert(
+    plan: PlanSettings,
+    calibration: CalibrationSettings,
+    data: DataSettings,
+    output: Output,
+    teacher: Teacher = "builtin",
+    similarity: Similarity = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Make a student that inherits the teacher's weights, tuned to it but not trained."""
+    from ..outputs.files import check_output_folder, whole_folder, write_whole
+    from ..pipeline.preparation import convert_teacher
+    from ..planning.sharing import SharingPlan
+
+    check_output_folder(output, overwrite)
+    settings = CompressionSettings(teacher=teacher, plan=plan, calibration=calibration, data=data)
+    student, report, tokenizer = convert_teacher(settings, similarity)
+    with whole_folder(output, overwrite) as folder:
+        student.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        write_whole(folder / "sharing_plan.json", SharingPlan(report.echo_sources).to_json())
+        write_whole(folder / "conversion.json", json.dumps(report.to_dict(), indent=2) + "\n")
+    print(f"{report}\n\nwritten to {output}")
+
+
+@app.command()
+@with_settings(data=DataSettings, store=StoredTeacherSettings)
+def store_teacher(
+    data: DataSettings,
+    store: StoredTeacherSettings,
+    output: Output,
+    teacher: Teacher = "builtin",
+    overwrite: Overwrite = False,
+    resume: Resume = False,
+) -> None:
+    """Keep what a teacher says of each token of a text, to distil from without it."""
+    from ..pipeline.pipeline import store_teacher
+
+    settings = StoreSettings(teacher=teacher, data=data, store=store)
+    manifest = store_teacher(settings, output, overwrite=overwrite, resume=resume)
+    size = sum(shard["bytes"] for shard in manifest["shards"])
+    print(f"{manifest['tokens']:,} tokens in {manifest['rows']:,} rows and {len(manifest['shards']):,} files")
+    print(f"{manifest['bytes_per_token']:,} bytes per token, {size / 2**20:,.1f} MiB")
+    print(f"{1 - manifest['rest_mass']:.2%} of the probability is that of the top {manifest['top_k']}")
+    print(f"\nwritten to {output}")
+
+
+@app.command()
+@with_settings(data=DataSettings, distillation=DistillationSettings)
+def distill(
+    data: DataSettings,
+    distillation: DistillationSettings,
+    student: Annotated[str, typer.Argument(help="Folder or repository of a converted student.")],
+    output: Output,
+    teacher: Annotated[
+        str | None,
+        typer.Option(
+            help="The model the student was made from; 'builtin' if there is no stored teacher either. With one, it is "
+            "only compared with."
+        ),
+    ] = None,
+    stored_teacher: Annotated[
+        Path | None, typer.Option(help="Folder of `echoatt store-teacher`, in place of teacher and data.")
+    ] = None,
+    overwrite: Overwrite = False,
+    resume: Resume = False,
+) -> None:
+    """Distil a student from its teacher in two stages, in one process or under `accelerate launch`."""
+    from ..pipeline.pipeline import distill_student
+    from ..pipeline.runs import processes
+    from ..publishing.card import format_table
+
+    report = distill_student(
+        student, teacher, data, distillation, output, stored_teacher=stored_teacher, overwrite=overwrite, resume=resume
+    )
+    if processes().is_main_process:
+        print(f"\n{format_table(report['results'])}\n\nwritten to {output}")
+
+
+@app.command()
+@with_settings(data=DataSettings)
+def evaluate(
+    data: DataSettings,
+    model: Annotated[str, typer.Argument(help="Folder or repository of a student or any causal language model.")],
+    teacher: Annotated[str | None, typer.Option(help="Model to compare with: agreement and KL.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Rows in a forward pass.")] = 8,
+    output: Annotated[Path | None, typer.Option(help="JSON file to write the results to.")] = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Evaluate a model on held-out text: perplexity, bits per byte, and agreement with its teacher."""
+    from ..evaluation.held_out import evaluate_model
+    from ..models.loading import load_model, load_tokenizer
+    from ..outputs.files import check_output_file, write_whole
+    from ..pipeline.preparation import load_held_out_rows
+
+    check_output_file(output, overwrite)
+    loaded = load_model(model)
+    tokenizer = load_tokenizer(model, loaded)
+    rows = load_held_out_rows(data, tokenizer, loaded)
+    compared = load_model(teacher) if teacher is not None else None
+    results = evaluate_model(
+        loaded, rows, teacher=compared, tokenizer=tokenizer, batch_size=batch_size, description="evaluate"
+    )
+    for name, value in results.items():
+        print(f"{name:14} {value:,}" if isinstance(value, int) else f"{name:14} {value:.5f}")
+    if output is not None:
+        write_whole(output, json.dumps({"model": model, "teacher": teacher, **results}, indent=2) + "\n")
+        print(f"written to {output}")
+
+
+@app.command()
+@with_settings()
+def zero_shot(
+    model: Annotated[str, typer.Argument(help="Folder or repository of a student or any causal language model.")],
+    task: Annotated[
+        list[str],
+        typer.Option(
+            help="NAME=FILE of JSON lines, or NAME=FOLDER of such files, whose mean is taken. May be repeated.",
+            show_default=False,
+        ),
+    ],
+    limit: Annotated[int | None, typer.Option(help="Questions to take of each file, the first ones.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Texts in a forward pass.")] = 16,
+    output: Annotated[Path | None, typer.Option(help="JSON file to write the results to.")] = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Evaluate a model on multiple choice, last words and minimal pairs, by the rules of lm-evaluation-harness."""
+    from ..evaluation.zero_shot import evaluate_zero_shot, format_zero_shot, read_zero_shot_tasks
+    from ..models.loading import default_device, load_model, load_tokenizer
+    from ..outputs.files import check_output_file, write_whole
+    from ..pipeline.runs import without_paths
+
+    check_output_file(output, overwrite)
+    tasks = _parse_tasks(task)
+    read_zero_shot_tasks(tasks, limit)  # what is wrong in a file is said before a model is loaded
+    loaded = load_model(model, dtype="auto").to(default_device())
+    tokenizer = load_tokenizer(model, loaded)
+    results = evaluate_zero_shot(loaded, tokenizer, tasks, batch_size=batch_size, limit=limit, progress=True)
+    print(format_zero_shot(results))
+    if output is not None:
+        measured = without_paths({"model": model, "limit": limit, "results": results})
+        write_whole(output, json.dumps(measured, indent=2) + "\n")
+        print(f"\nwritten to {output}")
+
+
+@app.command()
+@with_settings(settings=BenchmarkSettings)
+def benchmark(
+    settings: BenchmarkSettings,
+    teacher: Annotated[
+        str,
+        typer.Argument(
+            help="'builtin', a folder, a repository of the Hub, or, with random weights, TinyLlama-1.1B, SmolLM2-135M, "
+            "SmolLM2-360M, Qwen2.5-0.5B or Llama-3.2-1B."
+        ),
+    ] = "TinyLlama-1.1B",
+    student_or_plan: Annotated[
+        str,
+        typer.Argument(
+            help="A student, source indices such as 0,1,1,1,4, a plan's .json file, or the ratio of the paper's blocks."
+        ),
+    ] = "0.41",
+    output: Annotated[Path | None, typer.Option(help="Folder for benchmark.json, .md and .png.")] = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Measure the speed and memory of a student beside its teacher, and beside what counting allows at most."""
+    from ..benchmark.speed import format_benchmark, run_benchmark, write_benchmark
+    from ..outputs.files import check_output_folder, whole_folder
+
+    if output is not None:
+        check_output_folder(output, overwrite)
+    results = run_benchmark(settings, teacher, student_or_plan, progress=True)
+    print(format_benchmark(results))
+    if output is not None:
+        with whole_folder(output, overwrite) as folder:
+            write_benchmark(results, folder)
+        print(f"\nwritten to {output}")
+
+
+def _parse_tasks(arguments: list[str]) -> dict[str, str]:
+    tasks = {}
+    for argument in arguments:
+        name, _, path = argument.partition("=")
+        if not name or not path:
+            raise ValueError(f"--task is {argument!r}; give NAME=FILE or NAME=FOLDER, such as piqa=piqa.jsonl.")
+        if name in tasks:
+            raise ValueError(f"--task names {name!r} twice: give each file or folder a name of its own.")
+        tasks[name] = path
+    return tasks
+
+
+@app.command()
+@with_settings()
+def push(
+    folder: Annotated[
+        Path, typer.Argument(help="Folder of a student, as `echoatt compress` writes it.", metavar="DIR")
+    ],
+    repository: Annotated[str, typer.Argument(help="Repository of the Hub, with its owner.", metavar="REPO")],
+    private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
+    revision: Annotated[str | None, typer.Option(help="Branch to push to, made if it is not there.")] = None,
+    create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request instead.")] = False,
+    license: Annotated[
+        str | None, typer.Option(help="Licence, by the Hub's name; if not given, that of the card or of the teacher.")
+    ] = None,
+    commit_message: Annotated[str, typer.Option(help="Title of the commit.")] = "Upload EchoAtt student",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything and list what would be sent.")] = False,
+) -> None:
+    """Publish a student on the Hub, in one commit, after checks of all that is sent."""
+    from ..publishing.push import push_student
+
+    print(
+        push_student(
+            folder,
+            repository,
+            private=private or None,
+            revision=revision,
+            create_pr=create_pr,
+            license=license,
+            commit_message=commit_message,
+            dry_run=dry_run,
+        )
+    )
+
+
+@app.command()
+def env() -> None:
+    """Print versions and hardware, to paste into an issue."""
+    from importlib.metadata import version
+
+    from ..pipeline.runs import describe_environment
+
+    described = describe_environment()
+    described |= {name: version(name) for name in ("accelerate", "datasets", "evaluate", "huggingface-hub", "peft")}
+    for name, value in described.items():
+        print(f"- {name}: {value or 'unknown'}")
+
+
+@contextmanager
+def one_line_errors(can_resume: bool) -> Iterator[None]:
+    """End with one line and exit code 2 for what the user can put right, 1 for a bug; with `--debug` a traceback."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        hint = "; the same command with --resume goes on" if can_resume else ""
+        print(f"\nechoatt: stopped{hint}", file=sys.stderr)
+        raise typer.Exit(130) from None
+    except Exception as error:
+        if "--debug" in sys.argv:
+            raise
+        message, is_misuse = " ".join(str(error).split()), isinstance(error, EXPECTED_ERRORS)
+        if not is_misuse:
+            message = f"{type(error).__name__}: {message} (this is a bug: run again with --debug, and report it)"
+        print(f"echoatt: error: {message}", file=sys.stderr)
+        raise typer.Exit(2 if is_misuse else 1) from None
+
+
+def main() -> None:
+    """Run the command line."""
+    _quiet_libraries()
+    app(args=[argument for argument in sys.argv[1:] if argument != "--debug"], prog_name="echoatt")
+
+
+def _quiet_libraries() -> None:
+    """Progress bars of loading and saving single files, and informational logs, say nothing a user of this acts on."""
+    from datasets.utils.logging import disable_progress_bar
+    from transformers.utils import logging
+
+    disable_progress_bar()
+    logging.disable_progress_bar()
+    logging.set_verbosity_warning()

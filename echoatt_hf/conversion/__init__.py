@@ -1,0 +1,1 @@
+"""Convert: teacher and plan to student, and its closed-form start."""

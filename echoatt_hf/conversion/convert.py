@@ -1,0 +1,255 @@
+"""Teacher and plan to student: what is inherited, what is dropped, and what that saves."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+
+from transformers import Cache, PreTrainedModel
+from transformers.cache_utils import QuantizedLayer
+
+from ..analysis.similarity import AttentionSimilarity, measure_on_rows
+from ..evaluation.held_out import evaluate_model
+from ..modeling_echoatt import (
+    FUSED_MODULES,
+    EchoAttention,
+    EchoAttForCausalLM,
+    count_value_features,
+    find_attention_modules,
+)
+from ..planning.sharing import SharingPlan
+from .alignment import align_heads, find_echoes, get_parameters, set_parameters
+from .refit import hold_out, refit_outputs
+
+
+__all__ = ["ConversionReport", "convert", "count_cache_bytes", "count_kv_bytes_per_token"]
+
+
+@dataclass(frozen=True)
+class ConversionReport:
+    """
+    What a conversion did.
+
+    Args:
+        echo_sources (`list[int]`): the sharing plan.
+        copied (`list[str]`): parameters the student inherits, by the teacher's names.
+        cut (`list[str]`): fused projections of the teacher of which the student inherits a part: values, output gates.
+        dropped (`list[str]`): parameters of the teacher that the student does without.
+        teacher_parameters, student_parameters (`int`): number of parameters, tied ones counted once.
+        teacher_kv_bytes_per_token, student_kv_bytes_per_token (`int`): bytes of KV cache for each token.
+        kl (`dict[str, float]`): KL(teacher || student) on calibration rows held out, in nats per token: `"copied"`, and
+            `"aligned"` and `"refitted"` if they were tried. Each was kept if it lowered it.
+        aligned (`dict[int, list[int]]`): for each echo layer whose heads were aligned, the head of the teacher that is now
+            in each place.
+        refitted (`dict[int, float]`): for each echo layer, if they were refitted, the squared error of the attention
+            output that is left, as a share of what it was before.
+    """
+
+    echo_sources: list[int]
+    copied: list[str]
+    cut: list[str]
+    dropped: list[str]
+    teacher_parameters: int
+    student_parameters: int
+    teacher_kv_bytes_per_token: int
+    student_kv_bytes_per_token: int
+    kl: dict[str, float] = field(default_factory=dict)
+    aligned: dict[int, list[int]] = field(default_factory=dict)
+    refitted: dict[int, float] = field(default_factory=dict)
+
+    def to_dict(self) -> dict:
+        """The report as JSON can hold it."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        cut = [f"cut          {_name_modules(self.cut)}; values and gates are kept"] if self.cut else []
+        return "\n".join(
+            [
+                f"plan         {SharingPlan(self.echo_sources)}",
+                f"copied       {len(self.copied)} tensors",
+                *cut,
+                f"dropped      {_name_modules(self.dropped)}",
+                f"parameters   {_change(self.teacher_parameters, self.student_parameters)}",
+                f"KV bytes     {_change(self.teacher_kv_bytes_per_token, self.student_kv_bytes_per_token)} per token",
+                *self._describe_tuning(),
+            ]
+        )
+
+    def _describe_tuning(self) -> list[str]:
+        names = {"copied": "", "aligned": "heads aligned", "refitted": "outputs refitted"}
+        kept = {"copied": True, "aligned": bool(self.aligned), "refitted": bool(self.refitted)}
+        parts = [
+            f"{value:.4f} {names[name]}{'' if kept[name] else ' (not kept)'}".rstrip()
+            for name, value in self.kl.items()
+        ]
+        return [f"KL           {' → '.join(parts)} nats per token"] if parts else []
+
+
+def convert(
+    teacher: PreTrainedModel | str,
+    plan: Sequence[int],
+    rows: Sequence[dict] | None = None,
+    *,
+    similarity: AttentionSimilarity | None = None,
+    align: bool = True,
+    refit: bool = True,
+    share_weights: bool = False,
+    progress: bool = False,
+) -> tuple[EchoAttForCausalLM, ConversionReport]:
+    """
+    Convert a teacher into a student, and report what was done.
+
+    Without rows of text the weights are copied. With them the echo layers are brought closer to the teacher before any
+    training: their heads are aligned with those of their sources, and their output projections refitted in closed form.
+    Each is kept only if it lowers KL(teacher || student) on the last quarter of the rows.
+
+    Args:
+        teacher (`PreTrainedModel` or `str`):
+            A causal language model of a supported family, or the name or path of one. It is left untouched.
+        plan (`SharingPlan` or sequence of `int`):
+            For each layer the index of the layer whose attention weights it uses.
+        rows (sequence of `dict`, *optional*):
+            Calibration text: rows with `input_ids` of T tokens, as returned by [`pack_rows`]. A refit wants many times as
+            many tokens as the model's hidden size.
+        similarity ([`AttentionSimilarity`], *optional*):
+            Of the teacher, for the alignment; measured on the rows if not given.
+        align (`bool`, *optional*, defaults to `True`):
+            Align heads, see [`align_heads`].
+        refit (`bool`, *optional*, defaults to `True`):
+            Refit output projections, see [`refit_outputs`].
+        share_weights (`bool`, *optional*, defaults to `False`):
+            Give the student the teacher's own weights, frozen, see [`EchoAttForCausalLM.from_teacher`].
+        progress (`bool`, *optional*, defaults to `False`):
+            Show progress bars.
+
+    Returns:
+        `tuple`: [`EchoAttForCausalLM`] and [`ConversionReport`].
+
+    Raises:
+        `ValueError`: the teacher is not a plain decoder language model, the plan does not fit it, or there is only one
+            row.
+    """
+    if not isinstance(teacher, PreTrainedModel):
+        from ..models.loading import load_model
+
+        teacher = load_model(teacher)
+    student = EchoAttForCausalLM.from_teacher(teacher, plan, share_weights)
+    tuning = {}
+    if rows is not None and student.config.echo_layers:
+        tuning = _tune(student, teacher, rows, similarity, align, refit, progress)
+    inherited = dict(student.language_model.named_parameters())
+    names = [name for name, _ in teacher.named_parameters()]
+    missing = [name for name in names if name not in inherited]
+    new = inherited.keys() - set(names)
+    cut = [name for name in missing if _name_of_kept(name) in new]
+    report = ConversionReport(
+        echo_sources=list(plan),
+        copied=[name for name in names if name in inherited],
+        cut=cut,
+        dropped=[name for name in missing if name not in cut],
+        teacher_parameters=teacher.num_parameters(),
+        student_parameters=student.num_parameters(),
+        teacher_kv_bytes_per_token=count_kv_bytes_per_token(teacher),
+        student_kv_bytes_per_token=count_kv_bytes_per_token(student),
+        **tuning,
+    )
+    return student, report
+
+
+def _tune(
+    student: EchoAttForCausalLM,
+    teacher: PreTrainedModel,
+    rows: Sequence[dict],
+    similarity: AttentionSimilarity | None,
+    align: bool,
+    refit: bool,
+    progress: bool,
+) -> dict[str, dict]:
+    """Align and refit, and keep what helps. Returns what the report says of it."""
+    train, held_out = hold_out(rows)
+    echoes = find_echoes(student)
+
+    def measure() -> float:
+        return evaluate_model(student, held_out, teacher=teacher)["kl"]
+
+    levers = {}
+    if align:
+        levers["aligned"] = lambda: align_heads(
+            student, similarity or measure_on_rows(teacher, rows, progress=progress)
+        )
+    if refit:
+        levers["refitted"] = lambda: refit_outputs(student, teacher, train, held_out, progress=progress)
+    tuning = {"kl": {"copied": measure()}}
+    for name, change in levers.items():
+        before = {layer: get_parameters(echo) for layer, echo in echoes.items()}
+        least, facts = min(tuning["kl"].values()), change()
+        tuning["kl"][name] = measure()
+        if tuning["kl"][name] < least:
+            tuning[name] = facts
+        else:
+            for layer, parameters in before.items():
+                set_parameters(echoes[layer], parameters)
+    return tuning
+
+
+def count_kv_bytes_per_token(model: PreTrainedModel) -> int:
+    """
+    Bytes of KV cache a model needs for each token: keys and values of every layer, values alone of echo layers. What
+    recurrent layers of a hybrid hold does not grow with the tokens and is not counted.
+
+    Args:
+        model (`PreTrainedModel`):
+            Teacher or student; its dtype is taken for the cache's.
+
+    Returns:
+        `int`: bytes per token and sequence. For layers with a sliding window it holds up to the window.
+    """
+    features = 0
+    for attention in find_attention_modules(model).values():
+        features += count_value_features(attention) * (1 if isinstance(attention, EchoAttention) else 2)
+    return features * model.dtype.itemsize
+
+
+def count_cache_bytes(cache: Cache) -> int:
+    """
+    Bytes of the keys and values that a cache holds: what [`count_kv_bytes_per_token`] foresees, for a cache in use.
+
+    Args:
+        cache (`Cache`):
+            A cache of transformers, such as the `past_key_values` that a model returns. A static one has its full size
+            from the first token on.
+
+    Returns:
+        `int`: bytes of all rows and tokens.
+
+    Raises:
+        `ValueError`: the cache is quantized.
+
+    Example:
+
+    ```python
+    >>> from transformers import DynamicCache
+    >>> from echoatt_hf import count_cache_bytes
+
+    >>> cache = DynamicCache(config=student.config)
+    >>> tokens = student.generate(**inputs, past_key_values=cache, max_new_tokens=100)
+    >>> print(count_cache_bytes(cache))
+    ```
+    """
+    if any(isinstance(layer, QuantizedLayer) for layer in cache.layers):
+        raise ValueError("count_cache_bytes cannot count a quantized cache: its backend packs keys and values.")
+    states = [states for layer in cache.layers if layer.is_initialized for states in (layer.keys, layer.values)]
+    return sum(tensor.numel() * tensor.element_size() for tensor in states)
+
+
+def _name_of_kept(name: str) -> str:
+    """Name of the parameter that an echo layer keeps of a fused one."""
+    *path, module, parameter = name.split(".")
+    return ".".join([*path, FUSED_MODULES.get(module, (module,))[0], parameter])
+
+
+def _name_modules(parameters: list[str]) -> str:
+    modules = sorted({name.rsplit(".", 1)[0] for name in parameters})
+    return f"{len(parameters)} tensors: {', '.join(modules) or 'none'}"
+
+
+def _change(before: int, after: int) -> str:
+    return f"{before:,} → {after:,} ({(after - before) / before:+.1%})"

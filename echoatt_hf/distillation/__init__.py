@@ -1,0 +1,1 @@
+"""Distill: losses, trainer, adapters and stored teachers."""

@@ -1,0 +1,1 @@
+"""Evaluate: held-out text, agreement with the teacher, zero-shot tasks."""

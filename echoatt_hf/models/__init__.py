@@ -1,0 +1,1 @@
+"""Models of any kind: where they come from, how they are run, and what follows their decoder."""

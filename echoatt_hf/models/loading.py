@@ -1,0 +1,124 @@
+"""Where teachers come from: the one that ships with the package, a path, or the Hub."""
+
+from pathlib import Path
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from ..configuration_echoatt import EchoAttConfig, check_base_family
+
+
+__all__ = [
+    "BUILTIN_TEACHER",
+    "builtin_teacher_path",
+    "default_device",
+    "load_config",
+    "load_model",
+    "load_tokenizer",
+]
+
+BUILTIN_TEACHER = "builtin"
+"""Name of the teacher that ships with the package."""
+
+
+def builtin_teacher_path() -> Path:
+    """Folder of the teacher that ships with the package: a small Llama-type model of Python source."""
+    return Path(__file__).parents[1] / "builtin_teacher"
+
+
+def default_device() -> str:
+    """Where models run that nobody has placed: on a GPU if there is one."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def load_model(name: str | Path, dtype: torch.dtype | str = torch.float32) -> PreTrainedModel:
+    """
+    Load a causal language model, teacher or student.
+
+    Args:
+        name (`str` or `Path`):
+            `"builtin"`, a folder, or a repository of the Hub. Remote code is not run.
+        dtype (`torch.dtype` or `str`, *optional*, defaults to `torch.float32`):
+            Type of the weights in memory; `"auto"` takes the one they are stored in.
+
+    Returns:
+        `PreTrainedModel`: in evaluation mode.
+
+    Raises:
+        `FileNotFoundError`: there is no such folder or repository.
+        `ValueError`: it is not a decoder language model.
+    """
+    config = load_config(name)
+    if not isinstance(config, EchoAttConfig):
+        check_base_family(config)
+    return _loaded(name, lambda: AutoModelForCausalLM.from_pretrained(_resolve(name), dtype=dtype))
+
+
+def load_config(name: str | Path) -> PreTrainedConfig:
+    """
+    Load the configuration of a model.
+
+    Args:
+        name (`str` or `Path`):
+            `"builtin"`, a folder, or a repository of the Hub.
+
+    Raises:
+        `FileNotFoundError`: there is no such folder or repository.
+    """
+    return _loaded(name, lambda: AutoConfig.from_pretrained(_resolve(name)))
+
+
+def load_tokenizer(name: str | Path, model: PreTrainedModel) -> PreTrainedTokenizerBase:
+    """
+    Load a tokenizer and check that it fits a model.
+
+    Args:
+        name (`str` or `Path`):
+            `"builtin"`, a folder, or a repository of the Hub.
+        model (`PreTrainedModel`):
+            The model it is for.
+
+    Raises:
+        `FileNotFoundError`: there is no tokenizer of that name.
+        `ValueError`: it has more tokens than the model.
+    """
+    tokenizer = _loaded(name, lambda: AutoTokenizer.from_pretrained(_resolve(name)))
+    vocab_size = model.config.get_text_config().vocab_size
+    if len(tokenizer) > vocab_size:
+        raise ValueError(
+            f"The tokenizer {str(name)!r} has {len(tokenizer)} tokens but the model only {vocab_size}: give the "
+            "tokenizer the model was trained with."
+        )
+    return tokenizer
+
+
+def _resolve(name: str | Path) -> str:
+    if str(name) == BUILTIN_TEACHER:
+        return str(builtin_teacher_path())
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").exists() and not (path / "tokenizer_config.json").exists():
+            raise FileNotFoundError(f"The folder {str(name)!r} holds no model: it has no config.json.")
+        return str(path)
+    if path.exists() or path.is_absolute() or str(name).startswith((".", "~")) or str(name).count("/") > 1:
+        raise FileNotFoundError(f"There is no model folder {str(name)!r}: check the path.")
+    return str(name)
+
+
+def _loaded(name: str | Path, load):
+    """Call `load`, and say in one line what could not be loaded."""
+    try:
+        return load()
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()
+        raise FileNotFoundError(
+            f"{str(name)!r} cannot be loaded: {reason[0] if reason else type(error).__name__} "
+            f"Give a folder, a repository of the Hub, or {BUILTIN_TEACHER!r}."
+        ) from error

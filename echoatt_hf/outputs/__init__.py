@@ -1,0 +1,1 @@
+"""What a run leaves behind: files that are written whole or not at all."""

@@ -1,0 +1,1 @@
+"""Plan: which layer uses whose attention, by rules that need no model."""

@@ -1,0 +1,1 @@
+"""Publish: the model card, checks, and one commit on the Hub."""

@@ -1,0 +1,314 @@
+"""The model card of a student: what is known of it, and what its owner wrote by hand."""
+
+import json
+import math
+import re
+import shlex
+from dataclasses import fields
+from pathlib import Path
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from ..conversion.convert import ConversionReport
+from ..outputs.files import format_markdown, write_whole
+from ..planning.sharing import SharingPlan
+from ..settings import CalibrationSettings, DataSettings, DistillationSettings, PlanSettings, default_of
+
+
+__all__ = ["CITATION", "find_gaps", "format_table", "has_own_text", "make_card", "write_model_card"]
+
+CITATION = """@inproceedings{rajabzadeh2024echoatt,
+  title = {EchoAtt: Attend, Copy, then Adjust for More Efficient Large Language Models},
+  author = {Rajabzadeh, Hossein and Jafari, Aref and Sharma, Aman and Jami, Benyamin and Kwon, Hyock Ju and
+    Ghodsi, Ali and Chen, Boxing and Rezagholizadeh, Mehdi},
+  booktitle = {Proceedings of The 4th NeurIPS Efficient Natural Language and Speech Processing Workshop},
+  series = {PMLR},
+  volume = {262},
+  pages = {259--269},
+  year = {2024},
+  eprint = {2409.14595},
+  archivePrefix = {arXiv}
+}"""
+"""BibTeX entry of the paper."""
+
+TEMPLATE = Path(__file__).parent / "templates" / "model_card.md"
+TRANSFORMERS_FLOOR = "5.17"
+
+_BLOCK = re.compile(r"<!-- echoatt: (\w+) -->\n.*?<!-- /echoatt: \1 -->", re.DOTALL)
+
+# What the Hub calls the use of each model, and the class that loads it.
+_USES = {
+    "EchoAttForCausalLM": ("text-generation", "AutoModelForCausalLM"),
+    "EchoAttForSequenceClassification": ("text-classification", "AutoModelForSequenceClassification"),
+    "EchoAttForTokenClassification": ("token-classification", "AutoModelForTokenClassification"),
+    "EchoAttModel": ("feature-extraction", "AutoModel"),
+}
+
+_GROUPS = {
+    "plan": PlanSettings,
+    "calibration": CalibrationSettings,
+    "data": DataSettings,
+    "distillation": DistillationSettings,
+}
+
+
+def write_model_card(folder: Path, **options) -> None:
+    """Write `README.md` of a student, or bring it up to date; see [`make_card`]."""
+    file = folder / "README.md"
+    old = file.read_text(encoding="utf-8") if file.exists() else None
+    write_whole(file, make_card(folder, old, **options))
+
+
+def make_card(
+    folder: Path,
+    old: str | None = None,
+    *,
+    repo_id: str | None = None,
+    title: str | None = None,
+    base_model: str | None = None,
+    datasets: list[str] | None = None,
+    license: str | None = None,
+    language: str | list[str] | None = None,
+    tags: list[str] | None = None,
+) -> str:
+    """
+    The model card of a student, from what lies in its folder: `config.json`, `report.json`, `zero_shot.json`, as `echoatt
+    zero-shot --output` writes it, and `benchmark.json` from the folder of `echoatt benchmark`. What they do not know is left
+    out.
+
+    Of a card that is there already, the text outside of the marked sections is kept, sections whose marks were removed
+    too, and of the metadata what is not known here.
+
+    Args:
+        folder (`Path`):
+            Folder of the student.
+        old (`str`, *optional*):
+            The card to bring up to date.
+        repo_id (`str`, *optional*):
+            Repository of the Hub the card is for.
+        title, base_model, datasets, license, language, tags (*optional*):
+            Facts that take the place of those in the files, or are added to them. The student is declared a `finetune` of
+            its base model: of the relations the Hub knows (adapter, finetune, merge, quantized) it is the one in which
+            weights are inherited and trained on.
+
+    Returns:
+        `str`: the card.
+    """
+    report, config, zero_shot = (_read(folder / name) for name in ("report.json", "config.json", "zero_shot.json"))
+    conversion = report.get("conversion") or _read(folder / "conversion.json")
+    teacher = {"name": base_model, "repository": base_model} if base_model else report.get("teacher", {})
+    architecture = report.get("architecture") or config["architectures"][0]
+    pipeline_tag, auto_class = _USES[architecture]
+    own = ModelCard(old).data if old else ModelCardData()
+    results = _eval_results(report, zero_shot, pipeline_tag)
+    title = title or (f"EchoAtt student of {teacher['name']}" if teacher else "EchoAtt student")
+    data = ModelCardData(
+        library_name="transformers",
+        pipeline_tag=pipeline_tag,
+        tags=["echoatt", "attention-sharing", "distillation", *(tags or [])],
+        base_model=teacher.get("repository"),
+        base_model_relation="finetune" if teacher.get("repository") else None,
+        datasets=datasets or report.get("data", {}).get("repositories") or None,
+        license=license or own.license or teacher.get("license"),
+        language=language or own.language or report.get("data", {}).get("language"),
+        model_name=title if results else None,
+        eval_results=results or None,
+    )
+    card = ModelCard.from_template(
+        data,
+        template_path=str(TEMPLATE),
+        title=title,
+        teacher=teacher,
+        plan=SharingPlan(config.get("echo_sources") or report["plan"]["echo_sources"]),
+        repo_id=repo_id,
+        folder=folder.resolve().name,
+        pin=", revision=revision" if repo_id else "",
+        auto_class=auto_class,
+        conversion=ConversionReport(**conversion) if conversion else None,
+        start=_describe_start(report),
+        has_figure=(folder / "similarity.png").exists(),
+        transformers_floor=TRANSFORMERS_FLOOR,
+        citation=CITATION,
+        **_describe_results(report, zero_shot),
+        **_describe_speed(_read(folder / "benchmark.json")),
+        **_describe_training(report),
+    )
+    return _update(old, str(card)) if old else f"{card}\n"
+
+
+def has_own_text(card: str) -> bool:
+    """Whether a card has text of its owner: anything but the title and the headings of the template outside the marks."""
+    template = _own_text(TEMPLATE.read_text(encoding="utf-8"))
+    return [line for line in _own_text(card) if line not in template and not line.startswith("# ")] != []
+
+
+_GAP = re.compile(
+    r"\bNone\b(?! of)|(?i:more information needed)|\bTODO\b|\bTBD\b|\{\{.*?\}\}|\{%.*?%\}|path or repository"
+)
+
+
+def find_gaps(card: str) -> list[str]:
+    """What a card leaves open outside of its code: `None`, "more information needed", placeholders nobody filled in."""
+    return _GAP.findall(re.sub(r"^```.*?^```", "", card, flags=re.MULTILINE | re.DOTALL))
+
+
+def _own_text(card: str) -> list[str]:
+    body = re.sub(r"\A---\n.*?\n---\n", "", card, flags=re.DOTALL)
+    return [line for line in _BLOCK.sub("", body).splitlines() if line.strip()]
+
+
+def _update(old: str, new: str) -> str:
+    """`new` in the place of what `old` has between marks; the metadata of both, where they differ that of `new`."""
+    card, made = ModelCard(old), ModelCard(new)
+    blocks = {found.group(1): found.group() for found in _BLOCK.finditer(made.text)}
+    text = _BLOCK.sub(lambda found: blocks.get(found.group(1), found.group()), card.text)
+    before, after = card.data.to_dict(), made.data.to_dict()
+    tags = [*after["tags"], *(tag for tag in before.get("tags", []) if tag not in after["tags"])]
+    data = ModelCardData(**{**before, **after, "tags": tags})
+    return f"---\n{data.to_yaml()}\n---\n{text}"
+
+
+def _read(file: Path) -> dict:
+    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+
+
+def _describe_start(report: dict) -> list[str]:
+    """How the plan was found and the student tuned before any training, in sentences, as far as the report knows."""
+    sentences, conversion = [], report.get("conversion", {})
+    if "search" in report:
+        values = ", ".join(f"{value:.3f} by {name}" for name, value in report["search"]["kl"].items())
+        sentences.append(
+            f"It was searched by its effect on calibration text: KL to the teacher in nats without training, {values}."
+        )
+    if conversion.get("aligned"):
+        sentences.append("The heads of echo layers were aligned with those of their sources.")
+    if conversion.get("refitted"):
+        sentences.append("The output projections of echo layers were refitted in closed form.")
+    return sentences
+
+
+def _describe_results(report: dict, zero_shot: dict) -> dict:
+    facts = {}
+    if report.get("results"):
+        facts = {
+            "results": format_table(report["results"]),
+            "held_out_tokens": f"{report['results'][0]['tokens']:,}",
+            "row_length": report["settings"]["data"]["row_length"],
+            "data": " and ".join(report.get("data", {}).get("names", [])) or "the text",
+            "is_compared": "kl" in report["results"][0],
+        }
+    elif "eval_loss" in report:
+        facts = {"eval_loss": f"{report['eval_loss']:.4f}", "perplexity": f"{math.exp(report['eval_loss']):.3f}"}
+    if zero_shot:
+        from ..evaluation.zero_shot import format_zero_shot
+
+        limit = f", of the first {zero_shot['limit']} questions of each file" if zero_shot.get("limit") else ""
+        facts |= {"zero_shot": format_zero_shot(zero_shot["results"]), "zero_shot_limit": limit}
+    return facts
+
+
+def _describe_speed(benchmark: dict) -> dict:
+    if not benchmark:
+        return {}
+    from ..benchmark.speed import format_benchmark
+
+    settings, hardware = benchmark["settings"], benchmark["environment"]["hardware"]
+    return {"speed": format_benchmark(benchmark), "speed_setting": f"{settings['dtype']}, {hardware}"}
+
+
+def _describe_training(report: dict) -> dict:
+    facts, environment = {"arguments": report.get("arguments", {})}, report.get("environment", {})
+    versions = [f"{name} {value}" for name, value in environment.items() if value and name != "hardware"]
+    facts["made_with"] = ", ".join(versions) + f"; {environment['hardware']}" if environment else ""
+    if "settings" in report:
+        settings = report["settings"]["distillation"]
+        tokens = report["tokens_per_step"]
+        facts["steps"] = _describe_steps(settings["steps"], settings["stage2_steps"], tokens * settings["steps"])
+        facts["command"] = _command(report["settings"])
+        facts["stored"] = report["settings"].get("stored_teacher")
+    elif report.get("steps"):
+        facts["steps"] = _describe_steps(report["steps"], report.get("stage2_steps", 0), report.get("tokens"))
+    return facts
+
+
+def _describe_steps(steps: int, stage2_steps: int, tokens: int | None) -> str:
+    stages = {"from the teacher": steps - stage2_steps, "on the text alone": stage2_steps}
+    parts = ", then ".join(f"{count:,} steps {what}" for what, count in stages.items() if count)
+    return f"{parts[0].upper()}{parts[1:]}{f', {tokens:,} tokens in all' if tokens else ''}."
+
+
+def _command(settings: dict) -> str:
+    """The command that makes the student, with what differs from its defaults. Of local paths the last part is known."""
+    words = ["echoatt", "compress", settings["teacher"]]
+    if "student" in settings:
+        words = ["echoatt", "distill", settings["student"]]
+        words += ["--teacher", settings["teacher"]] if settings["teacher"] else []
+    stored = settings.get("stored_teacher")
+    if stored:
+        words += ["--stored-teacher", stored["folder"]]
+    for group, kind in _GROUPS.items():
+        given = {} if stored and group == "data" else settings.get(group, {})  # a stored teacher brings its own
+        for field in fields(kind):
+            value, default = given.get(field.name), default_of(field)
+            if field.name == "stage2_steps":
+                default = given.get("steps", 0) // 6
+            if field.name not in given or value == default or value is None:
+                continue
+            name = field.name.replace("_", "-")
+            if isinstance(value, bool):
+                words.append(f"--{name}" if value else f"--no-{name}")
+            else:
+                words += [part for item in (value if isinstance(value, list) else [value]) for part in (f"--{name}", str(item))]  # fmt: skip
+    return shlex.join([*words, "--output", "student"])
+
+
+def _eval_results(report: dict, zero_shot: dict, task: str) -> list[EvalResult]:
+    """Entries of the model index: the last evaluation of the student, and each zero-shot task with its standard error."""
+    found, data = [], report.get("data", {})
+    names = " and ".join(data.get("names", [])) or "text"
+    dataset = {"dataset_name": f"{names}, held out", "dataset_type": next(iter(data.get("repositories", [])), "text")}
+
+    def add(metric: str, value: float | None, name: str, **where: str) -> None:
+        if value is not None:
+            found.append(
+                EvalResult(task_type=task, metric_type=metric, metric_name=name, metric_value=round(value, 6), **where)
+            )
+
+    if report.get("results"):
+        last = report["results"][-1]
+        add("perplexity", last["perplexity"], "perplexity", **dataset)
+        add("agreement", last.get("agreement"), "agreement with the teacher", **dataset)
+    elif "eval_loss" in report:
+        add("perplexity", math.exp(report["eval_loss"]), "perplexity", **dataset)
+    for task_name, result in zero_shot.get("results", {}).items():
+        where = {"dataset_name": task_name, "dataset_type": task_name}
+        for metric in ("acc", "acc_norm", "perplexity"):
+            add(metric, result.get(metric), metric, **where)
+            add(f"{metric}_stderr", result.get(f"{metric}_stderr"), f"standard error of {metric}", **where)
+    return found
+
+
+def format_table(results: list[dict]) -> str:
+    """
+    The results of a run as a Markdown table, which also reads well in a terminal.
+
+    Args:
+        results (`list[dict]`): entries of `report["results"]`.
+
+    Returns:
+        `str`: lines of the table.
+    """
+    columns = {
+        "name": ("", ""),
+        "perplexity": ("perplexity", ".3f"),
+        "bits_per_byte": ("bits/byte", ".4f"),
+        "agreement": ("agreement", ".1%"),
+        "kl": ("KL (nats)", ".4f"),
+        "parameters": ("parameters", ","),
+        "kv_bytes_per_token": ("KV bytes/token", ","),
+    }
+    # Without a teacher there is nothing to agree with.
+    columns = {key: column for key, column in columns.items() if key in results[0]}
+    lines = [[title for title, _ in columns.values()]]
+    lines += [[format(entry[key], form) for key, (_, form) in columns.items()] for entry in results]
+    return format_markdown(lines)

@@ -1,0 +1,1 @@
+"""Plans by their measured effect: many students are converted and the best one is kept."""
