@@ -169,7 +169,7 @@ DISTILL = ["--stage2-steps", "2", "--batch-size", "4", "--row-length", "32", "--
 
 
 def run_alone(folder, *arguments):
-    command = [sys.executable, "-m", "echoatt_hf.cli.app", *map(str, arguments)]
+    command = [sys.executable, "-m", "echoatt_hf.cli", *map(str, arguments)]
     return subprocess.run(
         command, cwd=folder, env=process_environment(), capture_output=True, text=True, timeout=300, check=True
     )
@@ -255,6 +255,6 @@ def test_adapters_need_undivided_weights(distilled, tmp_path, config):
     ids=["compress", "batch"],
 )
 def test_what_two_processes_cannot_do_is_said(tmp_path, arguments, message):
-    result = launch("-m", "echoatt_hf.cli.app", *arguments, cwd=tmp_path)
+    result = launch("-m", "echoatt_hf.cli", *arguments, cwd=tmp_path)
     assert result.returncode != 0 and message in result.stderr
     assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()

@@ -13,9 +13,9 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from echoatt_hf import EchoAttForCausalLM, collate_rows
+from echoatt_hf.distillation.checkpoints import train_from_last_checkpoint
 from echoatt_hf.distillation.trainer import EchoAttTrainer, EchoAttTrainingArguments
 from echoatt_hf.outputs.files import last_complete_checkpoint, seal_folder
-from echoatt_hf.pipeline.runs import train_from_last_checkpoint
 
 
 TEXT = [f"Story {n}. Once upon a time {n} small bears ate {n * 3} pots of honey.\n" * 6 for n in range(24)]
@@ -118,7 +118,7 @@ def workplace(tmp_path_factory):
 ASK, WRITE = "echoatt_hf.distillation.stored_teacher:_ask", "echoatt_hf.distillation.stored_teacher:write_whole"
 STEP, REPLACE = (
     "echoatt_hf.distillation.trainer:EchoAttTrainer.training_step",
-    "echoatt_hf.pipeline.runs:replace_folder",
+    "echoatt_hf.pipeline.unfinished:replace_folder",
 )
 
 KILLED_STORES = {  # the fault, shards in place, and shards recorded in the manifest
@@ -151,8 +151,8 @@ def test_killed_store_goes_on_to_the_same_store(workplace, tmp_path, when):
 KILLED_RUNS = {  # the fault, and the last checkpoint that is whole
     "in a step": ((STEP, 4, "before"), 2),
     "between the files of a checkpoint": (("torch:save", 6, "before"), 2),  # the second checkpoint's optimizer
-    "before a checkpoint is sealed": (("echoatt_hf.pipeline.runs:seal_folder", 2, "before"), 2),
-    "after a checkpoint is sealed": (("echoatt_hf.pipeline.runs:seal_folder", 2, "after"), 4),
+    "before a checkpoint is sealed": (("echoatt_hf.pipeline.unfinished:seal_folder", 2, "before"), 2),
+    "after a checkpoint is sealed": (("echoatt_hf.pipeline.unfinished:seal_folder", 2, "after"), 4),
     "before the student is in place": ((REPLACE, 1, "before"), 8),
     "after the student is in place": ((REPLACE, 1, "after"), 8),
 }

@@ -13,6 +13,7 @@ import torch
 from conftest import process_environment, write_workplace
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+from echoatt_hf import EchoAttTrainer
 from echoatt_hf.outputs.files import replace_folder, whole_folder, write_whole
 from echoatt_hf.publishing.card import find_gaps
 
@@ -52,7 +53,7 @@ def workplace(tmp_path_factory):
 def echoatt(*arguments, cwd=None, check=True):
     """Run the command line in a process of its own."""
     result = subprocess.run(
-        [sys.executable, "-m", "echoatt_hf.cli.app", *map(str, arguments)],
+        [sys.executable, "-m", "echoatt_hf.cli", *map(str, arguments)],
         cwd=cwd,
         env=process_environment(COLUMNS="200"),
         capture_output=True,
@@ -215,7 +216,7 @@ def test_stopped_run_resumes_to_the_same_student(workplace, tmp_path, how):
     echoatt(*arguments, "--output", tmp_path / "whole")
     output = tmp_path / "stopped"
     process = subprocess.Popen(
-        [sys.executable, "-m", "echoatt_hf.cli.app", *map(str, arguments), "--output", str(output)],
+        [sys.executable, "-m", "echoatt_hf.cli", *map(str, arguments), "--output", str(output)],
         env=process_environment(),
         stderr=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
@@ -249,7 +250,7 @@ def test_stopped_run_resumes_to_the_same_student(workplace, tmp_path, how):
 
 
 def test_full_disk_at_the_end_keeps_the_old_student_and_the_run(workplace, tmp_path, monkeypatch, run_in_process):
-    from echoatt_hf.pipeline import pipeline
+    from echoatt_hf.pipeline import steps as pipeline
 
     output = tmp_path / "out"
     arguments = [
@@ -304,8 +305,6 @@ def test_results_of_mixed_precision_are_those_of_the_student_that_is_saved(workp
 
 
 def test_adapters_are_merged_into_a_plain_student(workplace, tmp_path, run_in_process, monkeypatch):
-    from echoatt_hf.pipeline import pipeline
-
     arguments = [
         "compress", workplace / "teacher", "--data", workplace / "text", "--plan", "0,1,1,1,1,5", "--steps", 24,
         "--learning-rate", 1e-2, "--warmup-steps", 1, "--save-steps", 6, "--lora-rank", 4, "--attention-weight", 0.1, *FAST,
@@ -327,7 +326,7 @@ def test_adapters_are_merged_into_a_plain_student(workplace, tmp_path, run_in_pr
 
     # Stopped in stage 1, the run goes on from adapters alone to the same student.
     stopped = tmp_path / "stopped.partial"
-    run = pipeline.EchoAttTrainer.log
+    run = EchoAttTrainer.log
 
     def fail(self, logs, *rest):
         if self.state.global_step == 10:
@@ -335,7 +334,7 @@ def test_adapters_are_merged_into_a_plain_student(workplace, tmp_path, run_in_pr
         run(self, logs, *rest)
 
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline.EchoAttTrainer, "log", fail)
+        patch.setattr(EchoAttTrainer, "log", fail)
         result = run_in_process(*arguments, "--output", tmp_path / "stopped")
     assert result.returncode == 2 and "cut short" in result.stderr  # behind a progress bar
     names = {path.name for path in stopped.glob("checkpoints/checkpoint-6/*")}
@@ -439,7 +438,8 @@ def test_bad_input_is_one_line_and_nothing_is_written(bad_workplace, monkeypatch
 
 @pytest.mark.parametrize("rule", ["effect", "similarity", "blocks", "0,1,1"])
 def test_impossible_plans_are_refused_before_anything_is_measured(workplace, monkeypatch, run_in_process, rule):
-    from echoatt_hf.pipeline import pipeline, preparation
+    from echoatt_hf.pipeline import preparation
+    from echoatt_hf.pipeline import steps as pipeline
 
     monkeypatch.chdir(workplace)
     for module in (pipeline, preparation):

@@ -458,7 +458,7 @@ def workplace(tmp_path_factory, teacher, tokenizer):
 
 def run(folder, *arguments):
     return subprocess.run(
-        [sys.executable, "-m", "echoatt_hf.cli.app", *map(str, arguments)],
+        [sys.executable, "-m", "echoatt_hf.cli", *map(str, arguments)],
         cwd=folder, env=process_environment(), capture_output=True, text=True, timeout=200,
     )  # fmt: skip
 
