@@ -3,12 +3,12 @@
 import pytest
 import torch
 from conftest import FP32_TOLERANCE, make_batch, make_teacher, plan_of
+from echoatt_hf.conversion.refit import TunedEchoes, refit_outputs
 from transformers.pytorch_utils import Conv1D
 
 from echoatt_hf import AttentionSimilarity, EchoAttForCausalLM, align_heads, convert, evaluate_model
 from echoatt_hf.analysis.similarity import measure_attention_similarity
 from echoatt_hf.conversion import refit as refit_module
-from echoatt_hf.conversion.refit import TunedEchoes, refit_outputs
 from echoatt_hf.modeling_echoatt import EchoRecords, find_attention_modules, find_output_projection
 
 
