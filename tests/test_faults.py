@@ -45,7 +45,7 @@ def faulty(*arguments, **keywords):
     return function(*arguments, **keywords)
 
 setattr(owner, name, faulty)
-from echoatt_hf.cli import main
+from echoatt_hf.cli.app import main
 main()
 """
 
@@ -53,7 +53,7 @@ main()
 def run(folder, *arguments, fault=None, preamble=""):
     """The command line in a process of its own; `fault` is (module:function, which call, "before", "after" or "disk")."""
     start = (
-        ["-c", FAULTY, *map(str, fault)] if fault else ["-c", f"{preamble}\nfrom echoatt_hf.cli import main\nmain()"]
+        ["-c", FAULTY, *map(str, fault)] if fault else ["-c", f"{preamble}\nfrom echoatt_hf.cli.app import main\nmain()"]
     )
     return subprocess.run(
         [sys.executable, *start, *map(str, arguments)],
