@@ -14,10 +14,10 @@ import torch  # noqa: E402
 from families import FAMILIES, SIZES, VOCAB_SIZE  # noqa: E402
 from family_table import FamilyTable, is_always_run  # noqa: E402
 from hub_server import HubServer  # noqa: E402
+from processes import process_environment  # noqa: E402, F401
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers  # noqa: E402
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast  # noqa: E402
 
-import echoatt_hf  # noqa: E402
 from echoatt_hf.pipeline.pipeline import CHECKPOINTING  # noqa: E402, F401
 
 
@@ -25,12 +25,6 @@ torch.set_num_threads(1)
 
 # The one table of tolerances, for outputs of order one.
 FP32_TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}
-
-
-def process_environment(**changes: str) -> dict[str, str]:
-    """Environment of a process that runs this package, installed or not, offline and on one thread."""
-    package = str(Path(echoatt_hf.__file__).parents[1])
-    return os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": package} | changes
 
 
 def train_byte_level_bpe(
