@@ -1,54 +1,42 @@
 """
 EchoAtt for Hugging Face: layers of a decoder language model share their attention.
 
-Importing the package registers the architecture with the Auto classes of transformers, and with PEFT. All other names
-are imported when they are first used.
+Importing the package registers the architecture with the Auto classes of transformers, and with PEFT. All names below are
+imported when they are first used.
 """
 
 import importlib
-
-from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    AutoModelForTokenClassification,
-)
-
-from .configuration_echoatt import ECHOATT_VERSION as __version__
-from .configuration_echoatt import EchoAttConfig
-from .modeling_echoatt import (
-    PROJECTIONS,
-    EchoAttForCausalLM,
-    EchoAttForSequenceClassification,
-    EchoAttForTokenClassification,
-    EchoAttModel,
-)
+import sys
+from pathlib import Path
 
 
-AutoConfig.register("echoatt", EchoAttConfig, exist_ok=True)
-AutoModel.register(EchoAttConfig, EchoAttModel, exist_ok=True)
-AutoModelForCausalLM.register(EchoAttConfig, EchoAttForCausalLM, exist_ok=True)
-AutoModelForSequenceClassification.register(EchoAttConfig, EchoAttForSequenceClassification, exist_ok=True)
-AutoModelForTokenClassification.register(EchoAttConfig, EchoAttForTokenClassification, exist_ok=True)
-
-# What a `LoraConfig` without target modules adapts, as for most families: queries and values, here each where it is.
-TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.setdefault("echoatt", list(PROJECTIONS))
-
+# The one list of what is public, and where it is.
 _MODULES = {
-    "distillation.adapters": ["add_lora", "merge_lora", "share_weights"],
+    "analysis.similarity": ["AttentionSimilarity", "measure_attention_similarity"],
+    "benchmark.report": ["format_benchmark"],
+    "benchmark.speed": ["run_benchmark"],
+    "configuration_echoatt": ["EchoAttConfig"],
     "conversion.alignment": ["align_heads", "match_heads", "permute_heads"],
-    "benchmark.speed": ["format_benchmark", "run_benchmark"],
-    "publishing.callbacks": ["PublishingCallback"],
-    "conversion.convert": ["ConversionReport", "convert", "count_cache_bytes", "count_kv_bytes_per_token"],
-    "text.documents": ["collate_rows", "load_documents", "pack_rows", "split_documents"],
+    "conversion.convert": ["ConversionReport", "convert"],
+    "conversion.refit": ["refit_outputs"],
+    "distillation.adapters": ["add_lora", "merge_lora", "share_weights"],
+    "distillation.stored_teacher": ["StoredTeacher", "write_stored_teacher"],
     "distillation.trainer": ["EchoAttTrainer", "EchoAttTrainingArguments"],
     "evaluation.held_out": ["compute_agreement", "compute_perplexity", "evaluate_model", "metric_path"],
-    "publishing.push": ["push_student"],
-    "pipeline.pipeline": ["compress"],
+    "evaluation.zero_shot": ["evaluate_zero_shot"],
+    "modeling_echoatt": [
+        "EchoAttForCausalLM",
+        "EchoAttForSequenceClassification",
+        "EchoAttForTokenClassification",
+        "EchoAttModel",
+    ],
+    "models.loading": ["builtin_teacher_path", "load_model", "load_tokenizer"],
+    "models.sizes": ["count_cache_bytes", "count_kv_bytes_per_token"],
+    "pipeline.steps": ["compress"],
     "planning.rules": ["plan_from_similarity"],
-    "conversion.refit": ["refit_outputs"],
+    "planning.sharing": ["SharingPlan"],
+    "publishing.callbacks": ["PublishingCallback"],
+    "publishing.push": ["push_student"],
     "search.effect": ["PlanSearch", "search_plan"],
     "settings": [
         "BenchmarkSettings",
@@ -58,26 +46,17 @@ _MODULES = {
         "DistillationSettings",
         "PlanSettings",
     ],
-    "planning.sharing": ["SharingPlan"],
-    "analysis.similarity": ["AttentionSimilarity", "measure_attention_similarity"],
-    "distillation.stored_teacher": ["StoredTeacher", "write_stored_teacher"],
-    "models.loading": ["builtin_teacher_path", "load_model", "load_tokenizer"],
-    "evaluation.zero_shot": ["evaluate_zero_shot"],
+    "text.documents": ["load_documents", "split_documents"],
+    "text.rows": ["collate_rows", "pack_rows"],
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 
-__all__ = [
-    "EchoAttConfig",
-    "EchoAttForCausalLM",
-    "EchoAttForSequenceClassification",
-    "EchoAttForTokenClassification",
-    "EchoAttModel",
-    "__version__",
-    *sorted(_MODULE_OF),
-]
+__all__ = ["__version__", *sorted(_MODULE_OF)]  # noqa: F822, PLE0604 - found by `__getattr__`
 
 
 def __getattr__(name: str):
+    if name == "__version__":
+        return importlib.import_module(".configuration_echoatt", __name__).ECHOATT_VERSION
     if name not in _MODULE_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(f".{_MODULE_OF[name]}", __name__), name)
@@ -85,3 +64,14 @@ def __getattr__(name: str):
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
+
+
+def _is_command_line() -> bool:
+    """Whether the program is `echoatt`: most of what it does first, such as `--help`, needs no model."""
+    name = sys.argv[0] if sys.argv else ""
+    is_module = name == "-m" and "echoatt_hf.cli" in sys.orig_argv
+    return is_module or Path(name).name in ("echoatt", "echoatt.exe")
+
+
+if not _is_command_line():  # where `echoatt_hf.models` does it, before any model is loaded
+    importlib.import_module(".registration", __name__)

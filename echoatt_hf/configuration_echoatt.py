@@ -115,11 +115,12 @@ class EchoAttConfig(PreTrainedConfig):
             index for source and plain layers. `[0, 1, 1, 1, 4]`: layers 2 and 3 echo layer 1. Without it no layer
             echoes.
         echo_decode (`str`, *optional*, defaults to `"auto"`):
-            How echo layers reuse the attention of a single query token, as in decoding. `"weights"`: the source computes
-            its attention weights, and an echo layer multiplies them with its values. `"replay"`: an echo layer repeats
-            the whole attention call of the source with its values, as for longer inputs. `"auto"`: weights where the
-            call is nothing else, which is in `eager` and `sdpa` attention without soft cap, sinks and dropout, and
-            replay otherwise, where `"weights"` is an error. May be changed at any time.
+            How echo layers reuse the attention of their source. `"replay"`: an echo layer repeats the attention call of
+            the source with its own values. `"auto"`: the source keeps its attention weights where it has them at hand,
+            and an echo layer multiplies them with its values: in `eager` attention without dropout, and for a single
+            query token, as in decoding, in `sdpa` attention without soft cap, sinks and dropout. All else is replayed.
+            `"weights"`: as `"auto"`, but a single query token that would be replayed is an error. May be changed at
+            any time.
         echoatt_version (`str`, *optional*):
             Version of `echoatt_hf` that wrote the configuration.
 

@@ -7,8 +7,9 @@ embedding, norms and cache update. An echo layer has no query and key projection
 replays the recorded call with them, in whatever implementation the user chose. That is the same as reusing the source's
 attention weights A = softmax(Q Kᵀ / sqrt(d) + mask), O = A · V_own · W_o, but never keeps a T x T matrix.
 
-When one token is decoded, A is no more than a vector for each head. Then the source records A itself, and an echo is one
-product with its values: it reads no keys and computes no softmax.
+Where the source has A at hand, it records A itself, and an echo is one product with its values: it reads no keys and
+computes no softmax. That is so in eager attention, which is the paper's setting, and when one token is decoded, where A
+is no more than a vector for each head.
 
 Source: EchoAtt, arXiv 2409.14595, section 3 (shared attention layers inherit all but the query and key projections).
 """
@@ -35,7 +36,6 @@ from transformers import (
     PreTrainedModel,
     QuantizedCache,
 )
-from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.modeling_layers import GenericForSequenceClassification, GenericForTokenClassification
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -89,6 +89,47 @@ _PLAIN_ARGUMENTS = {
     "use_cache",
 }
 
+REENTRANT_ERROR = (
+    "EchoAtt models do not support reentrant gradient checkpointing (use_reentrant=True): it gives source layers wrong "
+    'gradients. Use non-reentrant checkpointing, {"use_reentrant": False}.'
+)
+
+
+class AttentionView:
+    """
+    What an attention function sees of an attention module: the module, but the family's own configuration, which names
+    the implementation that the user chose, and in an echo layer the sinks of its source.
+
+    Args:
+        attention (`nn.Module`): the module.
+        config (`PreTrainedConfig`): configuration of the family.
+        sinks (`torch.Tensor` of shape `(H,)`, *optional*): sinks of the recorded call.
+    """
+
+    def __init__(self, attention: nn.Module, config: PreTrainedConfig, sinks: torch.Tensor | None = None):
+        self.attention = attention
+        self.config = config
+        if sinks is not None:
+            self.sinks = sinks
+
+    def __getattr__(self, name: str):
+        if name == "attention" or name.startswith("__"):
+            raise AttributeError(name)
+        return getattr(self.attention, name)
+
+
+class SourceConfig:
+    """What a source layer sees of the family's configuration: all of it, but attention goes through the recorder."""
+
+    def __init__(self, config: PreTrainedConfig):
+        self.config = config
+        self._attn_implementation = RECORD_ATTENTION
+
+    def __getattr__(self, name: str):
+        if name == "config" or name.startswith("__"):
+            raise AttributeError(name)
+        return getattr(self.config, name)
+
 
 @dataclass
 class AttentionRecord:
@@ -120,9 +161,9 @@ class AttentionRecord:
         the attention weights `(B, H, T, S)`.
         """
         attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.implementation, module.eager_attention)
-        sinks = self.kwargs.get("s_aux")
-        viewed = module if sinks is None else SinksOfSource(module, sinks)
-        return attention(viewed, self.query, self.key, value, self.attention_mask, **self.kwargs)
+        config = module.config.config if isinstance(module.config, SourceConfig) else module.config
+        view = AttentionView(module, config, self.kwargs.get("s_aux"))
+        return attention(view, self.query, self.key, value, self.attention_mask, **self.kwargs)
 
     def is_plain(self) -> bool:
         """Whether the call is nothing but the product of attention weights, without dropout, with the values."""
@@ -137,10 +178,10 @@ class AttentionRecord:
         """What is kept of a plain call of one query token."""
         batch, heads, _, size = self.query.shape
         scaling = self.kwargs.get("scaling")
-        query = self.query * (size**-0.5 if scaling is None else scaling)
+        query = self.query * (size**-0.5 if scaling is None else scaling)  # (B, H, 1, D)
         # A key head is read once for all the query heads of its group.
-        query = query.reshape(batch * self.key.shape[1], -1, size)
-        scores = torch.bmm(query, self.key.flatten(0, 1).transpose(1, 2)).view(batch, heads, 1, -1)
+        query = query.reshape(batch * self.key.shape[1], -1, size)  # (B · H_kv, H / H_kv, D)
+        scores = torch.bmm(query, self.key.flatten(0, 1).transpose(1, 2)).view(batch, heads, 1, -1)  # (B, H, 1, S)
         if self.attention_mask is not None:
             is_kept = self.attention_mask.dtype == torch.bool
             hidden = torch.finfo(scores.dtype).min
@@ -167,10 +208,10 @@ def _move(value: Any, device: torch.device) -> Any:
 @dataclass
 class AttentionWeights:
     """
-    The attention weights of a source layer for one query token, in place of its call.
+    The attention weights of a source layer, in place of its call.
 
     Args:
-        weights (`torch.Tensor` of shape `(B, H, 1, S)`):
+        weights (`torch.Tensor` of shape `(B, H, T, S)`):
             Attention weights.
         is_eager (`bool`):
             Whether they are an output of the attention.
@@ -180,10 +221,12 @@ class AttentionWeights:
     is_eager: bool
 
     def attend(self, module: nn.Module, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """As [`AttentionRecord.attend`], with T = 1."""
-        batch, heads, _, length = self.weights.shape
-        output = torch.bmm(self.weights.view(batch * value.shape[1], -1, length), value.flatten(0, 1))
-        return output.view(batch, 1, heads, -1), self.weights if self.is_eager else None
+        """As [`AttentionRecord.attend`]."""
+        batch, heads, tokens, length = self.weights.shape
+        # A value head is read once for all the query heads of its group.
+        weights = self.weights.reshape(batch * value.shape[1], -1, length)  # (B · H_kv, H / H_kv · T, S)
+        output = torch.bmm(weights, value.flatten(0, 1)).view(batch, heads, tokens, -1)  # (B, H, T, D)
+        return output.transpose(1, 2), self.weights if self.is_eager else None
 
     def to(self, device: torch.device) -> "AttentionWeights":
         return self if self.weights.device == device else AttentionWeights(self.weights.to(device), self.is_eager)
@@ -191,7 +234,7 @@ class AttentionWeights:
 
 class EchoRecords:
     """
-    The recorded attention calls of one forward pass, by the index of their source layer.
+    What is kept of the attention of source layers in one forward pass, by the index of the layer.
 
     Made new for each forward pass of the decoder and handed down to the layers as a keyword argument, so that no state
     stays on modules. Deliberately not a `dict`: FSDP2 rebuilds dicts it finds among the arguments, and the layers must all
@@ -208,17 +251,28 @@ class EchoRecords:
         self._grad_enabled = torch.is_grad_enabled()
         self._decode = decode
 
-    def record(self, layer: int, record: AttentionRecord) -> AttentionRecord | AttentionWeights:
-        """Keep a call, or the weights of one query token, and return what is kept."""
+    def record(
+        self, call: AttentionRecord, module: nn.Module, value: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Run the call of a source layer and keep it, or its attention weights. Returns as [`AttentionRecord.attend`]."""
         if self._grad_enabled and not torch.is_grad_enabled():
-            raise ValueError(_REENTRANT_ERROR)
-        if self._decode != "replay" and record.query.shape[2] == 1:
-            if record.is_plain():
-                record = record.to_weights()
-            elif self._decode == "weights":
-                raise ValueError(_not_plain_error(layer, record))
+            raise ValueError(REENTRANT_ERROR)
+        kept, is_one_token = call, call.query.shape[2] == 1
+        makes_weights = call.implementation == "eager" and not call.kwargs.get("dropout")
+        if self._decode != "replay" and is_one_token:
+            if call.is_plain():
+                kept = call.to_weights()
+            elif self._decode == "weights" and not makes_weights:
+                raise ValueError(_not_plain_error(module.layer_idx, call))
+        found = kept.attend(module, value)
+        if self._decode != "replay" and makes_weights:
+            kept = AttentionWeights(found[1], is_eager=True)
+        self._records[module.layer_idx] = kept
+        return found
+
+    def keep(self, layer: int, record: AttentionRecord | AttentionWeights) -> None:
+        """Keep a record of elsewhere as that of a source layer."""
         self._records[layer] = record
-        return record
 
     def get(self, layer: int, device: torch.device) -> AttentionRecord | AttentionWeights:
         # Where it was needed once it stays: the echoes of a block mostly lie on one device.
@@ -227,12 +281,6 @@ class EchoRecords:
 
     def to(self, *args, **kwargs) -> "EchoRecords":
         return self
-
-
-_REENTRANT_ERROR = (
-    "EchoAtt models do not support reentrant gradient checkpointing (use_reentrant=True): it gives source layers wrong "
-    'gradients. Use non-reentrant checkpointing, {"use_reentrant": False}.'
-)
 
 
 def _not_plain_error(layer: int, record: AttentionRecord) -> str:
@@ -250,21 +298,6 @@ def _give_records(
     return args, kwargs | {"echo_records": EchoRecords(config.echo_decode)}
 
 
-class SourceConfig:
-    """
-    View of the family's configuration that a source layer sees: all of it, but attention goes through the recorder.
-    """
-
-    def __init__(self, config: PreTrainedConfig):
-        self.config = config
-        self._attn_implementation = RECORD_ATTENTION
-
-    def __getattr__(self, name: str):
-        if name == "config" or name.startswith("__"):
-            raise AttributeError(name)
-        return getattr(self.config, name)
-
-
 def record_attention(
     module: nn.Module,
     query: torch.Tensor,
@@ -275,7 +308,7 @@ def record_attention(
     **kwargs,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """
-    Attention function of source layers: record the call, then run it in the implementation the user chose.
+    Attention function of source layers: record the call, and run it in the implementation the user chose.
 
     Args:
         module (`nn.Module`):
@@ -296,8 +329,7 @@ def record_attention(
             "arguments on to their attention."
         )
     implementation = module.config.config._attn_implementation
-    call = AttentionRecord(implementation, query, key, attention_mask, kwargs)
-    return echo_records.record(module.layer_idx, call).attend(module, value)
+    return echo_records.record(AttentionRecord(implementation, query, key, attention_mask, kwargs), module, value)
 
 
 AttentionInterface.register(RECORD_ATTENTION, record_attention)
@@ -355,21 +387,6 @@ class EchoAttention:
     def __reduce__(self):
         # The class is made at run time, so it is pickled by the family's class it is made from.
         return _rebuild_echo_attention, (type(self).__bases__[1],), self.__dict__
-
-
-class SinksOfSource:
-    """
-    View of an attention module that attention functions see which look for sinks there: with those of the call.
-    """
-
-    def __init__(self, attention: nn.Module, sinks: torch.Tensor):
-        self.attention = attention
-        self.sinks = sinks
-
-    def __getattr__(self, name: str):
-        if name == "attention" or name.startswith("__"):
-            raise AttributeError(name)
-        return getattr(self.attention, name)
 
 
 @functools.cache
@@ -582,50 +599,6 @@ def _make_echo(attention: nn.Module, source: int) -> None:
     attention.__class__ = _echo_attention_class(type(attention))
 
 
-@contextmanager
-def recording(attentions: Iterable[nn.Module]) -> Iterator[None]:
-    """
-    Record the calls of attention modules of a model that does not share, while the context lasts.
-
-    The forward pass must be given `echo_records=EchoRecords()`.
-
-    Args:
-        attentions (iterable of `nn.Module`):
-            Attention modules, values of what [`find_attention_modules`] returns.
-    """
-    attentions = list(attentions)
-    configs = [attention.config for attention in attentions]
-    for attention in attentions:
-        if isinstance(attention, EchoAttention) or isinstance(attention.config, SourceConfig):
-            raise ValueError("The model is already an EchoAtt student: give the model it was made from.")
-    for attention in attentions:
-        attention.eager_attention = _eager_attention(attention)
-        attention.config = SourceConfig(attention.config)
-    try:
-        yield
-    finally:
-        for attention, config in zip(attentions, configs, strict=True):
-            attention.config = config
-            del attention.eager_attention
-
-
-def compute_attention_weights(attention: nn.Module, records: EchoRecords) -> torch.Tensor:
-    """
-    Attention weights of a layer, from its recorded eager call.
-
-    Args:
-        attention (`nn.Module`):
-            Attention module of the layer.
-        records (`EchoRecords`):
-            Records of a forward pass in eager mode under [`recording`].
-
-    Returns:
-        `torch.Tensor` of shape `(B, H, T, S)`.
-    """
-    record = records.get(attention.layer_idx, next(attention.parameters()).device)
-    return record.attend(attention, record.key[..., :1])[1]
-
-
 def _check_same_heads(echo: nn.Module, source: nn.Module) -> None:
     shapes = [(_head_dim(module), count_value_features(module)) for module in (echo, source)]
     if shapes[0] != shapes[1]:
@@ -686,7 +659,7 @@ class EchoAttPreTrainedModel(PreTrainedModel):
     def _set_gradient_checkpointing(self, enable: bool = True, gradient_checkpointing_func=checkpoint, **kwargs):
         options = getattr(gradient_checkpointing_func, "keywords", {})
         if enable and options.get("use_reentrant", False):
-            raise ValueError(_REENTRANT_ERROR)
+            raise ValueError(REENTRANT_ERROR)
         super()._set_gradient_checkpointing(
             enable=enable, gradient_checkpointing_func=gradient_checkpointing_func, **kwargs
         )
@@ -806,60 +779,15 @@ class EchoAttForCausalLM(EchoAttPreTrainedModel, GenerationMixin):
         cls, teacher: "PreTrainedModel | str", plan: Sequence[int], share_weights: bool = False
     ) -> "EchoAttForCausalLM":
         """
-        Make a student that inherits every weight it has from a teacher. The teacher is left untouched.
+        A student that inherits every weight it has from a teacher: what [`make_student`] of `echoatt_hf` makes.
 
-        [`convert`] does the same and reports what was copied and dropped.
-
-        Args:
-            teacher (`PreTrainedModel` or `str`):
-                A causal language model of a supported family, or the name or path of one.
-            plan (`SharingPlan` or `list[int]`):
-                For each layer the index of the layer whose attention weights it uses.
-            share_weights (`bool`, *optional*, defaults to `False`):
-                Give the student the teacher's own weights, frozen, in place of copies: for training adapters, with one
-                copy of the weights in memory. Parts of fused projections are copied where they are no view. Have the
-                teacher on its device before: who moves later makes a copy.
-
-        Returns:
-            `EchoAttForCausalLM`: the student, in evaluation mode, on the teacher's device and in its dtypes.
-
-        Raises:
-            `ValueError`: the teacher is not a plain decoder language model, or the plan does not fit it.
+        [`convert`] makes it too, tunes it to its teacher, and reports what it did.
         """
-        if not isinstance(teacher, PreTrainedModel):
-            teacher = AutoModelForCausalLM.from_pretrained(teacher)
-        _check_teacher(teacher)
-        text_config = copy.deepcopy(teacher.config)
-        text_config.architectures = None
-        text_config.name_or_path = ""  # a path of this machine would end up in the student's config.json
-        config = EchoAttConfig(
-            text_config=text_config,
-            echo_sources=list(plan),
-            attn_implementation=teacher.config._attn_implementation,
-            dtype=teacher.dtype,
-        )
-        with torch.device("meta"):
-            student = cls._from_config(config)
-            _check_initialization(student)
-        student.language_model.load_state_dict(
-            _inherited_state(student, teacher, share_weights), strict=True, assign=True
-        )
-        buffers = dict(teacher.named_buffers())
-        for name, buffer in student.language_model.named_buffers():
-            if buffer.is_meta:  # not part of the state, such as rotary frequencies
-                parent, _, leaf = name.rpartition(".")
-                module, original = (model.get_submodule(parent) for model in (student.language_model, teacher))
-                setattr(module, leaf, buffers[name].detach().clone())
-                # What goes with it, such as the length that dynamic rotary frequencies are for.
-                for key, value in vars(original).items():
-                    if isinstance(value, (int, float, torch.Tensor)):
-                        setattr(module, key, copy.deepcopy(value))
-        student.tie_weights()
-        if teacher.generation_config is not None:
-            student.generation_config = copy.deepcopy(teacher.generation_config)
-        student.requires_grad_(not share_weights).eval()
-        _check_conversion(student, teacher)
-        return student
+        try:
+            from echoatt_hf.conversion.student import make_student
+        except ImportError as error:
+            raise ImportError("from_teacher needs the package: `pip install echoatt-hf`.") from error
+        return make_student(teacher, plan, share_weights)
 
     def forward(
         self,
@@ -952,138 +880,6 @@ class EchoAttForTokenClassification(GenericForTokenClassification, EchoAttPreTra
         self.post_init()
 
 
-def _inherited_state(
-    student: EchoAttForCausalLM, teacher: PreTrainedModel, share_weights: bool = False
-) -> dict[str, torch.Tensor]:
-    """The state of the student's language model: copies of the teacher's, or its parameters themselves."""
-    inherited = student.language_model.state_dict()
-    shared = {name for name, _ in teacher.named_parameters(remove_duplicate=False)} if share_weights else ()
-    state = {
-        name: tensor.detach() if name in shared else tensor.detach().clone()
-        for name, tensor in teacher.state_dict().items()
-        if name in inherited
-    }
-    names = {module: name for name, module in teacher.named_modules()}
-    attentions = find_attention_modules(teacher) if student.config.echo_layers else {}
-    for attention in (attentions[layer] for layer in student.config.echo_layers):
-        for fused in _fused_modules(attention):
-            for key, tensor in _kept_parameters(attention, fused).items():
-                kept = tensor.detach() if share_weights else tensor.detach().clone()
-                state[f"{names[attention]}.{FUSED_MODULES[fused][0]}.{key}"] = kept.contiguous()
-    return state
-
-
-def _check_initialization(student: EchoAttForCausalLM) -> None:
-    """Check that the family can initialize echo layers, as it does with what a checkpoint lacks when it is loaded."""
-    echoes = [module for module in student.modules() if isinstance(module, EchoAttention)]
-    try:
-        for echo in echoes:
-            student.language_model._init_weights(echo)
-    except AttributeError as error:
-        raise ValueError(
-            f"EchoAtt does not support the family {student.config.text_config.model_type!r} yet: it initializes what an "
-            f"echo layer does without ({error})."
-        ) from error
-
-
-def _check_conversion(student: EchoAttForCausalLM, teacher: PreTrainedModel) -> None:
-    """
-    Check on a few random tokens that echo layers do what the family's do, whatever that is.
-
-    Families differ in ways that their modules do not show. But an echo of a layer's own attention must give what the
-    layer gives, in every family.
-    """
-    try:
-        layer, error = _worst_echo(student, teacher) if student.config.echo_layers else (0, 0.0)
-    except (RuntimeError, TypeError, ValueError) as exception:
-        if _error_of_forward(teacher) is not None:  # a teacher that fails too fails for its own reasons
-            return
-        if isinstance(exception, ValueError):
-            raise
-        reason = str(exception).strip().splitlines()
-        raise ValueError(
-            f"EchoAtt does not support the family {student.config.text_config.model_type!r} yet: its converted model "
-            f"fails ({type(exception).__name__}: {reason[0] if reason else 'no reason given'})."
-        ) from exception
-    if error > (1e-3 if torch.finfo(teacher.dtype).eps < 1e-6 else 5e-2):
-        raise ValueError(
-            f"EchoAtt does not support the family {student.config.text_config.model_type!r} yet: its attention does more "
-            f"than an echo layer takes over. An echo of its own attention differs from layer {layer} by {error:.1%}."
-        )
-
-
-@torch.no_grad()
-def _worst_echo(student: EchoAttForCausalLM, teacher: PreTrainedModel) -> tuple[int, float]:
-    """The layer whose output an echo of its own attention misses by most, and by how much of the output's norm."""
-    config = student.config
-    generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(config.vocab_size, (1, 4), generator=generator).to(teacher.device)
-    student(input_ids=tokens, use_cache=False)
-
-    calls = {}
-
-    def remember(module, args, kwargs, output):
-        calls[module.layer_idx] = (args, kwargs, output[0])
-
-    attentions, echoes = (find_attention_modules(model) for model in (teacher, student.language_model))
-    hooks = [attentions[layer].register_forward_hook(remember, with_kwargs=True) for layer in config.echo_layers]
-    training = [module for module in teacher.modules() if module.training]
-    records = EchoRecords()
-    try:
-        with recording(attentions.values()):
-            teacher.eval()(input_ids=tokens, use_cache=False, echo_records=records)
-    finally:
-        for hook in hooks:
-            hook.remove()
-        for module in training:
-            module.training = True
-
-    errors = {}
-    for layer, (args, kwargs, expected) in calls.items():
-        own = EchoRecords()
-        own.record(config.echo_sources[layer], records.get(layer, expected.device))
-        found, _ = echoes[layer](*args, **{**kwargs, "echo_records": own})
-        if not expected.is_meta and expected.isfinite().all():
-            error = (found - expected).float().norm() / expected.float().norm().clamp_min(1e-12)
-            errors[layer] = error.nan_to_num(nan=float("inf")).item()
-    worst = max(errors, key=errors.get, default=config.echo_layers[0])
-    return worst, errors.get(worst, 0.0)
-
-
-@torch.no_grad()
-def _error_of_forward(model: PreTrainedModel) -> Exception | None:
-    try:
-        model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=model.device), use_cache=False)
-    except (RuntimeError, TypeError, ValueError) as error:
-        return error
-    return None
-
-
-def _check_teacher(teacher: PreTrainedModel) -> None:
-    if isinstance(teacher, EchoAttPreTrainedModel):
-        raise ValueError("The teacher is already an EchoAtt student: convert the model it was made from.")
-    if not teacher.can_generate() or not hasattr(teacher, "lm_head") and teacher.get_output_embeddings() is None:
-        raise ValueError(
-            f"The teacher is a {type(teacher).__name__}, not a causal language model: load it with "
-            "AutoModelForCausalLM.from_pretrained."
-        )
-    if getattr(teacher, "is_quantized", False):
-        raise ValueError(
-            "The teacher is quantized: convert the unquantized model, and quantize the student afterwards."
-        )
-    if is_deepspeed_zero3_enabled():
-        raise ValueError(
-            "DeepSpeed's ZeRO-3 is set up, which divides the weights of every new model among processes: convert in one "
-            "process, before arguments for training are made, save the student, and load it where you train."
-        )
-    device_map = getattr(teacher, "hf_device_map", {})
-    if len({*device_map.values()}) > 1:
-        raise ValueError(
-            f"The teacher is spread over several devices ({', '.join(sorted(map(str, {*device_map.values()})))}): load it "
-            "on one, and spread the student afterwards."
-        )
-
-
 _AUTO_MAP = {"AutoConfig": "configuration_echoatt.EchoAttConfig"}
 for _auto_class, _model_class in (
     ("AutoModel", EchoAttModel),
@@ -1101,10 +897,8 @@ __all__ = [
     "EchoAttModel",
     "EchoAttPreTrainedModel",
     "EchoRecords",
-    "compute_attention_weights",
     "count_query_features",
     "count_value_features",
     "find_attention_modules",
     "find_output_projection",
-    "recording",
 ]

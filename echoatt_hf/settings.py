@@ -2,13 +2,8 @@
 
 import json
 from dataclasses import MISSING, asdict, dataclass, field
+from importlib.util import find_spec
 from typing import Any
-
-from transformers.utils import is_liger_kernel_available
-
-from .distillation.losses import check_divergence
-from .models.loading import BUILTIN_TEACHER
-from .text.documents import STDLIB
 
 
 __all__ = [
@@ -22,6 +17,22 @@ __all__ = [
     "StoredTeacherSettings",
     "StudentSettings",
 ]
+
+
+BUILTIN_TEACHER = "builtin"
+"""Name of the teacher that ships with the package."""
+
+STDLIB = "stdlib"
+"""Name of the built-in data: the sources of the standard library of the running Python."""
+
+DIVERGENCES = ("forward", "reverse", "jensen_shannon")
+"""Names of the divergences of a student's predictions from its teacher's."""
+
+
+def check_divergence(name: str) -> None:
+    """Check the name of a divergence. Raises `ValueError` if it is none."""
+    if name not in DIVERGENCES:
+        raise ValueError(f"divergence is {name!r}; it must be one of {', '.join(DIVERGENCES)}.")
 
 
 def setting(default: Any, text: str) -> Any:
@@ -147,7 +158,7 @@ class DistillationSettings:
             object.__setattr__(self, "stage2_steps", self.steps // 6)
         if not 0 <= self.stage2_steps <= self.steps:
             raise ValueError(f"stage2_steps is {self.stage2_steps}; it must be from 0 to steps, {self.steps}.")
-        if self.use_liger_kernel and not is_liger_kernel_available():
+        if self.use_liger_kernel and find_spec("liger_kernel") is None:
             raise ValueError(
                 "use_liger_kernel is set, but liger-kernel is not installed: install it with `pip install liger-kernel`, or "
                 "leave the setting out."
@@ -289,13 +300,22 @@ class StoreSettings(_RunSettings):
 
 @dataclass(frozen=True)
 class StudentSettings(_RunSettings):
-    """All that decides what [`distill_student`] makes."""
+    """
+    All that decides what [`distill`] makes of a student. `stored_teacher` is a folder that [`store_teacher`] wrote, which
+    brings its own text; in a report, also what its manifest says. Without one the teacher is the built-in one if not given.
+    """
 
     student: str
-    teacher: str | None = BUILTIN_TEACHER
-    stored_teacher: dict | None = None
+    teacher: str | None = None
+    stored_teacher: str | dict | None = None
     data: DataSettings = field(default_factory=DataSettings)
     distillation: DistillationSettings = field(default_factory=DistillationSettings)
+
+    def __post_init__(self):
+        if self.stored_teacher is None and self.teacher is None:
+            object.__setattr__(self, "teacher", BUILTIN_TEACHER)
+        if isinstance(self.stored_teacher, str) and self.data != DataSettings():
+            raise ValueError("A stored teacher brings its own text: leave out the options of the data.")
 
 
 def default_of(settings_field) -> Any:

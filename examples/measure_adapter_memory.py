@@ -28,8 +28,8 @@ from echoatt_hf import (
     share_weights,
 )
 from echoatt_hf.benchmark.memory import peak_memory
-from echoatt_hf.models.loading import default_device
-from echoatt_hf.outputs.files import format_markdown
+from echoatt_hf.models.devices import default_device
+from echoatt_hf.outputs.tables import format_markdown
 
 
 MIB = 2**20

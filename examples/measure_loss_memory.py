@@ -18,8 +18,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from echoatt_hf import EchoAttForCausalLM, EchoAttTrainer, EchoAttTrainingArguments
 from echoatt_hf.benchmark.memory import peak_memory
-from echoatt_hf.outputs.files import format_markdown, write_whole
-from echoatt_hf.pipeline.runs import describe_environment
+from echoatt_hf.outputs.files import write_whole
+from echoatt_hf.outputs.provenance import describe_environment
+from echoatt_hf.outputs.tables import format_markdown
 
 
 VOCAB_SIZES = [32_000, 151_936]

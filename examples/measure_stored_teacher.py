@@ -34,11 +34,13 @@ from echoatt_hf import (
     write_stored_teacher,
 )
 from echoatt_hf.analysis.similarity import measure_on_rows
-from echoatt_hf.models.loading import default_device, load_model, load_tokenizer
-from echoatt_hf.outputs.files import format_markdown
-from echoatt_hf.pipeline.pipeline import distill
-from echoatt_hf.pipeline.preparation import load_rows, make_plan
-from echoatt_hf.pipeline.runs import describe_environment
+from echoatt_hf.distillation.two_stages import train_two_stages
+from echoatt_hf.models.devices import default_device
+from echoatt_hf.models.loading import load_model, load_tokenizer
+from echoatt_hf.outputs.provenance import describe_environment
+from echoatt_hf.outputs.tables import format_markdown
+from echoatt_hf.pipeline.preparation import load_rows
+from echoatt_hf.planning.from_settings import make_plan
 from echoatt_hf.settings import DataSettings, DistillationSettings, PlanSettings
 from echoatt_hf.text.documents import STDLIB
 
@@ -103,7 +105,7 @@ def measure(arguments: argparse.Namespace, folder: Path) -> tuple[list[list[str]
             batch_size=arguments.batch_size,
             warmup_steps=min(20, arguments.steps),
         )
-        distill(student, teacher, train_rows, settings, folder / f"checkpoints of {name}")
+        train_two_stages(student, teacher, train_rows, settings, folder / f"checkpoints of {name}")
         result = evaluate_model(student, held_out_rows, teacher=teacher)
         stored = train_rows.manifest if name != "live" else None
         quality.append(

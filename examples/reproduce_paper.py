@@ -57,21 +57,20 @@ from transformers import PreTrainedModel
 
 from echoatt_hf import SharingPlan, convert, count_kv_bytes_per_token, evaluate_model, evaluate_zero_shot
 from echoatt_hf.analysis.similarity import AttentionSimilarity, measure_on_rows
-from echoatt_hf.baselines.layer_dropping import (
-    check_same_model,
-    choose_layers_to_drop,
-    draw_plan,
-    drop_layers,
-    share_keys_values,
-)
+from echoatt_hf.baselines.kv_sharing import share_keys_values
+from echoatt_hf.baselines.layer_dropping import check_same_model, choose_layers_to_drop, drop_layers
+from echoatt_hf.baselines.random_plans import draw_plan
 from echoatt_hf.conversion.refit import hold_out
-from echoatt_hf.models.loading import default_device, load_config, load_model, load_tokenizer
+from echoatt_hf.distillation.two_stages import train_two_stages
+from echoatt_hf.models.devices import default_device
+from echoatt_hf.models.loading import load_config, load_model, load_tokenizer
 from echoatt_hf.outputs.files import whole_folder, write_whole
-from echoatt_hf.pipeline.pipeline import distill
-from echoatt_hf.pipeline.preparation import choose_plan, load_rows, make_plan
-from echoatt_hf.pipeline.runs import describe_environment
+from echoatt_hf.outputs.provenance import describe_environment
+from echoatt_hf.pipeline.preparation import choose_plan, load_rows
+from echoatt_hf.planning.from_settings import make_plan
 from echoatt_hf.settings import CalibrationSettings, DataSettings, DistillationSettings, PlanSettings
-from echoatt_hf.text.documents import STDLIB, load_documents, pack_rows
+from echoatt_hf.text.documents import STDLIB, load_documents
+from echoatt_hf.text.rows import pack_rows
 
 
 METHODS = ("none", "cross-entropy", "paper", "ours untrained", "ours")
@@ -333,7 +332,7 @@ class Study:
         self.make(run.untrained)
         student = self.load(run.untrained)
         self._claim(run.folder, run)
-        trainer = distill(
+        trainer = train_two_stages(
             student,
             self.teacher,
             self.rows[0],

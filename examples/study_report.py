@@ -4,7 +4,7 @@ import math
 from itertools import pairwise
 from pathlib import Path
 
-from echoatt_hf.outputs.files import format_markdown
+from echoatt_hf.outputs.tables import format_markdown
 
 
 Curve = list[tuple[int, float]]

@@ -29,9 +29,10 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Trainer, TrainingArguments
 
+from echoatt_hf.distillation.checkpoints import train_from_last_checkpoint
 from echoatt_hf.evaluation.held_out import evaluate_model
-from echoatt_hf.pipeline.runs import train_from_last_checkpoint
-from echoatt_hf.text.documents import STDLIB, collate_rows, load_documents, pack_rows, split_documents
+from echoatt_hf.text.documents import STDLIB, load_documents, split_documents
+from echoatt_hf.text.rows import collate_rows, pack_rows
 
 
 END_OF_TEXT = "<|endoftext|>"

@@ -18,7 +18,7 @@ from processes import process_environment  # noqa: E402, F401
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers  # noqa: E402
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast  # noqa: E402
 
-from echoatt_hf.pipeline.pipeline import CHECKPOINTING  # noqa: E402, F401
+from echoatt_hf.distillation.two_stages import CHECKPOINTING  # noqa: E402, F401
 
 
 torch.set_num_threads(1)

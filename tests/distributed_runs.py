@@ -17,9 +17,9 @@ from transformers.integrations import unset_hf_deepspeed_config
 from echoatt_hf import EchoAttForCausalLM, EchoAttTrainer, EchoAttTrainingArguments
 from echoatt_hf.cli import app as cli
 from echoatt_hf.distillation import losses
+from echoatt_hf.distillation.checkpoints import train_from_last_checkpoint, whole_state
 from echoatt_hf.models.heads import OutputHead
-from echoatt_hf.pipeline.runs import train_from_last_checkpoint, whole_state
-from echoatt_hf.text.documents import collate_rows
+from echoatt_hf.text.rows import collate_rows
 
 
 ROWS, BATCH = 32, 8

@@ -6,6 +6,7 @@ forked from a server that has them: their memory, signals, limits and exits are 
 import functools
 import multiprocessing
 import os
+import pkgutil
 import random
 import runpy
 import subprocess
@@ -20,7 +21,10 @@ import numpy as np
 import echoatt_hf
 
 
-IMPORTED = ["echoatt_hf.cli.app", "echoatt_hf.pipeline.pipeline", "echoatt_hf.publishing.card", "echoatt_hf.benchmark"]
+PREFIX = f"{echoatt_hf.__name__}."
+IMPORTED = [
+    module.name for module in pkgutil.walk_packages(echoatt_hf.__path__, PREFIX) if "__main__" not in module.name
+]
 IMPORTED += ["accelerate", "datasets", "matplotlib.pyplot", "peft", "transformers.models.llama.modeling_llama"]
 
 

@@ -10,8 +10,10 @@ from processes import run_python
 from transformers import PreTrainedTokenizerFast
 
 from echoatt_hf import BenchmarkSettings, EchoAttForCausalLM, format_benchmark, run_benchmark
-from echoatt_hf.benchmark import speed as benchmark
+from echoatt_hf.benchmark import speed, steps
+from echoatt_hf.benchmark.contenders import Contender
 from echoatt_hf.benchmark.costs import count_costs
+from echoatt_hf.benchmark.report import write_benchmark
 
 
 PLAN = "0,1,1,1,4,4"
@@ -84,7 +86,7 @@ def test_everything_is_measured(folder):
 
 def test_the_ratio_is_the_median_of_rounds():
     """Not the ratio of medians: what disturbs a round disturbs all models in it."""
-    ratios = benchmark._ratios([1.0, 10.0, 4.0], [0.5, 8.0, 4.0])
+    ratios = speed._ratios([1.0, 10.0, 4.0], [0.5, 8.0, 4.0])
     assert ratios == {"median": 1.25, "low": 1.125, "high": 1.625}
 
 
@@ -103,8 +105,8 @@ def test_each_model_takes_its_turn(folder, monkeypatch):
 
         return step
 
-    monkeypatch.setattr(benchmark, "_time", time)
-    monkeypatch.setitem(benchmark._MEASURES, "prefill", prefill)
+    monkeypatch.setattr(speed, "_time", time)
+    monkeypatch.setitem(steps.STEPS, "prefill", prefill)
     settings = BenchmarkSettings(measure=["prefill"], length=[8], repeats=3, warmup=2, baseline=["eager"])
     run_benchmark(settings, str(folder / "teacher"), PLAN)
     assert [name for name, *_ in seen[:9]] == [
@@ -127,7 +129,7 @@ def test_training_steps_of_all_kinds_take_turns(folder, monkeypatch):
         def make(settings, contender, teacher, prompt, name=name):
             return lambda: seen.append((name, contender.name, prompt.shape[1]))
 
-        monkeypatch.setitem(benchmark._MEASURES, name, make)
+        monkeypatch.setitem(steps.STEPS, name, make)
     settings = BenchmarkSettings(
         measure=["prefill", *kinds], length=[8, 9], repeats=1, warmup=1, baseline=["none"], preset="quick"
     )
@@ -151,21 +153,19 @@ def test_decoding_starts_after_the_context(family, context):
         lengths.append((kwargs["past_key_values"].get_seq_length(), tuple(args[0].shape)))
 
     student.register_forward_pre_hook(remember, with_kwargs=True)
-    step = benchmark._decode(BenchmarkSettings(), benchmark.Contender("student", student, "sdpa"), teacher, prompt)
+    step = steps.decode(BenchmarkSettings(), Contender("student", student, "sdpa"), teacher, prompt)
     lengths.clear()
     step()
     step()
-    assert lengths == [(context + index, (3, 1)) for index in range(2 * benchmark.DECODED_TOKENS)]
+    assert lengths == [(context + index, (3, 1)) for index in range(2 * steps.DECODED_TOKENS)]
 
 
 def test_training_leaves_the_weights_the_models_share():
     teacher = make_teacher("llama")
     student = EchoAttForCausalLM.from_teacher(teacher, plan_of("llama"), share_weights=True)
     before = {name: value.clone() for name, value in teacher.state_dict().items()}
-    for make in (benchmark._train, benchmark._distill_adapters, benchmark._distill):
-        step = make(
-            BenchmarkSettings(), benchmark.Contender("student", student, "sdpa"), teacher, make_batch()["input_ids"]
-        )
+    for make in (steps.train, steps.distill_adapters, steps.distill):
+        step = make(BenchmarkSettings(), Contender("student", student, "sdpa"), teacher, make_batch()["input_ids"])
         step()
     for name, value in teacher.state_dict().items():
         torch.testing.assert_close(value, before[name], rtol=0, atol=1e-6)
@@ -173,16 +173,14 @@ def test_training_leaves_the_weights_the_models_share():
     assert not any("lora_" in name for name, _ in student.named_modules())
 
 
-@pytest.mark.parametrize(
-    ("make", "adapters_alone"), [(benchmark._distill_adapters, True), (benchmark._distill, False)]
-)
+@pytest.mark.parametrize(("make", "adapters_alone"), [(steps.distill_adapters, True), (steps.distill, False)])
 def test_what_a_step_trains(monkeypatch, make, adapters_alone):
     """Whatever a step of another measure did to the flags of the weights that they share."""
     teacher = make_teacher("llama")
     student = EchoAttForCausalLM.from_teacher(teacher, plan_of("llama"), share_weights=True)
     trained = []
     monkeypatch.setattr(torch.optim.SGD, "step", lambda self: trained.append(self.param_groups[0]["params"]))
-    contender, ids = benchmark.Contender("student", student, "sdpa"), make_batch()["input_ids"]
+    contender, ids = Contender("student", student, "sdpa"), make_batch()["input_ids"]
     step = make(BenchmarkSettings(), contender, teacher, ids)
     for flag in (True, False):
         student.requires_grad_(flag)
@@ -199,14 +197,14 @@ def test_what_a_step_trains(monkeypatch, make, adapters_alone):
     "error", [torch.OutOfMemoryError("no"), RuntimeError("DefaultCPUAllocator: can't allocate memory")]
 )
 def test_a_model_that_runs_out_of_memory_is_reported_and_the_rest_goes_on(folder, monkeypatch, error):
-    train = benchmark._MEASURES["training"]
+    train = steps.STEPS["training"]
 
     def fail_for_eager(settings, contender, teacher, prompt):
         if contender.name == "eager teacher":
             raise error
         return train(settings, contender, teacher, prompt)
 
-    monkeypatch.setitem(benchmark._MEASURES, "training", fail_for_eager)
+    monkeypatch.setitem(steps.STEPS, "training", fail_for_eager)
     settings = BenchmarkSettings(measure=["training", "prefill"], length=[8], repeats=2)
     results = run_benchmark(settings, str(folder / "teacher"), PLAN)
     prefill, training = (cell["models"] for cell in results["cells"])
@@ -218,18 +216,18 @@ def test_a_model_that_runs_out_of_memory_is_reported_and_the_rest_goes_on(folder
 
 
 def test_what_will_not_fit_is_not_tried(folder, monkeypatch, tmp_path):
-    monkeypatch.setattr(benchmark, "available_memory", lambda: 1000)
+    monkeypatch.setattr(speed, "available_memory", lambda: 1000)
     results = run_benchmark(BenchmarkSettings(**SMALL), str(folder / "teacher"), PLAN)
     errors = {found["error"] for cell in results["cells"] for found in cell["models"].values()}
     assert errors and all(error.startswith("out of memory: about 0.0 GiB needed") for error in errors)
-    benchmark.write_benchmark(results, tmp_path)
+    write_benchmark(results, tmp_path)
 
 
 def test_an_error_that_is_not_about_memory_is_one(folder, monkeypatch):
     def fail(*arguments):
         raise RuntimeError("something else")
 
-    monkeypatch.setitem(benchmark._MEASURES, "prefill", fail)
+    monkeypatch.setitem(steps.STEPS, "prefill", fail)
     with pytest.raises(RuntimeError, match="something else"):
         run_benchmark(BenchmarkSettings(**SMALL), str(folder / "teacher"), PLAN)
 
@@ -250,7 +248,7 @@ def test_students_plans_ratios_and_text(folder, tmp_path):
 def test_prompts_are_the_tokens_of_the_text(folder):
     teacher = make_teacher("llama", vocab_size=300)
     settings = BenchmarkSettings(prompts=str(folder / "text.txt"))
-    rows = benchmark._make_prompt(settings, str(folder / "teacher"), teacher, benchmark.Cell("decode", 3, 6))
+    rows = speed._make_prompt(settings, str(folder / "teacher"), teacher, speed.Cell("decode", 3, 6))
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder / "teacher")
     expected = tokenizer((folder / "text.txt").read_text(), return_tensors="pt")["input_ids"][0, :18].view(3, 6)
     assert torch.equal(rows, expected)
@@ -318,7 +316,7 @@ def test_bad_input(folder, student, options, message, monkeypatch):
 def test_prompts_need_a_tokenizer(folder):
     settings = BenchmarkSettings(prompts=str(folder / "text.txt"))
     with pytest.raises(ValueError, match="the shape 'SmolLM2-135M' has no tokenizer"):
-        benchmark._make_prompt(settings, "SmolLM2-135M", None, benchmark.Cell("prefill", 1, 8))
+        speed._make_prompt(settings, "SmolLM2-135M", None, speed.Cell("prefill", 1, 8))
 
 
 def echoatt(*arguments: str, cwd) -> subprocess.CompletedProcess:

@@ -9,7 +9,8 @@ from conftest import make_teacher, plan_of
 from huggingface_hub import ModelCard
 
 from echoatt_hf import CompressionSettings, DistillationSettings, EchoAttForCausalLM, PlanSettings, convert
-from echoatt_hf.benchmark.speed import format_benchmark, run_benchmark, write_benchmark
+from echoatt_hf.benchmark.report import format_benchmark, write_benchmark
+from echoatt_hf.benchmark.speed import run_benchmark
 from echoatt_hf.cli import app as cli
 from echoatt_hf.publishing.card import TEMPLATE, find_gaps, has_own_text, make_card
 from echoatt_hf.settings import BenchmarkSettings, CalibrationSettings, DataSettings
@@ -222,7 +223,7 @@ def test_the_command_in_the_card_makes_the_same_run(folder, settings, monkeypatc
     write(folder, "report.json", report_of(settings=json.loads(settings.to_json())))
     command = re.search(r"^echoatt (compress .*)$", make_card(folder), re.MULTILINE).group(1)
     seen = []
-    monkeypatch.setattr("echoatt_hf.pipeline.pipeline.compress", lambda settings, *_, **__: seen.append(settings))
+    monkeypatch.setattr("echoatt_hf.pipeline.steps.compress", lambda settings, *_, **__: seen.append(settings))
     CliRunner().invoke(cli.app, shlex.split(command))
     assert seen == [settings]
     assert (command == "compress builtin --output student") == (settings == CompressionSettings())

@@ -8,9 +8,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 from echoatt_hf import EchoAttConfig, EchoAttForCausalLM
-from echoatt_hf.baselines.layer_dropping import drop_layers, share_keys_values
+from echoatt_hf.baselines.kv_sharing import share_keys_values
+from echoatt_hf.baselines.layer_dropping import drop_layers
 from echoatt_hf.benchmark.costs import count_costs
-from echoatt_hf.benchmark.speed import SHAPES
+from echoatt_hf.benchmark.shapes import SHAPES
 from echoatt_hf.planning.sharing import SharingPlan
 
 

@@ -17,7 +17,8 @@ from tokenizers import processors
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerFast
 
-from echoatt_hf.text.documents import STDLIB, collate_rows, load_documents, pack_rows, split_documents
+from echoatt_hf.text.documents import STDLIB, load_documents, split_documents
+from echoatt_hf.text.rows import collate_rows, pack_rows
 
 
 TEXTS = [

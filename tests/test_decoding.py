@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from conftest import FP32_TOLERANCE, decode, make_batch, make_teacher, plan_of, positions_of
+from conftest import CHECKPOINTING, FP32_TOLERANCE, decode, make_batch, make_teacher, plan_of, positions_of
 from oracle import make_oracle
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
@@ -161,18 +161,39 @@ def check_replays_and_says_why(student: EchoAttForCausalLM, message: str, **inpu
     assert "set it to 'auto' or 'replay'" in str(error.value)
 
 
-@pytest.mark.parametrize(
-    ("family", "attention", "message"),
-    [
-        ("gemma2", "eager", "layer 0 .*further arguments: softcap"),
-        ("gpt_oss", "eager", "further arguments: s_aux"),
-        ("llama", "flex_attention", "implementation 'flex_attention'"),
-    ],
-    ids=["soft-cap", "sinks", "flex"],
-)
-def test_what_is_more_than_weights_is_replayed(family, attention, message):
+def test_what_is_more_than_weights_is_replayed():
+    student, one = make_student("llama", "flex_attention"), make_batch(2, 1)["input_ids"]
     with torch.compiler.set_stance("force_eager"):
-        check_replays_and_says_why(make_student(family, attention), message, input_ids=make_batch(2, 1)["input_ids"])
+        check_replays_and_says_why(student, "implementation 'flex_attention'", input_ids=one)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_oss"], ids=["plain", "soft-cap", "sinks"])
+@pytest.mark.parametrize("mode", ["auto", "weights"])
+@pytest.mark.parametrize("length", [1, 7])
+def test_eager_attention_keeps_the_weights_that_it_made(family, mode, length):
+    student, ids = make_student(family, "eager"), make_batch(2, length)["input_ids"]
+    student.config.echo_decode = mode
+    kept, expected = record_of(student, input_ids=ids), student(ids, use_cache=False).logits
+    assert type(kept) is AttentionWeights and kept.weights.shape[2] == length
+    student.config.echo_decode = "replay"
+    assert type(record_of(student, input_ids=ids)) is AttentionRecord
+    torch.testing.assert_close(student(ids, use_cache=False).logits, expected, **FP32_TOLERANCE)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_oss", "gpt_neox"])
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointed"])
+def test_gradients_of_eager_weights_equal_replay(family, checkpointing):
+    student = make_student(family, "eager").train()
+    if checkpointing:
+        getattr(student, f"{CHECKPOINTING}_enable")({"use_reentrant": False})
+    batch, gradients = make_batch(3, 10, padding=(2, 0, 1)), {}
+    for mode in ("auto", "replay"):
+        student.config.echo_decode = mode
+        student.zero_grad()
+        student(**batch, use_cache=False).logits.square().sum().backward()
+        gradients[mode] = {name: parameter.grad.clone() for name, parameter in student.named_parameters()}
+    for name, expected in gradients["replay"].items():
+        assert (gradients["auto"][name] - expected).norm() <= 1e-5 * expected.norm() + 1e-6, name
 
 
 def test_dropout_is_replayed_in_training_only():

@@ -253,6 +253,6 @@ def test_adapters_need_undivided_weights(distilled, tmp_path, config):
     ids=["compress", "batch"],
 )
 def test_what_two_processes_cannot_do_is_said(tmp_path, arguments, message):
-    result = launch("-m", "echoatt_hf.cli.app", *arguments, cwd=tmp_path)
+    result = launch("-m", "echoatt_hf.cli", *arguments, cwd=tmp_path)
     assert result.returncode != 0 and message in result.stderr
     assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()

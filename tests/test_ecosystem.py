@@ -283,7 +283,7 @@ def test_record_moves_with_all_it_holds():
     records = EchoRecords()
     kwargs = {"s_aux": torch.ones(4), "scaling": 0.5, "sliding_window": None, "name": "a"}
     record = AttentionRecord("eager", torch.ones(1, 4, 2, 8), torch.ones(1, 2, 2, 8), torch.ones(1, 1, 2, 2), kwargs)
-    records.record(3, record)
+    records.keep(3, record)
     assert records.get(3, torch.device("cpu")) is record
     assert records.to(torch.device("meta")) is records
     moved = records.get(3, torch.device("meta"))

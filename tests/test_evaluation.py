@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 import echoatt_hf
 from echoatt_hf.evaluation.held_out import compute_agreement, compute_perplexity, evaluate_model, metric_path
-from echoatt_hf.text.documents import load_documents, pack_rows
+from echoatt_hf.text.documents import load_documents
+from echoatt_hf.text.rows import pack_rows
 
 
 TEXTS = [f"Story {index}: the ünïcödé cat no. {index * 7} sat on a mat 🙂 and sang." for index in range(12)]

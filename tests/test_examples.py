@@ -155,7 +155,7 @@ def test_an_interrupted_study_goes_on(study, example, monkeypatch, capsys):
     folder, run = study
     module, arguments = example("reproduce_paper"), ["--output", "stopped", "--methods", "paper", "KV sharing"]
     with monkeypatch.context() as patch:  # as by Ctrl-C at the end of stage 1
-        patch.setattr(module, "distill", lambda *args, distill=module.distill, **kwargs: distill(
+        patch.setattr(module, "train_two_stages", lambda *args, distill=module.train_two_stages, **kwargs: distill(
             *args, **kwargs, evaluate=lambda name, model: signal.raise_signal(signal.SIGINT)
         ))  # fmt: skip
         with pytest.raises(SystemExit) as stopped:

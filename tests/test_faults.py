@@ -13,9 +13,9 @@ from processes import run_python
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from echoatt_hf import EchoAttForCausalLM, collate_rows
+from echoatt_hf.distillation.checkpoints import train_from_last_checkpoint
 from echoatt_hf.distillation.trainer import EchoAttTrainer, EchoAttTrainingArguments
 from echoatt_hf.outputs.files import last_complete_checkpoint, seal_folder
-from echoatt_hf.pipeline.runs import train_from_last_checkpoint
 
 
 TEXT = [f"Story {n}. Once upon a time {n} small bears ate {n * 3} pots of honey.\n" * 6 for n in range(24)]
@@ -45,7 +45,7 @@ def faulty(*arguments, **keywords):
     return function(*arguments, **keywords)
 
 setattr(owner, name, faulty)
-from echoatt_hf.cli.app import main
+from echoatt_hf.cli import main
 main()
 """
 
@@ -53,9 +53,7 @@ main()
 def run(folder, *arguments, fault=None, preamble="", **how):
     """The command line in a process of its own; `fault` is (module:function, which call, "before", "after" or "disk")."""
     start = (
-        ["-c", FAULTY, *map(str, fault)]
-        if fault
-        else ["-c", f"{preamble}\nfrom echoatt_hf.cli.app import main\nmain()"]
+        ["-c", FAULTY, *map(str, fault)] if fault else ["-c", f"{preamble}\nfrom echoatt_hf.cli import main\nmain()"]
     )
     return run_python(*start, *arguments, cwd=folder, **how)
 
@@ -117,7 +115,7 @@ def workplace(tmp_path_factory):
 ASK, WRITE = "echoatt_hf.distillation.stored_teacher:_ask", "echoatt_hf.distillation.stored_teacher:write_whole"
 STEP, REPLACE = (
     "echoatt_hf.distillation.trainer:EchoAttTrainer.training_step",
-    "echoatt_hf.pipeline.runs:replace_folder",
+    "echoatt_hf.pipeline.unfinished:replace_folder",
 )
 
 KILLED_STORES = {  # the fault, shards in place, and shards recorded in the manifest
@@ -150,8 +148,8 @@ def test_killed_store_goes_on_to_the_same_store(workplace, tmp_path, when):
 KILLED_RUNS = {  # the fault, and the last checkpoint that is whole
     "in a step": ((STEP, 4, "before"), 2),
     "between the files of a checkpoint": (("torch:save", 6, "before"), 2),  # the second checkpoint's optimizer
-    "before a checkpoint is sealed": (("echoatt_hf.pipeline.runs:seal_folder", 2, "before"), 2),
-    "after a checkpoint is sealed": (("echoatt_hf.pipeline.runs:seal_folder", 2, "after"), 4),
+    "before a checkpoint is sealed": (("echoatt_hf.pipeline.unfinished:seal_folder", 2, "before"), 2),
+    "after a checkpoint is sealed": (("echoatt_hf.pipeline.unfinished:seal_folder", 2, "after"), 4),
     "before the student is in place": ((REPLACE, 1, "before"), 8),
     "after the student is in place": ((REPLACE, 1, "after"), 8),
 }

@@ -21,7 +21,7 @@ from transformers import AutoModel, AutoModelForCausalLM, PreTrainedTokenizerFas
 import echoatt_hf
 from echoatt_hf import DataSettings, builtin_teacher_path, convert, push_student
 from echoatt_hf.cli import app as cli
-from echoatt_hf.pipeline.runs import describe_data, describe_teacher
+from echoatt_hf.outputs.provenance import describe_data, describe_teacher
 from echoatt_hf.publishing import push as publishing
 from echoatt_hf.publishing.callbacks import CODE_FILES
 from echoatt_hf.publishing.card import find_gaps, write_model_card

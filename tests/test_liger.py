@@ -71,7 +71,7 @@ def test_liger_gives_the_losses_and_gradients_of_chunks(interpreter, monkeypatch
     found = {}
     for with_liger in (False, True):
         if with_liger:
-            monkeypatch.setattr("echoatt_hf.models.heads.chunked_loss", None)  # not called
+            monkeypatch.setattr("echoatt_hf.distillation.head_losses.chunked_loss", None)  # not called
         total, parts = loss_in_chunks(student, teacher, batch, labels, divergence, with_liger=with_liger)
         gradients = gradients_of(total, student)
         assert len(gradients) > 10
@@ -84,7 +84,8 @@ def test_a_trainer_with_liger(interpreter, tmp_path, monkeypatch, family):
     """The same weights as without, and for heads that liger has no kernel for too."""
     computed, liger_loss = [], liger.liger_loss
     monkeypatch.setattr(
-        "echoatt_hf.models.heads.liger_loss", lambda *given: computed.append(liger_loss(*given)) or computed[-1]
+        "echoatt_hf.distillation.head_losses.liger_loss",
+        lambda *given: computed.append(liger_loss(*given)) or computed[-1],
     )
 
     def train(**options):

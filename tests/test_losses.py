@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from transformers import LlamaForCausalLM
 from echoatt_hf import EchoAttForCausalLM
 from echoatt_hf.distillation import losses
 from echoatt_hf.distillation.adapters import add_lora
+from echoatt_hf.distillation.head_losses import compute_losses
 from echoatt_hf.distillation.losses import (
     DIVERGENCES,
     LogitLosses,
@@ -225,7 +227,7 @@ def loss_in_chunks(student, teacher, batch, labels, name="forward", context=cont
         with torch.no_grad(), teacher_head.last_states() as kept:
             teacher(**batch, use_cache=False, logits_to_keep=1)
         of_batch = losses_of(batch, labels, teacher_head.logits(kept), name)
-        with head.computes(of_batch, context) as parts:
+        with head.computes(partial(compute_losses, of_batch), context) as parts:
             outputs = student(**batch, use_cache=False, logits_to_keep=1)
     assert outputs.logits.shape[1] == 1
     return outputs.loss, parts[0]
@@ -342,7 +344,7 @@ def test_hooks_of_the_head_are_gone_also_after_a_failure():
         raise ZeroDivisionError
 
     of_batch = LogitLosses({"kl": fail}, {"kl": 1.0}, labels, 1)
-    with pytest.raises(ZeroDivisionError), head.computes(of_batch, contextlib.nullcontext):
+    with pytest.raises(ZeroDivisionError), head.computes(partial(compute_losses, of_batch), contextlib.nullcontext):
         student(**batch, logits_to_keep=1)
     assert not any(module._forward_hooks for module in student.modules())
     assert student(**batch).loss is None and student(**batch).logits.shape[1] == 12

@@ -43,7 +43,6 @@ from echoatt_hf import (
     EchoAttForSequenceClassification,
     EchoAttForTokenClassification,
     EchoAttModel,
-    modeling_echoatt,
 )
 from echoatt_hf.modeling_echoatt import find_attention_modules
 from echoatt_hf.planning.sharing import SharingPlan
@@ -342,7 +341,7 @@ def test_echo_with_other_heads_is_refused(tiny_teacher):
 
 
 def test_conversion_under_zero3_is_refused(tiny_teacher, monkeypatch):
-    monkeypatch.setattr(modeling_echoatt, "is_deepspeed_zero3_enabled", lambda: True)
+    monkeypatch.setattr("echoatt_hf.conversion.student.is_deepspeed_zero3_enabled", lambda: True)
     with pytest.raises(ValueError, match="ZeRO-3 is set up, which divides the weights .* convert in one process"):
         EchoAttForCausalLM.from_teacher(tiny_teacher, PLAN)
 

@@ -13,6 +13,7 @@ from conftest import write_workplace
 from processes import ForkedPython, run_python
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+from echoatt_hf import EchoAttTrainer
 from echoatt_hf.outputs.files import replace_folder, whole_folder, write_whole
 from echoatt_hf.publishing.card import find_gaps
 
@@ -237,7 +238,7 @@ def test_stopped_run_resumes_to_the_same_student(workplace, tmp_path, how):
 
 
 def test_full_disk_at_the_end_keeps_the_old_student_and_the_run(workplace, tmp_path, monkeypatch, run_in_process):
-    from echoatt_hf.pipeline import pipeline
+    from echoatt_hf.pipeline import steps as pipeline
 
     output = tmp_path / "out"
     arguments = [
@@ -292,8 +293,6 @@ def test_results_of_mixed_precision_are_those_of_the_student_that_is_saved(workp
 
 
 def test_adapters_are_merged_into_a_plain_student(workplace, tmp_path, run_in_process, monkeypatch):
-    from echoatt_hf.pipeline import pipeline
-
     arguments = [
         "compress", workplace / "teacher", "--data", workplace / "text", "--plan", "0,1,1,1,1,5", "--steps", 24,
         "--learning-rate", 1e-2, "--warmup-steps", 1, "--save-steps", 6, "--lora-rank", 4, "--attention-weight", 0.1, *FAST,
@@ -315,7 +314,7 @@ def test_adapters_are_merged_into_a_plain_student(workplace, tmp_path, run_in_pr
 
     # Stopped in stage 1, the run goes on from adapters alone to the same student.
     stopped = tmp_path / "stopped.partial"
-    run = pipeline.EchoAttTrainer.log
+    run = EchoAttTrainer.log
 
     def fail(self, logs, *rest):
         if self.state.global_step == 10:
@@ -323,7 +322,7 @@ def test_adapters_are_merged_into_a_plain_student(workplace, tmp_path, run_in_pr
         run(self, logs, *rest)
 
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline.EchoAttTrainer, "log", fail)
+        patch.setattr(EchoAttTrainer, "log", fail)
         result = run_in_process(*arguments, "--output", tmp_path / "stopped")
     assert result.returncode == 2 and "cut short" in result.stderr  # behind a progress bar
     names = {path.name for path in stopped.glob("checkpoints/checkpoint-6/*")}
@@ -427,7 +426,8 @@ def test_bad_input_is_one_line_and_nothing_is_written(bad_workplace, monkeypatch
 
 @pytest.mark.parametrize("rule", ["effect", "similarity", "blocks", "0,1,1"])
 def test_impossible_plans_are_refused_before_anything_is_measured(workplace, monkeypatch, run_in_process, rule):
-    from echoatt_hf.pipeline import pipeline, preparation
+    from echoatt_hf.pipeline import preparation
+    from echoatt_hf.pipeline import steps as pipeline
 
     monkeypatch.chdir(workplace)
     for module in (pipeline, preparation):

@@ -11,8 +11,10 @@ import torch.nn.functional as F
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from ..evaluation.held_out import batch_rows, inference
-from ..modeling_echoatt import EchoRecords, compute_attention_weights, find_attention_modules, recording
+from ..modeling_echoatt import EchoRecords, find_attention_modules
+from ..models.inference import inference
+from ..models.recording import compute_attention_weights, recording
+from ..text.rows import batch_rows
 
 
 __all__ = ["AttentionSimilarity", "measure_attention_similarity", "measure_on_rows"]

@@ -23,7 +23,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from ..baselines.layer_dropping import NoProjection
+from ..baselines.kv_sharing import NoProjection
 from ..modeling_echoatt import EchoAttention, count_query_features, count_value_features, find_attention_modules
 
 

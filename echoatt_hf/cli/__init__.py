@@ -1,1 +1,3 @@
 """The command line, `echoatt`."""
+
+from .app import main as main

@@ -1,4 +1,4 @@
-from .app import main
+from . import main
 
 
 main()

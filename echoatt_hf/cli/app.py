@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, get_type_hints
 
@@ -21,12 +22,12 @@ from ..settings import (
     PlanSettings,
     StoredTeacherSettings,
     StoreSettings,
+    StudentSettings,
     default_of,
 )
 
 
 app = typer.Typer(
-    help="EchoAtt for Hugging Face: smaller, faster students of decoder language models, by sharing attention.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -45,6 +46,21 @@ Similarity = Annotated[
 ]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an output that is there.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with an unfinished run.")]
+
+
+def _print_version(is_asked: bool) -> None:
+    if is_asked:
+        print(f"echoatt_hf {version('echoatt-hf')}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    show_version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    """EchoAtt for Hugging Face: smaller, faster students of decoder language models, by sharing attention."""
 
 
 def with_settings(**groups: type) -> Callable:
@@ -73,6 +89,7 @@ def with_settings(**groups: type) -> Callable:
         @functools.wraps(command)
         def run(**values):
             with one_line_errors(can_resume="resume" in values and values["output"] is not None):
+                _quiet_libraries()
                 for parameter, group in groups.items():
                     values[parameter] = group(**{field.name: values.pop(field.name) for field in fields(group)})
                 command(**values)
@@ -108,7 +125,7 @@ def compress(
     resume: Resume = False,
 ) -> None:
     """Make a student from a teacher: analyze, plan, convert, distill, evaluate."""
-    from ..pipeline.pipeline import compress
+    from ..pipeline.steps import compress
     from ..planning.sharing import SharingPlan
     from ..publishing.card import format_table
 
@@ -169,7 +186,7 @@ def plan(
     """Choose which layers echo which. Prints the plan as a line of layers and as JSON."""
     from ..outputs.files import check_output_file, write_whole
     from ..pipeline.preparation import plan_teacher
-    from ..pipeline.runs import resumable_search
+    from ..pipeline.unfinished import resumable_search
 
     check_output_file(output, overwrite)
     settings = CompressionSettings(teacher=teacher, plan=plan, calibration=calibration, data=data)
@@ -223,7 +240,7 @@ def store_teacher(
     resume: Resume = False,
 ) -> None:
     """Keep what a teacher says of each token of a text, to distil from without it."""
-    from ..pipeline.pipeline import store_teacher
+    from ..pipeline.steps import store_teacher
 
     settings = StoreSettings(teacher=teacher, data=data, store=store)
     manifest = store_teacher(settings, output, overwrite=overwrite, resume=resume)
@@ -255,13 +272,13 @@ def distill(
     resume: Resume = False,
 ) -> None:
     """Distil a student from its teacher in two stages, in one process or under `accelerate launch`."""
-    from ..pipeline.pipeline import distill_student
-    from ..pipeline.runs import processes
+    from ..models.devices import processes
+    from ..pipeline.steps import distill
     from ..publishing.card import format_table
 
-    report = distill_student(
-        student, teacher, data, distillation, output, stored_teacher=stored_teacher, overwrite=overwrite, resume=resume
-    )
+    stored = str(stored_teacher) if stored_teacher is not None else None
+    settings = StudentSettings(student, teacher, stored, data, distillation)
+    report = distill(settings, output, overwrite=overwrite, resume=resume)
     if processes().is_main_process:
         print(f"\n{format_table(report['results'])}\n\nwritten to {output}")
 
@@ -315,9 +332,10 @@ def zero_shot(
 ) -> None:
     """Evaluate a model on multiple choice, last words and minimal pairs, by the rules of lm-evaluation-harness."""
     from ..evaluation.zero_shot import evaluate_zero_shot, format_zero_shot, read_zero_shot_tasks
-    from ..models.loading import default_device, load_model, load_tokenizer
+    from ..models.devices import default_device
+    from ..models.loading import load_model, load_tokenizer
     from ..outputs.files import check_output_file, write_whole
-    from ..pipeline.runs import without_paths
+    from ..outputs.provenance import without_paths
 
     check_output_file(output, overwrite)
     tasks = _parse_tasks(task)
@@ -353,7 +371,8 @@ def benchmark(
     overwrite: Overwrite = False,
 ) -> None:
     """Measure the speed and memory of a student beside its teacher, and beside what counting allows at most."""
-    from ..benchmark.speed import format_benchmark, run_benchmark, write_benchmark
+    from ..benchmark.report import format_benchmark, write_benchmark
+    from ..benchmark.speed import run_benchmark
     from ..outputs.files import check_output_folder, whole_folder
 
     if output is not None:
@@ -414,9 +433,7 @@ def push(
 @app.command()
 def env() -> None:
     """Print versions and hardware, to paste into an issue."""
-    from importlib.metadata import version
-
-    from ..pipeline.runs import describe_environment
+    from ..outputs.provenance import describe_environment
 
     described = describe_environment()
     described |= {name: version(name) for name in ("accelerate", "datasets", "evaluate", "huggingface-hub", "peft")}
@@ -445,7 +462,6 @@ def one_line_errors(can_resume: bool) -> Iterator[None]:
 
 def main() -> None:
     """Run the command line."""
-    _quiet_libraries()
     app(args=[argument for argument in sys.argv[1:] if argument != "--debug"], prog_name="echoatt")
 
 

@@ -3,24 +3,18 @@
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 
-from transformers import Cache, PreTrainedModel
-from transformers.cache_utils import QuantizedLayer
+from transformers import PreTrainedModel
 
 from ..analysis.similarity import AttentionSimilarity, measure_on_rows
-from ..evaluation.held_out import evaluate_model
-from ..modeling_echoatt import (
-    FUSED_MODULES,
-    EchoAttention,
-    EchoAttForCausalLM,
-    count_value_features,
-    find_attention_modules,
-)
+from ..modeling_echoatt import FUSED_MODULES, EchoAttForCausalLM
+from ..models.inference import compare_predictions
+from ..models.sizes import count_kv_bytes_per_token
 from ..planning.sharing import SharingPlan
 from .alignment import align_heads, find_echoes, get_parameters, set_parameters
 from .refit import hold_out, refit_outputs
 
 
-__all__ = ["ConversionReport", "convert", "count_cache_bytes", "count_kv_bytes_per_token"]
+__all__ = ["ConversionReport", "convert"]
 
 
 @dataclass(frozen=True)
@@ -168,7 +162,7 @@ def _tune(
     echoes = find_echoes(student)
 
     def measure() -> float:
-        return evaluate_model(student, held_out, teacher=teacher)["kl"]
+        return compare_predictions(student, held_out, teacher).kl
 
     levers = {}
     if align:
@@ -188,56 +182,6 @@ def _tune(
             for layer, parameters in before.items():
                 set_parameters(echoes[layer], parameters)
     return tuning
-
-
-def count_kv_bytes_per_token(model: PreTrainedModel) -> int:
-    """
-    Bytes of KV cache a model needs for each token: keys and values of every layer, values alone of echo layers. What
-    recurrent layers of a hybrid hold does not grow with the tokens and is not counted.
-
-    Args:
-        model (`PreTrainedModel`):
-            Teacher or student; its dtype is taken for the cache's.
-
-    Returns:
-        `int`: bytes per token and sequence. For layers with a sliding window it holds up to the window.
-    """
-    features = 0
-    for attention in find_attention_modules(model).values():
-        features += count_value_features(attention) * (1 if isinstance(attention, EchoAttention) else 2)
-    return features * model.dtype.itemsize
-
-
-def count_cache_bytes(cache: Cache) -> int:
-    """
-    Bytes of the keys and values that a cache holds: what [`count_kv_bytes_per_token`] foresees, for a cache in use.
-
-    Args:
-        cache (`Cache`):
-            A cache of transformers, such as the `past_key_values` that a model returns. A static one has its full size
-            from the first token on.
-
-    Returns:
-        `int`: bytes of all rows and tokens.
-
-    Raises:
-        `ValueError`: the cache is quantized.
-
-    Example:
-
-    ```python
-    >>> from transformers import DynamicCache
-    >>> from echoatt_hf import count_cache_bytes
-
-    >>> cache = DynamicCache(config=student.config)
-    >>> tokens = student.generate(**inputs, past_key_values=cache, max_new_tokens=100)
-    >>> print(count_cache_bytes(cache))
-    ```
-    """
-    if any(isinstance(layer, QuantizedLayer) for layer in cache.layers):
-        raise ValueError("count_cache_bytes cannot count a quantized cache: its backend packs keys and values.")
-    states = [states for layer in cache.layers if layer.is_initialized for states in (layer.keys, layer.values)]
-    return sum(tensor.numel() * tensor.element_size() for tensor in states)
 
 
 def _name_of_kept(name: str) -> str:

@@ -11,14 +11,10 @@ from tqdm.auto import tqdm
 from transformers import BatchEncoding, PreTrainedModel
 
 from ..analysis.similarity import AttentionSimilarity
-from ..evaluation.held_out import batch_rows, inference
-from ..modeling_echoatt import (
-    EchoAttForCausalLM,
-    EchoRecords,
-    find_attention_modules,
-    find_output_projection,
-    recording,
-)
+from ..modeling_echoatt import EchoAttForCausalLM, EchoRecords, find_attention_modules, find_output_projection
+from ..models.inference import inference
+from ..models.recording import recording
+from ..text.rows import batch_rows
 from .alignment import (
     EchoParameters,
     align_layer,

@@ -13,13 +13,14 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from ..settings import DIVERGENCES
+
 
 __all__ = [
     "DIVERGENCES",
     "LogitLosses",
     "NextTokenLoss",
     "TeacherDivergence",
-    "check_divergence",
     "chunked_loss",
     "divergence_from_stored",
     "forward_kl",
@@ -101,18 +102,7 @@ def jensen_shannon(student_logits: torch.Tensor, teacher_log_probs: torch.Tensor
     return (_kl(teacher_log_probs, middle) + _kl(student_log_probs, middle)) / 2
 
 
-DIVERGENCES = {"forward": forward_kl, "reverse": reverse_kl, "jensen_shannon": jensen_shannon}
-
-
-def check_divergence(name: str) -> None:
-    """
-    Check the name of a divergence.
-
-    Raises:
-        `ValueError`: there is none of this name.
-    """
-    if name not in DIVERGENCES:
-        raise ValueError(f"divergence is {name!r}; it must be one of {', '.join(map(repr, DIVERGENCES))}.")
+_DIVERGENCES = dict(zip(DIVERGENCES, (forward_kl, reverse_kl, jensen_shannon), strict=True))
 
 
 @dataclass(frozen=True)
@@ -137,7 +127,7 @@ class TeacherDivergence:
     def __call__(self, logits: torch.Tensor, tokens: slice) -> torch.Tensor:
         with torch.no_grad():
             expected = _log_probs(self.teacher_logits(tokens).to(logits.device), self.temperature)
-        return DIVERGENCES[self.divergence](_upcast(logits) / self.temperature, expected) * self.temperature**2
+        return _DIVERGENCES[self.divergence](_upcast(logits) / self.temperature, expected) * self.temperature**2
 
 
 def divergence_from_stored(divergence: str, token_ids: torch.Tensor, log_probs: torch.Tensor) -> TokenLoss:
@@ -158,7 +148,7 @@ def divergence_from_stored(divergence: str, token_ids: torch.Tensor, log_probs: 
     def loss(logits: torch.Tensor, tokens: slice) -> torch.Tensor:
         ids, expected = token_ids[tokens].to(logits.device), log_probs[tokens].to(logits.device)
         # Rounded to 16 bits they do not add up to 1 any more.
-        return DIVERGENCES[divergence](merge_rest(logits, ids), _log_probs(expected))
+        return _DIVERGENCES[divergence](merge_rest(logits, ids), _log_probs(expected))
 
     return loss
 

@@ -15,10 +15,10 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..evaluation.held_out import inference
+from ..models.inference import inference
 from ..outputs.files import hash_file, write_whole
-from ..pipeline.runs import describe_environment
-from ..text.documents import ROW_COLUMNS, stack_rows
+from ..outputs.provenance import describe_environment
+from ..text.rows import ROW_COLUMNS, stack_rows
 from .losses import keep_top
 
 

@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,14 +19,13 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from ..modeling_echoatt import EchoAttPreTrainedModel, find_attention_modules
 from ..models.heads import OutputHead
-from ..publishing.callbacks import PublishingCallback
-from ..text.documents import STORED_COLUMNS
+from ..settings import DIVERGENCES, check_divergence
+from ..text.rows import STORED_COLUMNS
+from .head_losses import compute_losses
 from .losses import (
-    DIVERGENCES,
     LogitLosses,
     NextTokenLoss,
     TeacherDivergence,
-    check_divergence,
     divergence_from_stored,
     relative_distance,
     target_mask,
@@ -195,6 +195,8 @@ class EchoAttTrainer(Trainer):
         if model is not None:
             _check_trainable(model, teacher)
         super().__init__(model=model, args=args, **kwargs)
+        from ..publishing.callbacks import PublishingCallback
+
         self._publishing = PublishingCallback(teacher)
         self.add_callback(self._publishing)
         # `train` counts the target tokens of a batch only for models whose loss they divide.
@@ -367,7 +369,7 @@ class EchoAttTrainer(Trainer):
             parts = losses.parts(outputs.logits.flatten(0, 1))
             loss = losses.total(parts)
         else:
-            with self._head.computes(losses, self.accelerator.autocast) as found:
+            with self._head.computes(partial(compute_losses, losses), self.accelerator.autocast) as found:
                 outputs = model(**inputs, **options, logits_to_keep=1)
             loss, parts = outputs.loss, found[0]
         return loss, dict(zip(losses.losses, parts, strict=True)), outputs

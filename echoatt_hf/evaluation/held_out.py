@@ -1,19 +1,17 @@
 """How good a model is on held-out text: perplexity, bits per byte, and agreement with its teacher."""
 
 import math
-from collections.abc import Iterable, Iterator, Sized
-from contextlib import contextmanager
-from itertools import islice
+from collections.abc import Iterable, Sequence, Sized
 from pathlib import Path
 
-import torch
-import torch.nn.functional as F
 from datasets import Dataset
-from tqdm.auto import tqdm
-from transformers import AutoTokenizer, BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..models.loading import default_device, load_model
-from ..text.documents import load_documents, pack_rows, stack_rows
+from ..models.devices import default_device
+from ..models.inference import compare_predictions
+from ..models.loading import load_model
+from ..text.documents import load_documents
+from ..text.rows import pack_rows
 
 
 __all__ = ["compute_agreement", "compute_perplexity", "evaluate_model", "metric_path"]
@@ -53,30 +51,18 @@ def evaluate_model(
     Raises:
         `ValueError`: there are no rows, or the vocabularies differ.
     """
-    if teacher is not None:
-        _check_vocabularies(model, teacher)
-    totals = torch.zeros(3, dtype=torch.float64)
-    tokens = text_bytes = 0
-    count = math.ceil(len(rows) / batch_size) if isinstance(rows, Sized) else None
-    batches = tqdm(
-        batch_rows(rows, batch_size), total=count, desc=description, disable=description is None, leave=False
-    )
-    with inference(*([model] if teacher is None else [model, teacher])):
-        for batch in batches:
-            totals += _sum_batch(model, teacher, batch)
-            input_ids = batch["input_ids"]
-            tokens += input_ids[:, 1:].numel()
-            if tokenizer is not None:
-                # A difference: at the start of a text some tokenizers drop the space that the first token stands for.
-                text_bytes += _count_bytes(tokenizer, input_ids) - _count_bytes(tokenizer, input_ids[:, :1])
-    if tokens == 0:
-        raise ValueError("There are no rows to evaluate on: give held-out text that fills at least one row.")
-    loss, kl, agreement = (totals / tokens).tolist()
+    rows = rows if isinstance(rows, Sized) else list(rows)
+    found = compare_predictions(model, rows, teacher, batch_size=batch_size, description=description)
+    tokens, loss = found.tokens, found.loss
     result = {"tokens": tokens, "loss": loss, "perplexity": math.exp(loss) if loss < 700 else math.inf}
     if tokenizer is not None:
+        # A difference: at the start of a text some tokenizers drop the space that the first token stands for.
+        text_bytes = sum(
+            _count_bytes(tokenizer, row["input_ids"]) - _count_bytes(tokenizer, row["input_ids"][:1]) for row in rows
+        )
         result["bits_per_byte"] = loss * tokens / math.log(2) / max(text_bytes, 1)
     if teacher is not None:
-        result |= {"kl": kl, "agreement": agreement}
+        result |= {"kl": found.kl, "agreement": found.agreement}
     return result
 
 
@@ -210,77 +196,6 @@ def _load_tokenizer(
     return tokenizer
 
 
-def _check_vocabularies(model: PreTrainedModel, teacher: PreTrainedModel) -> None:
-    sizes = [each.config.get_text_config().vocab_size for each in (model, teacher)]
-    if sizes[0] != sizes[1]:
-        raise ValueError(
-            f"The model has {sizes[0]} tokens and the teacher {sizes[1]}: agreement needs the same vocabulary. Give "
-            "the teacher the model was made from."
-        )
-
-
-@contextmanager
-def inference(*models: PreTrainedModel) -> Iterator[None]:
-    """Evaluation mode without gradients; at the end each module is in the mode it was in."""
-    training = [module for model in models for module in model.modules() if module.training]
-    for model in models:
-        model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module in training:
-            module.training = True
-
-
-def batch_rows(rows: Iterable[dict], batch_size: int) -> Iterator[BatchEncoding]:
-    """What a model takes of packed rows, `(B, T)` each, `batch_size` rows at a time."""
-    iterator = iter(rows)
-    while batch := list(islice(iterator, batch_size)):
-        yield stack_rows(batch)
-
-
-def _sum_batch(model: PreTrainedModel, teacher: PreTrainedModel | None, batch: BatchEncoding) -> torch.Tensor:
-    """Sums over a batch `(B, T)`: negative log-likelihood, KL and equal first tokens, `(3,)` in float64."""
-    logits = model(**batch.to(model.device), use_cache=False).logits
-    teacher_logits = logits if teacher is model else None
-    if teacher is not None and teacher is not model:
-        teacher_logits = teacher(**batch.to(teacher.device), use_cache=False).logits.to(logits.device)
-    return sum_logits(logits, teacher_logits, batch["input_ids"])
-
-
-def sum_logits(logits: torch.Tensor, teacher_logits: torch.Tensor | None, input_ids: torch.Tensor) -> torch.Tensor:
-    """
-    Sums over a batch: negative log-likelihood, KL(teacher || model) and equal first tokens.
-
-    Args:
-        logits (`torch.Tensor` of shape `(B, T, V)`): of any float dtype, computed in float32.
-        teacher_logits (`torch.Tensor` of shape `(B, T, V)`, *optional*): likewise.
-        input_ids (`torch.Tensor` of shape `(B, T)`): the tokens, the last T - 1 of which are predicted.
-
-    Returns:
-        `torch.Tensor` of shape `(3,)`, float64, in nats and tokens; without a teacher the last two are 0.
-    """
-    targets = input_ids.to(logits.device)
-    sums = [  # one row at a time: float32 logits of a batch may not fit
-        _sum_row(logits[row, :-1], targets[row, 1:], None if teacher_logits is None else teacher_logits[row, :-1])
-        for row in range(len(input_ids))
-    ]
-    return torch.stack(sums).cpu().double().sum(0)
-
-
-def _sum_row(logits: torch.Tensor, targets: torch.Tensor, teacher_logits: torch.Tensor | None) -> torch.Tensor:
-    """Sums over one row: negative log-likelihood, KL and equal first tokens. Logits `(T - 1, V)`."""
-    log_probs = F.log_softmax(logits.float(), dim=-1)
-    nll = F.nll_loss(log_probs, targets, reduction="sum")
-    kl = same = torch.zeros((), device=logits.device)
-    if teacher_logits is not None:
-        teacher_log_probs = F.log_softmax(teacher_logits.float(), dim=-1)
-        kl = F.kl_div(log_probs, teacher_log_probs, log_target=True, reduction="sum")
-        same = (logits.argmax(-1) == teacher_logits.argmax(-1)).sum()
-    return torch.stack([nll, kl, same])
-
-
-def _count_bytes(tokenizer: PreTrainedTokenizerBase, input_ids: torch.Tensor) -> int:
-    texts = tokenizer.batch_decode(input_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-    return sum(len(text.encode("utf-8", errors="replace")) for text in texts)
+def _count_bytes(tokenizer: PreTrainedTokenizerBase, input_ids: Sequence[int]) -> int:
+    text = tokenizer.decode(input_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return len(text.encode("utf-8", errors="replace"))

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..outputs.files import format_markdown
-from .held_out import inference
+from ..models.inference import inference
+from ..outputs.tables import format_markdown
 
 
 __all__ = ["ZeroShotItem", "ZeroShotTask", "evaluate_zero_shot", "format_zero_shot", "read_zero_shot_tasks"]

@@ -4,6 +4,7 @@ import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -13,13 +14,11 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from ..distillation.liger import liger_loss
-from ..distillation.losses import LogitLosses, chunked_loss
-from ..evaluation.held_out import inference
 from ..modeling_echoatt import find_decoder
+from .inference import inference
 
 
-__all__ = ["HeadLogits", "OutputHead"]
+__all__ = ["HeadCall", "HeadLogits", "OutputHead"]
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -131,39 +130,56 @@ class OutputHead:
         return HeadLogits(output.last_hidden_state.flatten(0, 1), self._function(output), self.plain_weight)
 
     @contextmanager
-    def computes(self, losses: LogitLosses, autocast: Callable) -> Iterator[list[torch.Tensor]]:
+    def computes(
+        self, compute: Callable[["HeadCall"], tuple[torch.Tensor, Any]], autocast: Callable
+    ) -> Iterator[list]:
         """
-        In this context the forward pass of the model, to be called with `logits_to_keep=1`, returns the weighted sum of
-        `losses` as its `loss`, and leaves their parts, without gradients, in the list.
+        In this context the forward pass of the model, to be called with `logits_to_keep=1`, returns as its `loss` what
+        `compute` makes of the head, and leaves what else that returns in the list.
 
         The loss is computed inside the forward pass, and is part of its output: where the wrappers of distributed training
         have the parameters at hand, and look for what the backward pass starts from.
 
         Args:
-            losses ([`LogitLosses`]): what to compute.
+            compute (`Callable`): [`HeadCall`] -> the loss, a scalar with gradients, and anything.
             autocast (`Callable`): makes the context of mixed precision, which may be that of an outer forward pass only.
         """
-        parts = []
+        found = []
 
-        def compute(module, args, output):
-            logits_of, states = self._function(kept[0]), kept[0].last_hidden_state
-            parameters = [value for value in logits_of.parameters() if value.requires_grad]
-            vocab_size = output.logits.shape[-1]
+        def add_loss(module, args, output):
+            states, vocab_size = kept[0].last_hidden_state, output.logits.shape[-1]
             with autocast():
-                computed = liger_loss(losses, states, self.plain_weight)
-                total, found = computed or chunked_loss(losses, states, logits_of, parameters, vocab_size)
-            parts.append(found)
-            output["loss"] = total
+                loss, other = compute(HeadCall(states, self._function(kept[0]), vocab_size, self.plain_weight))
+            found.append(other)
+            output["loss"] = loss
 
         with self.last_states() as kept:
-            hook = self._language_model.register_forward_hook(compute, prepend=True)
+            hook = self._language_model.register_forward_hook(add_loss, prepend=True)
             try:
-                yield parts
+                yield found
             finally:
                 hook.remove()
 
     def _function(self, output) -> "_AfterDecoder":
         return _AfterDecoder(self._language_model, self._decoder, output)
+
+
+@dataclass(frozen=True)
+class HeadCall:
+    """
+    What the output head is applied to in a forward pass, and the head.
+
+    Args:
+        states (`torch.Tensor` of shape `(B, T, D)`): last hidden states of the decoder.
+        logits_of (`nn.Module`): states `(N, D)` -> logits `(N, V)`.
+        vocab_size (`int`): V.
+        plain_weight (`nn.Parameter` of shape `(V, D)`, *optional*): see [`OutputHead.plain_weight`].
+    """
+
+    states: torch.Tensor
+    logits_of: nn.Module
+    vocab_size: int
+    plain_weight: nn.Parameter | None
 
 
 @dataclass(frozen=True)

@@ -13,29 +13,15 @@ from transformers import (
 )
 
 from ..configuration_echoatt import EchoAttConfig, check_base_family
+from ..settings import BUILTIN_TEACHER
 
 
-__all__ = [
-    "BUILTIN_TEACHER",
-    "builtin_teacher_path",
-    "default_device",
-    "load_config",
-    "load_model",
-    "load_tokenizer",
-]
-
-BUILTIN_TEACHER = "builtin"
-"""Name of the teacher that ships with the package."""
+__all__ = ["BUILTIN_TEACHER", "builtin_teacher_path", "load_config", "load_model", "load_tokenizer"]
 
 
 def builtin_teacher_path() -> Path:
     """Folder of the teacher that ships with the package: a small Llama-type model of Python source."""
     return Path(__file__).parents[1] / "builtin_teacher"
-
-
-def default_device() -> str:
-    """Where models run that nobody has placed: on a GPU if there is one."""
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def load_model(name: str | Path, dtype: torch.dtype | str = torch.float32) -> PreTrainedModel:

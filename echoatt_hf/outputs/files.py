@@ -18,7 +18,6 @@ __all__ = [
     "check_output_file",
     "check_output_folder",
     "explained_disk_errors",
-    "format_markdown",
     "hash_file",
     "last_complete_checkpoint",
     "replace_folder",
@@ -52,27 +51,6 @@ def check_output_folder(output: Path, overwrite: bool) -> None:
         raise FileExistsError(
             f"The output folder {str(output)!r} is not empty: choose another, or replace it with --overwrite."
         )
-
-
-def format_markdown(lines: list[list[str]], left: int = 0) -> str:
-    """
-    A Markdown table, which also reads well in a terminal.
-
-    Args:
-        lines (`list[list[str]]`): cells, the header first.
-        left (`int`, *optional*, defaults to 0): the column that is aligned to the left; all others are to the right.
-
-    Returns:
-        `str`: lines of the table.
-    """
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    rule = ["-" * width if column == left else "-" * (width - 1) + ":" for column, width in enumerate(widths)]
-    texts = []
-    for line in [lines[0], rule, *lines[1:]]:
-        cells = enumerate(zip(line, widths, strict=True))
-        padded = [cell.ljust(width) if column == left else cell.rjust(width) for column, (cell, width) in cells]
-        texts.append(f"| {' | '.join(padded)} |")
-    return "\n".join(texts)
 
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)

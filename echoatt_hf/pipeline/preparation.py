@@ -9,14 +9,16 @@ from transformers import BatchEncoding, PreTrainedConfig, PreTrainedModel, PreTr
 
 from ..analysis.similarity import AttentionSimilarity, measure_on_rows
 from ..conversion.convert import ConversionReport, convert
-from ..evaluation.held_out import inference
 from ..modeling_echoatt import EchoAttForCausalLM
-from ..models.loading import default_device, load_config, load_model, load_tokenizer
-from ..planning.rules import plan_from_similarity
+from ..models.devices import default_device
+from ..models.inference import inference
+from ..models.loading import load_config, load_model, load_tokenizer
+from ..planning.from_settings import _check_rule, make_plan
 from ..planning.sharing import SharingPlan
 from ..search.effect import PlanSearch, make_space, search_plan
 from ..settings import CalibrationSettings, CompressionSettings, DataSettings, PlanSettings
-from ..text.documents import load_documents, pack_rows, split_documents
+from ..text.documents import load_documents, split_documents
+from ..text.rows import pack_rows
 
 
 __all__ = [
@@ -27,7 +29,6 @@ __all__ = [
     "load_calibration_rows",
     "load_held_out_rows",
     "load_rows",
-    "make_plan",
     "plan_teacher",
 ]
 
@@ -272,49 +273,6 @@ def choose_plan(
     return search.plan, search
 
 
-def make_plan(
-    settings: PlanSettings, config: PreTrainedConfig, similarity: AttentionSimilarity | None = None
-) -> SharingPlan:
-    """
-    The sharing plan for a model that need not be loaded: by any rule but `"effect"`.
-
-    Args:
-        settings ([`PlanSettings`]):
-            The rule, indices or file.
-        config (`PreTrainedConfig`):
-            Configuration of the teacher.
-        similarity ([`AttentionSimilarity`], *optional*):
-            Needed for the plan `"similarity"`.
-
-    Raises:
-        `ValueError`: the plan cannot be read, or does not fit the model.
-    """
-    config = config.get_text_config()
-    num_layers, layer_types = config.num_hidden_layers, getattr(config, "layer_types", None)
-    _check_rule(settings)
-    constraints = {
-        "protected_layers": settings.protected_layers,
-        "block_size": settings.block_size,
-        "layer_types": layer_types,
-    }
-    if settings.plan == "similarity":
-        if similarity is None:
-            raise ValueError("The plan 'similarity' needs a measured similarity: run `echoatt analyze` first.")
-        return plan_from_similarity(
-            similarity.layers.tolist(),
-            ratio=settings.ratio if settings.threshold is None else None,
-            threshold=settings.threshold,
-            **constraints,
-        )
-    if settings.plan == "blocks":
-        return SharingPlan.from_ratio(num_layers, settings.ratio, **constraints)
-    is_file = settings.plan.endswith(".json")
-    sources = list(SharingPlan.from_json(settings.plan)) if is_file else parse_sources(settings.plan)
-    if len(sources) != num_layers:
-        raise ValueError(f"The plan has {len(sources)} layers and the model {num_layers}: give one source per layer.")
-    return SharingPlan(sources, layer_types)
-
-
 def check_plan(settings: PlanSettings, config: PreTrainedConfig) -> None:
     """Check that a plan is possible for a model, before anything is measured. Raises `ValueError` if it is not."""
     _check_rule(settings)
@@ -325,19 +283,3 @@ def check_plan(settings: PlanSettings, config: PreTrainedConfig) -> None:
     alike = AttentionSimilarity(torch.ones(num_layers, num_layers, 1, 1), 1)
     threshold = min(settings.threshold, 1.0) if settings.threshold is not None else None
     make_plan(replace(settings, threshold=threshold), config, alike)
-
-
-def _check_rule(settings: PlanSettings) -> None:
-    if settings.threshold is not None and settings.plan != "similarity":
-        raise ValueError("A threshold needs the plan 'similarity'.")
-
-
-def parse_sources(text: str) -> list[int]:
-    """Source indices from a text such as `"0,1,1,1,4"`. Raises `ValueError` for anything else."""
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError:
-        raise ValueError(
-            f"The plan {text!r} is not understood: give 'effect', 'similarity', 'blocks', source indices such as 0,1,1,1,4, or "
-            "a .json file."
-        ) from None

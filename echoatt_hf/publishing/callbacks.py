@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, TrainerCallback
 
 from ..modeling_echoatt import EchoAttPreTrainedModel
 from ..outputs.files import write_whole
-from ..pipeline.runs import describe_environment, describe_teacher
+from ..outputs.provenance import describe_environment, describe_teacher
 from ..planning.sharing import SharingPlan
 from ..settings import default_of
 from .card import write_model_card

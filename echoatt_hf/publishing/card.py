@@ -10,7 +10,8 @@ from pathlib import Path
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..conversion.convert import ConversionReport
-from ..outputs.files import format_markdown, write_whole
+from ..outputs.files import write_whole
+from ..outputs.tables import format_markdown
 from ..planning.sharing import SharingPlan
 from ..settings import CalibrationSettings, DataSettings, DistillationSettings, PlanSettings, default_of
 
@@ -210,7 +211,7 @@ def _describe_results(report: dict, zero_shot: dict) -> dict:
 def _describe_speed(benchmark: dict) -> dict:
     if not benchmark:
         return {}
-    from ..benchmark.speed import format_benchmark
+    from ..benchmark.report import format_benchmark
 
     settings, hardware = benchmark["settings"], benchmark["environment"]["hardware"]
     return {"speed": format_benchmark(benchmark), "speed_setting": f"{settings['dtype']}, {hardware}"}

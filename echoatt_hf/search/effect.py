@@ -13,11 +13,12 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..analysis.similarity import AttentionSimilarity, measure_on_rows
 from ..conversion.refit import TunedEchoes, hold_out
-from ..evaluation.held_out import batch_rows, inference, sum_logits
 from ..modeling_echoatt import EchoRecords
+from ..models.inference import inference, sum_logits
 from ..outputs.files import write_whole
 from ..planning.rules import plan_from_similarity
 from ..planning.sharing import SharingPlan, check_block_size, count_echo_layers, inner_groups
+from ..text.rows import batch_rows
 
 
 __all__ = ["PlanSearch", "search_plan"]

@@ -1,0 +1,101 @@
+"""What a report says of where, from what and with what a result was made."""
+
+import platform
+import subprocess
+from pathlib import Path
+
+import torch
+import transformers
+from huggingface_hub import try_to_load_from_cache
+from transformers import PreTrainedModel
+from transformers.utils import CONFIG_NAME
+
+from ..configuration_echoatt import ECHOATT_VERSION
+from ..models.loading import builtin_teacher_path
+from ..settings import DataSettings
+from ..text.documents import STDLIB
+
+
+__all__ = ["describe_data", "describe_environment", "describe_teacher", "without_paths"]
+
+
+def describe_environment() -> dict[str, str]:
+    """Versions and hardware, without anything that identifies the machine or its user."""
+    device = f"{torch.get_num_threads()} CPU threads"
+    if torch.cuda.is_available():
+        device = torch.cuda.get_device_name()
+    return {
+        "echoatt_hf": ECHOATT_VERSION,
+        "commit": _commit(),
+        "transformers": transformers.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "hardware": device,
+    }
+
+
+def _commit() -> str:
+    """Commit of a source checkout of this package, with a mark if files were changed; empty elsewhere."""
+    root = Path(__file__).parents[2]
+    if not (root / ".git").exists():
+        return ""
+    try:
+        result = subprocess.run(
+            ["git", "-C", str(root), "describe", "--always", "--dirty"], capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+    return result.stdout.strip()
+
+
+def describe_teacher(teacher: PreTrainedModel, revision: str | None = None) -> dict[str, str]:
+    """
+    What a report says of a teacher.
+
+    Args:
+        teacher (`PreTrainedModel`): the teacher.
+        revision (`str`, *optional*): the branch it was loaded from, whose commit is looked up in the cache of the Hub.
+
+    Returns:
+        `dict`: its `name`; of one from the Hub, its `repository` and, if the branch is known, its `revision`; of the
+        built-in one, its `license`. Empty of one that was made in memory.
+    """
+    name = teacher.name_or_path
+    if name == str(builtin_teacher_path()):
+        return {"name": "the built-in teacher of echoatt_hf", "license": "apache-2.0"}
+    if Path(name).exists():
+        return {"name": Path(name).resolve().name} if name else {}
+    cached = try_to_load_from_cache(name, CONFIG_NAME, revision=revision)
+    if not isinstance(cached, str):
+        return {"name": Path(name).name}
+    commit = {"revision": Path(cached).parent.name} if revision else {}
+    return {"name": name, "repository": name, **commit}
+
+
+def describe_data(settings: DataSettings) -> dict:
+    """What a report says of the text: `names` of its parts, `repositories` of the Hub, and the `language` where it is known."""
+    names, repositories = [], []
+    for name in settings.data:
+        is_local = Path(name).expanduser().exists()
+        if name != STDLIB and not is_local:
+            repositories.append(name)
+        stdlib = f"the standard library of Python {platform.python_version()}"
+        names.append(stdlib if name == STDLIB else Path(name).name if is_local else name)
+    described = {"names": names, "repositories": repositories}
+    return described | ({"language": "code"} if settings.data == [STDLIB] else {})
+
+
+def without_paths(settings: dict) -> dict:
+    """Settings as they may be published: of a path that is nobody else's business, its last part."""
+
+    def shorten(value):
+        if isinstance(value, dict):
+            return {name: shorten(item) for name, item in value.items()}
+        if isinstance(value, list):
+            return [shorten(item) for item in value]
+        if isinstance(value, str) and (Path(value).is_absolute() or value.startswith(("~", ".."))):
+            return Path(value).name
+        return value
+
+    return shorten(settings)

@@ -1,0 +1,105 @@
+"""Folders of runs that are not finished: made, resumed, and put in the place of the output at the end."""
+
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from ..models.devices import processes
+from ..outputs.files import check_output_file, check_output_folder, explained_disk_errors, replace_folder, write_whole
+from ..settings import CompressionSettings
+
+
+__all__ = ["resumable_search", "unfinished_run"]
+
+
+@contextmanager
+def resumable_search(
+    settings: CompressionSettings, output: Path | None, overwrite: bool, resume: bool
+) -> Iterator[Path | None]:
+    """The file beside `output` in which a search keeps what it has measured; it goes when the block ends well."""
+    if output is None or settings.plan.plan != "effect":
+        yield None
+        return
+    work = _open_work_folder(output, settings.to_json(), overwrite, resume, check_output_file)
+    state = work / "measured.json"
+    try:
+        yield state
+    except Exception:
+        if not state.exists():
+            shutil.rmtree(work, ignore_errors=True)
+        raise
+    shutil.rmtree(work)
+
+
+@contextmanager
+def unfinished_run(
+    output: Path, settings: str, overwrite: bool, resume: bool, result: str = "student"
+) -> Iterator[Path]:
+    """
+    The folder of a run that is not finished. When the block ends well, its folder `result` takes the place of
+    `output`; when it fails, what a resumed run can use is kept. Of several processes all enter, on folders that they
+    share, and the main one makes and moves them.
+    """
+    state = processes()
+    work = _work_folder(output)
+    if state.is_main_process:
+        _open_work_folder(output, settings, overwrite, resume)
+    state.wait_for_everyone()
+    if not work.exists():
+        raise FileNotFoundError(
+            f"Process {state.process_index} does not see the folder {str(work)!r} that the main one made: give an output "
+            "on a file system that all machines share."
+        )
+    try:
+        with explained_disk_errors(output):
+            yield work
+    except Exception as error:
+        if not state.is_main_process:
+            raise
+        # After a wrong setting a run with the same settings would only fail again.
+        worth_keeping = ["checkpoints", "store/manifest.json"]
+        if not isinstance(error, ValueError):
+            worth_keeping += ["measured.json", "conversion.json"]
+        if not any((work / name).exists() for name in worth_keeping):
+            shutil.rmtree(work, ignore_errors=True)
+        raise
+    state.wait_for_everyone()
+    if state.is_main_process:
+        replace_folder(work / result, output)
+        (work / "settings.json").unlink()  # without which nothing resumes from what is left if this is the end
+        shutil.rmtree(work)
+
+
+def _work_folder(output: Path) -> Path:
+    return output.with_name(output.name + ".partial")
+
+
+def _open_work_folder(
+    output: Path,
+    settings: str,
+    overwrite: bool,
+    resume: bool,
+    check_output: Callable[[Path, bool], None] = check_output_folder,
+) -> Path:
+    """The folder of an unfinished run: a new one, or the one to resume, which must have been made by equal settings."""
+    check_output(output, overwrite or resume)
+    work = _work_folder(output)
+    file = work / "settings.json"
+    if file.exists() and resume:
+        if file.read_text() != settings:
+            raise ValueError(
+                f"The unfinished run in {str(work)!r} has other settings: resume it with the same ones, or start anew "
+                "with --overwrite."
+            )
+        return work
+    if work.exists() and not overwrite and not resume:
+        raise FileExistsError(
+            f"{str(work)!r} holds an unfinished run: continue it with --resume, or start anew with --overwrite."
+        )
+    if resume:
+        check_output(output, overwrite)
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True)
+    write_whole(file, settings)
+    return work
