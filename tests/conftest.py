@@ -11,6 +11,7 @@ from pathlib import Path  # noqa: E402
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from _pytest.mark.expression import Expression  # noqa: E402
 from families import FAMILIES, SIZES, VOCAB_SIZE  # noqa: E402
 from family_table import FamilyTable, is_always_run  # noqa: E402
 from hub_server import HubServer  # noqa: E402
@@ -92,10 +93,15 @@ def pytest_configure(config):
     config.pluginmanager.register(FamilyTable(), "family_table")
 
 
+def says_which_tests_to_run(expression: str) -> bool:
+    """Whether an expression of `-m` asks for marked tests, and does not only leave some out, as `not slow` does."""
+    return not Expression.compile(expression or "not any").evaluate(lambda *_, **__: False)
+
+
 def pytest_collection_modifyitems(config, items):
     """Leave slow tests out unless `-m` says which tests to run, and most of the families unless it names those."""
     expression = config.option.markexpr
-    if not expression:
+    if not says_which_tests_to_run(expression):
         for item in items:
             for name in ("slow", "faults"):
                 if item.get_closest_marker(name):

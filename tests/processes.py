@@ -6,7 +6,6 @@ forked from a server that has them: their memory, signals, limits and exits are 
 import functools
 import multiprocessing
 import os
-import pkgutil
 import random
 import runpy
 import subprocess
@@ -21,10 +20,7 @@ import numpy as np
 import echoatt_hf
 
 
-PREFIX = f"{echoatt_hf.__name__}."
-IMPORTED = [
-    module.name for module in pkgutil.walk_packages(echoatt_hf.__path__, PREFIX) if "__main__" not in module.name
-]
+IMPORTED = ["echoatt_hf.cli.app", *(f"echoatt_hf.{module}" for module in echoatt_hf._MODULES)]
 IMPORTED += ["accelerate", "datasets", "matplotlib.pyplot", "peft", "transformers.models.llama.modeling_llama"]
 
 
