@@ -2,11 +2,11 @@
 
 import json
 import subprocess
-import sys
 
 import pytest
 import torch
-from conftest import make_batch, make_teacher, plan_of, process_environment, train_byte_level_bpe
+from conftest import make_batch, make_teacher, plan_of, train_byte_level_bpe
+from processes import run_python
 from transformers import PreTrainedTokenizerFast
 
 from echoatt_hf import BenchmarkSettings, EchoAttForCausalLM, format_benchmark, run_benchmark
@@ -324,8 +324,7 @@ def test_prompts_need_a_tokenizer(folder):
 
 
 def echoatt(*arguments: str, cwd) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "echoatt_hf.cli", "benchmark", *arguments]
-    return subprocess.run(command, cwd=cwd, env=process_environment(), capture_output=True, text=True, timeout=300)
+    return run_python("-m", "echoatt_hf.cli", "benchmark", *arguments, cwd=cwd)
 
 
 def test_command(folder, tmp_path):
