@@ -86,24 +86,30 @@ class PlanSettings:
     plan: str = setting(
         "effect",
         "'effect' (searched: what changes the predictions least), 'similarity' (the blocks whose attention is most "
-        "similar), 'blocks' (the paper's rule), source indices such as 0,1,1,1,4, or a .json file that `echoatt plan` "
-        "wrote.",
+        "similar), 'paper' (the layers most similar to all others, by the EchoAtt paper's rule; its printed lists for "
+        "TinyLlama-1.1B at 0.23, 0.41 and 0.77 and LLaMA-160m at 0.33), 'spread' (evenly spread blocks, nothing is "
+        "measured; also called 'blocks'), source indices such as 0,1,1,1,4, or a .json file that `echoatt plan` wrote.",
     )
-    ratio: float = setting(0.41, "Sharing ratio, echo layers / layers, for 'effect', 'similarity' and 'blocks'.")
+    ratio: float = setting(
+        0.41, "Sharing ratio, echo layers / layers, for all rules. With 'paper' and a block size it is not used."
+    )
     threshold: float | None = setting(
         None, "With 'similarity': least similarity of an echo to its source, in place of the ratio."
     )
     protected_layers: int = setting(
-        1, "Layers at either end that do not echo, for 'effect', 'similarity' and 'blocks'."
+        1, "Layers at either end that do not echo, for all rules but 'paper', which finds them itself."
     )
     block_size: int | None = setting(
-        None, "Most layers in a block, its source included, for 'effect' and 'similarity'; their number for 'blocks'."
+        None,
+        "Most layers in a block, its source included, for 'effect' and 'similarity'; their number for 'spread' and 'paper'.",
     )
     search_rows: int = setting(8, "With 'effect': rows on which a plan is measured.")
     search_width: int = setting(8, "With 'effect': candidates measured for each echo layer but the first.")
 
     def __post_init__(self):
         _check_at_least_one(self, "search_rows", "search_width")
+        if self.plan == "blocks":
+            object.__setattr__(self, "plan", "spread")
 
 
 @dataclass(frozen=True)
