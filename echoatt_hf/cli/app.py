@@ -148,10 +148,10 @@ def analyze(
     calibration_rows: Annotated[int, typer.Option(help="Rows on which similarity is measured.")] = 48,
     overwrite: Overwrite = False,
 ) -> None:
-    """Measure how similarly the layers of a model attend: similarity.json and a heat map, similarity.png."""
+    """Measure how similarly the layers of a model attend: similarity.json, .safetensors for heads, and a figure, .png."""
     from ..analysis.similarity import measure_on_rows
     from ..models.loading import load_model, load_tokenizer
-    from ..outputs.files import check_output_folder, whole_folder, write_whole
+    from ..outputs.files import check_output_folder, whole_folder
     from ..pipeline.preparation import load_calibration_rows
 
     check_output_folder(output, overwrite)
@@ -161,7 +161,7 @@ def analyze(
     rows = load_calibration_rows(settings, load_tokenizer(teacher, model), model)
     similarity = measure_on_rows(model, rows, progress=True)
     with whole_folder(output, overwrite) as folder:
-        write_whole(folder / "similarity.json", similarity.to_json())
+        similarity.save(folder / "similarity.json")
         similarity.plot(folder / "similarity.png")
     layers = similarity.layers
     print("layer  most similar earlier layer")
@@ -364,7 +364,7 @@ def benchmark(
     student_or_plan: Annotated[
         str,
         typer.Argument(
-            help="A student, source indices such as 0,1,1,1,4, a plan's .json file, or the ratio of the paper's blocks."
+            help="A student, source indices such as 0,1,1,1,4, a plan's .json file, or the ratio of evenly spread blocks."
         ),
     ] = "0.41",
     output: Annotated[Path | None, typer.Option(help="Folder for benchmark.json, .md and .png.")] = None,

@@ -49,7 +49,7 @@ def compress(
             What to make.
         output (`str` or `Path`):
             Folder for the student: model, tokenizer, model card, `report.json`, `sharing_plan.json`,
-            `similarity.json` and the heat map `similarity.png`.
+            `similarity.json`, without the heads, and the figure `similarity.png`.
         overwrite (`bool`, *optional*, defaults to `False`):
             Replace an output folder that is not empty, and an unfinished run.
         resume (`bool`, *optional*, defaults to `False`):
@@ -78,7 +78,7 @@ def compress(
         rows = list(train_rows.take(settings.calibration.calibration_rows))
         similarity_file = work / "similarity.json"
         if not similarity_file.exists():
-            write_whole(similarity_file, measure_on_rows(teacher, rows, progress=True).to_json())
+            measure_on_rows(teacher, rows, progress=True).save(similarity_file)
         similarity = AttentionSimilarity.from_json(similarity_file)
         student, facts = _convert_once(work, settings, teacher, rows, similarity)
         plan = SharingPlan(student.config.echo_sources)

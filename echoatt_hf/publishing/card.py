@@ -249,10 +249,12 @@ def _command(settings: dict) -> str:
         words += ["--stored-teacher", stored["folder"]]
     for group, kind in _GROUPS.items():
         given = {} if stored and group == "data" else settings.get(group, {})  # a stored teacher brings its own
+        # What other defaults follow from.
+        leading = {name: given[name] for name in ("recipe", "steps") if name in given}
+        defaults = kind(**leading)
         for field in fields(kind):
-            value, default = given.get(field.name), default_of(field)
-            if field.name == "stage2_steps":
-                default = given.get("steps", 0) // 6
+            value = given.get(field.name)
+            default = default_of(field) if field.name in leading else getattr(defaults, field.name)
             if field.name not in given or value == default or value is None:
                 continue
             name = field.name.replace("_", "-")
