@@ -38,7 +38,9 @@ app = typer.Typer(
 # Bad input, files and disks, and losses that are not finite.
 EXPECTED_ERRORS = (ValueError, OSError, FloatingPointError)
 
-Teacher = Annotated[str, typer.Argument(help="'builtin', a folder, or a repository of the Hub.")]
+Teacher = Annotated[
+    str, typer.Argument(help="'builtin', a folder, or a repository of the Hub: owner/name or owner/name@revision.")
+]
 Output = Annotated[Path, typer.Option(help="What to write.", show_default=False)]
 Similarity = Annotated[
     Path | None,
@@ -217,6 +219,7 @@ def convert(
     from ..outputs.files import check_output_folder, whole_folder, write_whole
     from ..pipeline.preparation import convert_teacher
     from ..planning.sharing import SharingPlan
+    from ..publishing.card import write_model_card
 
     check_output_folder(output, overwrite)
     settings = CompressionSettings(teacher=teacher, plan=plan, calibration=calibration, data=data)
@@ -226,6 +229,7 @@ def convert(
         tokenizer.save_pretrained(folder)
         write_whole(folder / "sharing_plan.json", SharingPlan(report.echo_sources).to_json())
         write_whole(folder / "conversion.json", json.dumps(report.to_dict(), indent=2) + "\n")
+        write_model_card(folder, name=output.resolve().name)
     print(f"{report}\n\nwritten to {output}")
 
 
@@ -411,6 +415,13 @@ def push(
         str | None, typer.Option(help="Licence, by the Hub's name; if not given, that of the card or of the teacher.")
     ] = None,
     commit_message: Annotated[str, typer.Option(help="Title of the commit.")] = "Upload EchoAtt student",
+    allow: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="FILE:TEXT that a check of the texts finds, to be sent all the same; * stands for anything. May be repeated.",
+            metavar="PATTERN",
+        ),
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything and list what would be sent.")] = False,
 ) -> None:
     """Publish a student on the Hub, in one commit, after checks of all that is sent."""
@@ -425,6 +436,7 @@ def push(
             create_pr=create_pr,
             license=license,
             commit_message=commit_message,
+            allow=allow or (),
             dry_run=dry_run,
         )
     )

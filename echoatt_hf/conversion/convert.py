@@ -9,6 +9,7 @@ from ..analysis.similarity import AttentionSimilarity, measure_on_rows
 from ..modeling_echoatt import FUSED_MODULES, EchoAttForCausalLM
 from ..models.inference import compare_predictions
 from ..models.sizes import count_kv_bytes_per_token
+from ..outputs.provenance import describe_teacher
 from ..planning.sharing import SharingPlan
 from .alignment import find_echoes, get_parameters, set_parameters
 from .tuning import hold_out, tune_student
@@ -35,6 +36,7 @@ class ConversionReport:
             in each place.
         refitted (`dict[int, float]`): for each echo layer, if they were refitted, the squared error of the attention
             output that is left, as a share of what it was before.
+        teacher (`dict[str, str]`): the teacher, see [`describe_teacher`].
     """
 
     echo_sources: list[int]
@@ -48,6 +50,7 @@ class ConversionReport:
     kl: dict[str, float] = field(default_factory=dict)
     aligned: dict[int, list[int]] = field(default_factory=dict)
     refitted: dict[int, float] = field(default_factory=dict)
+    teacher: dict[str, str] = field(default_factory=dict)
 
     def to_dict(self) -> dict:
         """The report as JSON can hold it."""
@@ -142,6 +145,7 @@ def convert(
         student_parameters=student.num_parameters(),
         teacher_kv_bytes_per_token=count_kv_bytes_per_token(teacher),
         student_kv_bytes_per_token=count_kv_bytes_per_token(student),
+        teacher=describe_teacher(teacher),
         **tuning,
     )
     return student, report

@@ -24,7 +24,13 @@ from ..models.devices import default_device, processes
 from ..models.loading import load_model, load_tokenizer
 from ..models.sizes import count_kv_bytes_per_token
 from ..outputs.files import write_whole
-from ..outputs.provenance import describe_data, describe_environment, describe_teacher, without_paths
+from ..outputs.provenance import (
+    describe_conversion,
+    describe_data,
+    describe_environment,
+    describe_teacher,
+    without_paths,
+)
 from ..planning.sharing import SharingPlan
 from ..publishing.card import write_model_card
 from ..settings import CompressionSettings, DataSettings, StoreSettings, StudentSettings
@@ -162,7 +168,7 @@ def store_teacher(
             shard_rows=store.shard_rows,
             batch_size=store.batch_size,
             about={
-                "teacher": describe_teacher(teacher, "main"),
+                "teacher": describe_teacher(teacher),
                 "text": describe_data(settings.data),
                 "data": without_paths(asdict(settings.data)),
             },
@@ -213,6 +219,7 @@ def distill(settings: StudentSettings, output: str | Path, *, overwrite: bool = 
             if original is not None:
                 stored.check_teacher(original)
             train_rows, held_out_rows = stored, stored.held_out_rows
+        facts["conversion"] = describe_conversion(settings.student)
         return _train_and_write(work, models, train_rows, held_out_rows, settings, facts)
 
 
@@ -242,7 +249,7 @@ def _train_and_write(
     )
     report = {
         "settings": without_paths(asdict(settings)),
-        "teacher": describe_teacher(models.teacher, "main") if models.teacher is not None else {},
+        "teacher": describe_teacher(models.teacher) if models.teacher is not None else {},
         "data": describe_data(settings.data),
         "plan": SharingPlan(models.student.config.echo_sources).to_dict(),
         **facts,
