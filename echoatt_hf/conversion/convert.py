@@ -187,7 +187,7 @@ def _tune(
 def _name_of_kept(name: str) -> str:
     """Name of the parameter that an echo layer keeps of a fused one."""
     *path, module, parameter = name.split(".")
-    return ".".join([*path, FUSED_MODULES.get(module, (module,))[0], parameter])
+    return ".".join([*path, FUSED_MODULES.get(module, module), parameter])
 
 
 def _name_modules(parameters: list[str]) -> str:
