@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 
 from transformers import PreTrainedModel
 
@@ -121,7 +122,7 @@ def convert(
         `ValueError`: the teacher is not a plain decoder language model, the plan does not fit it, or there is only one
             row.
     """
-    if not isinstance(teacher, PreTrainedModel):
+    if isinstance(teacher, (str, Path)):
         from ..models.loading import load_model
 
         teacher = load_model(teacher)

@@ -64,10 +64,6 @@ def make_student(
     _check_teacher(teacher)
     student = _make_student(teacher, plan, share_weights)
     _check_conversion(student, teacher)
-    device_map = getattr(teacher, "hf_device_map", {})
-    if len({*device_map.values()}) > 1:
-        names = {f"language_model.{name}".rstrip("."): device for name, device in device_map.items()}
-        dispatch_model(student, names, skip_keys=student._skip_keys_device_placement)
     return student
 
 
@@ -91,7 +87,7 @@ def _make_student(teacher: PreTrainedModel, plan: Sequence[int], share_weights: 
         student = EchoAttForCausalLM._from_config(config)
         _check_initialization(student)
     student.language_model.load_state_dict(_inherited_state(student, teacher, share_weights), strict=True, assign=True)
-    buffers = dict(teacher.named_buffers())
+    buffers = dict(teacher.named_buffers(remove_duplicate=False))
     for name, buffer in student.language_model.named_buffers():
         if buffer.is_meta:  # not part of the state, such as rotary frequencies
             parent, _, leaf = name.rpartition(".")
@@ -104,7 +100,12 @@ def _make_student(teacher: PreTrainedModel, plan: Sequence[int], share_weights: 
     student.tie_weights()
     if teacher.generation_config is not None:
         student.generation_config = copy.deepcopy(teacher.generation_config)
-    return student.requires_grad_(not share_weights).eval()
+    student.requires_grad_(not share_weights).eval()
+    devices = getattr(teacher, "hf_device_map", {})
+    if len({*devices.values()}) > 1:  # the student is spread as its teacher is
+        devices = {f"language_model.{name}": device for name, device in devices.items()}
+        dispatch_model(student, devices, skip_keys=list(student._skip_keys_device_placement))
+    return student
 
 
 def _inherited_state(
@@ -166,6 +167,8 @@ def _check_conversion(student: EchoAttForCausalLM, teacher: PreTrainedModel) -> 
     """
     family = student.config.text_config.model_type
     tolerance = 1e-3 if torch.finfo(teacher.dtype).eps < 1e-6 else 5e-2
+    if any(parameter.is_meta for parameter in teacher.parameters()):
+        return
     with inference(teacher):
         if _error_of_decoding(teacher) is not None:  # it fails for its own reasons
             return
@@ -201,8 +204,6 @@ def _random_tokens(model: PreTrainedModel) -> tuple[torch.Tensor, torch.Tensor]:
 
 def _relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
     """Distance in units of the norm; infinite where one is finite and the other is not."""
-    if expected.is_meta:
-        return 0.0
     found, is_finite = found.to(expected.device), expected.isfinite()
     if not torch.equal(is_finite, found.isfinite()):
         return float("inf")
@@ -214,8 +215,6 @@ def _error_of_logits(teacher: PreTrainedModel) -> float:
     """How far the logits of a student without echo layers are from those of its teacher."""
     twin = _make_student(teacher, range(teacher.config.num_hidden_layers), share_weights=True)
     prompt, _ = _random_tokens(teacher)
-    if len({parameter.device for parameter in twin.parameters()}) > 1:
-        return 0.0
     found, expected = (model(input_ids=prompt, use_cache=False).logits for model in (twin, teacher))
     return _relative_error(found, expected)
 
@@ -227,8 +226,7 @@ def _errors_of_echoes(
     config = student.config
     prompt, token = _random_tokens(teacher)
     attentions, echoes = (find_attention_modules(model) for model in (teacher, student.language_model))
-    if len({parameter.device for parameter in student.parameters()}) == 1:
-        student(input_ids=prompt, use_cache=False)
+    student(input_ids=prompt, use_cache=False)
     calls = []
 
     def remember(module, args, kwargs, output):
