@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 
 from transformers import PreTrainedModel
 
@@ -123,7 +124,7 @@ def convert(
         `ValueError`: the teacher is not a plain decoder language model, the plan does not fit it, or there is only one
             row.
     """
-    if not isinstance(teacher, PreTrainedModel):
+    if isinstance(teacher, (str, Path)):
         from ..models.loading import load_model
 
         teacher = load_model(teacher)
@@ -186,7 +187,7 @@ def _tune(
 def _name_of_kept(name: str) -> str:
     """Name of the parameter that an echo layer keeps of a fused one."""
     *path, module, parameter = name.split(".")
-    return ".".join([*path, FUSED_MODULES.get(module, (module,))[0], parameter])
+    return ".".join([*path, FUSED_MODULES.get(module, module), parameter])
 
 
 def _name_modules(parameters: list[str]) -> str:

@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from ..modeling_echoatt import AttentionRecord, EchoAttention, SourceConfig, _eager_attention
+from ..modeling_echoatt import RECORD_ATTENTION, AttentionRecord, EchoAttention, View, _eager_attention
 
 
 __all__ = ["compute_attention_weights", "recording"]
@@ -27,11 +27,11 @@ def recording(attentions: Iterable[nn.Module]) -> Iterator[None]:
     attentions = list(attentions)
     configs = [attention.config for attention in attentions]
     for attention in attentions:
-        if isinstance(attention, EchoAttention) or isinstance(attention.config, SourceConfig):
+        if isinstance(attention, EchoAttention) or isinstance(attention.config, View):
             raise ValueError("The model is already an EchoAtt student: give the model it was made from.")
     for attention in attentions:
         attention.eager_attention = _eager_attention(attention)
-        attention.config = SourceConfig(attention.config)
+        attention.config = View(attention.config, _attn_implementation=RECORD_ATTENTION)
     try:
         yield
     finally:
