@@ -164,7 +164,7 @@ def measure_attention_similarity(
                 first_rows = _unit_rows(modules[first], records, compared)
                 for second in (layer for layer in modules if layer >= first):
                     second_rows = first_rows if second == first else _unit_rows(modules[second], records, compared)
-                    product = (first_rows @ second_rows.T).to("cpu", torch.float64)
+                    product = (first_rows @ second_rows.T).cpu().double()  # some devices have no float64
                     total[first, second] += product
                     if second != first:
                         total[second, first] += product.T

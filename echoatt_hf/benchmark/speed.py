@@ -11,6 +11,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from ..models.devices import synchronize
 from ..models.loading import load_tokenizer
 from ..models.sizes import count_kv_bytes_per_token
 from ..outputs.provenance import describe_environment, without_paths
@@ -218,8 +219,10 @@ def _time(step: Callable[[], None], device: torch.device) -> float:
         end.record()
         end.synchronize()
         return start.elapsed_time(end) / 1000
+    synchronize(device)
     start = time.perf_counter()
     step()
+    synchronize(device)
     return time.perf_counter() - start
 
 

@@ -12,6 +12,7 @@ from transformers import BatchEncoding, PreTrainedModel
 
 from ..analysis.similarity import AttentionSimilarity
 from ..modeling_echoatt import EchoAttForCausalLM, EchoRecords, find_attention_modules, find_output_projection
+from ..models.devices import to_float64
 from ..models.inference import inference
 from ..models.recording import recording
 from ..text.rows import batch_rows
@@ -224,7 +225,7 @@ class _NormalEquations:
 
     def add(self, projection: nn.Module, inputs: torch.Tensor, missing: torch.Tensor) -> None:
         """Add the tokens of a batch: inputs of the projection and what its output lacks."""
-        inputs, missing = inputs.double(), missing.double()
+        inputs, missing = to_float64(inputs), to_float64(missing)
         if getattr(projection, "bias", None) is not None:
             inputs = torch.cat([inputs, inputs.new_ones(len(inputs), 1)], dim=-1)
         self.gram = self.gram + inputs.T @ inputs
@@ -271,8 +272,9 @@ def _add(projection: nn.Module, change: torch.Tensor) -> None:
     features = change[: projection.weight.shape[input_dim(projection)]]
     changes = {"weight": features if input_dim(projection) == 0 else features.T, "bias": change[-1]}
     for name, parameter in list(projection.named_parameters()):
-        changed = parameter.detach().double() + changes[name].to(parameter.device)
-        replace_parameter(projection, name, changed.to(parameter.dtype))
+        changed = to_float64(parameter.detach())
+        changed = changed + changes[name].to(changed.device)
+        replace_parameter(projection, name, changed.to(parameter.dtype).to(parameter.device))
 
 
 class _Reached(Exception):

@@ -14,9 +14,19 @@ from transformers import (
 
 from ..configuration_echoatt import EchoAttConfig, check_base_family
 from ..settings import BUILTIN_TEACHER
+from .devices import default_device
+from .dtypes import cast_weights
 
 
-__all__ = ["BUILTIN_TEACHER", "builtin_teacher_path", "load_config", "load_model", "load_tokenizer"]
+__all__ = [
+    "BUILTIN_TEACHER",
+    "builtin_teacher_path",
+    "load_config",
+    "load_model",
+    "load_placed",
+    "load_tokenizer",
+    "load_typed",
+]
 
 
 def builtin_teacher_path() -> Path:
@@ -45,6 +55,34 @@ def load_model(name: str | Path, dtype: torch.dtype | str = torch.float32) -> Pr
     if not isinstance(config, EchoAttConfig):
         check_base_family(config)
     return _loaded(name, lambda: AutoModelForCausalLM.from_pretrained(_resolve(name), dtype=dtype))
+
+
+def load_placed(name: str | Path, dtype: str = "auto") -> tuple[PreTrainedModel, torch.dtype]:
+    """[`load_typed`], on the [`default_device`]."""
+    model, saved = load_typed(name, dtype)
+    return model.to(default_device()), saved
+
+
+def load_typed(name: str | Path, dtype: str = "auto") -> tuple[PreTrainedModel, torch.dtype]:
+    """
+    Load a model in the type that it will run in on the [`default_device`], see [`load_model`].
+
+    Args:
+        name (`str` or `Path`):
+            `"builtin"`, a folder, or a repository of the Hub.
+        dtype (`str`, *optional*, defaults to `"auto"`):
+            Type of its weights, one of `DTYPES`. `"auto"` is the one of the checkpoint, but float32 on a CPU, where many
+            have no arithmetic for half precision.
+
+    Returns:
+        `tuple`: the model, and the type that a student of it is saved in: `dtype`, or the one of the checkpoint.
+    """
+    model = load_model(name, dtype if dtype == "auto" else getattr(torch, dtype))
+    saved = model.dtype
+    if dtype == "auto" and default_device() == "cpu" and not getattr(model, "is_quantized", False):
+        cast_weights(model, torch.float32)
+        model.config.dtype = torch.float32
+    return model, saved
 
 
 def load_config(name: str | Path) -> PreTrainedConfig:
@@ -102,9 +140,11 @@ def _loaded(name: str | Path, load):
     """Call `load`, and say in one line what could not be loaded."""
     try:
         return load()
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()
+    except Exception as error:  # damaged files raise errors of all kinds
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        if not isinstance(error, (OSError, ValueError)):
+            reason = [f"{type(error).__name__}: {reason[0]}"]
         raise FileNotFoundError(
-            f"{str(name)!r} cannot be loaded: {reason[0] if reason else type(error).__name__} "
+            f"{str(name)!r} cannot be loaded: {reason[0]} "
             f"Give a folder, a repository of the Hub, or {BUILTIN_TEACHER!r}."
         ) from error
