@@ -240,7 +240,7 @@ def _check_memory(settings: BenchmarkSettings, cell: Cell, contender: Contender,
     Check that a cell will roughly fit: a CPU's memory is given without asking, and a process that then uses too much of it
     is ended.
     """
-    if teacher.device.type == "cuda":
+    if teacher.device.type != "cpu":
         return
     config, item = teacher.config, teacher.dtype.itemsize
     tokens = cell.batch_size * (1 if cell.measure == "decode" else cell.tokens)
