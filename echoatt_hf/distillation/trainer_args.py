@@ -8,8 +8,7 @@ from difflib import get_close_matches
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from transformers.integrations import get_available_reporting_integrations
-from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+from transformers.integrations import get_available_reporting_integrations, get_reporting_integration_callbacks
 
 from ..settings import DistillationSettings
 from .trainer import EchoAttTrainingArguments
@@ -95,8 +94,10 @@ def parse_trainer_args(given: list[str] | None, taken: Collection[str] = ()) -> 
             raise ValueError(f"trainer_args has {key!r}, which is no argument of the trainer: {hint}?")
         found[key] = _converted(key, json.loads(value), hints[key])
     for name in _loggers(found.get("report_to")):
-        if name not in INTEGRATION_TO_CALLBACK:
-            raise ValueError(f"report_to is {name!r}; it must be one of {', '.join(sorted(INTEGRATION_TO_CALLBACK))}.")
+        try:
+            get_reporting_integration_callbacks([name])
+        except ValueError as error:
+            raise ValueError(f"report_to is {name!r}: {error}") from None
         if name not in get_available_reporting_integrations():
             raise ValueError(f"report_to is {name!r}, which is not installed: install it with `pip install {name}`.")
     return found

@@ -7,6 +7,7 @@ from datasets import Dataset, IterableDataset
 from transformers import BatchEncoding, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..analysis.similarity import AttentionSimilarity, measure_on_rows
+from ..configuration_echoatt import EchoAttConfig, check_base_family
 from ..conversion.convert import ConversionReport, convert
 from ..conversion.refit import hold_out
 from ..modeling_echoatt import EchoAttForCausalLM
@@ -286,8 +287,11 @@ def check_plan(settings: PlanSettings, config: PreTrainedConfig) -> SharingPlan 
         [`SharingPlan`]: the plan, if it does not depend on what is measured.
 
     Raises:
-        `ValueError`: it is not possible.
+        `ValueError`: it is not possible, or the model is no decoder language model or already a student.
     """
+    if isinstance(config, EchoAttConfig):
+        raise ValueError("The teacher is already an EchoAtt student: convert the model it was made from.")
+    check_base_family(config)
     _check_rule(settings)
     if settings.plan == "effect":
         make_space(config, settings.ratio, settings.protected_layers, settings.block_size)
