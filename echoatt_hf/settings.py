@@ -36,7 +36,7 @@ DIVERGENCES = ("forward", "reverse", "jensen_shannon")
 def check_divergence(name: str) -> None:
     """Check the name of a divergence. Raises `ValueError` if it is none."""
     if name not in DIVERGENCES:
-        raise ValueError(f"divergence is {name!r}; it must be one of {', '.join(DIVERGENCES)}.")
+        raise ValueError(f"divergence is {name!r}; it must be one of {', '.join(map(repr, DIVERGENCES))}.")
 
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
