@@ -33,6 +33,7 @@ _MODULES = {
     "models.loading": ["builtin_teacher_path", "load_model", "load_tokenizer"],
     "models.sizes": ["count_cache_bytes", "count_kv_bytes_per_token"],
     "pipeline.steps": ["compress"],
+    "planning.paper": ["plan_like_paper"],
     "planning.rules": ["plan_from_similarity"],
     "planning.sharing": ["SharingPlan"],
     "publishing.callbacks": ["PublishingCallback"],

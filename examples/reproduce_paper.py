@@ -19,7 +19,7 @@ A small real model, with text and tasks in local files:
 
 Methods, at each ratio:
 
-- `none`: the paper's blocks of consecutive layers with copied weights, without any training;
+- `none`: evenly spread blocks of consecutive layers with copied weights, without any training;
 - `cross-entropy`: the same student, trained on the text alone;
 - `paper`: the same student, distilled in the paper's two stages, the second a sixth of the steps;
 - `ours untrained`, `ours`: plan searched by effect, heads aligned, output projections refitted; without training and with
@@ -281,7 +281,7 @@ class Study:
         if not file.exists():
             similarity = measure_on_rows(self.teacher, self.calibration_rows, progress=True)
             self._claim(Path("analysis"))
-            write_whole(file, similarity.to_json())
+            similarity.save(file)
         return AttentionSimilarity.from_json(file)
 
     def check(self, runs: Iterable[Run]) -> None:

@@ -214,8 +214,9 @@ def test_sections_of_the_template_have_two_marks_each():
             calibration=CalibrationSettings(refit=False),
             distillation=DistillationSettings(steps=50, stage2_steps=0, learning_rate=1e-4, seed=3),
         ),
+        CompressionSettings(distillation=DistillationSettings(recipe="paper", hidden_weight=0.0)),
     ],
-    ids=["defaults", "others"],
+    ids=["defaults", "others", "recipe"],
 )
 def test_the_command_in_the_card_makes_the_same_run(folder, settings, monkeypatch):
     from typer.testing import CliRunner
@@ -227,3 +228,5 @@ def test_the_command_in_the_card_makes_the_same_run(folder, settings, monkeypatc
     CliRunner().invoke(cli.app, shlex.split(command))
     assert seen == [settings]
     assert (command == "compress builtin --output student") == (settings == CompressionSettings())
+    if settings.distillation.recipe == "paper":
+        assert command == "compress builtin --recipe paper --hidden-weight 0.0 --output student"

@@ -223,7 +223,7 @@ def test_nothing_else_makes_float64_of_tensors_on_a_device():
     for file in Path(echoatt_hf.__file__).parent.rglob("*.py"):
         for line in file.read_text(encoding="utf-8").splitlines():
             if ".double()" in line and file.name not in ("devices.py", "alignment.py"):
-                assert ".cpu().double()" in line or ".cpu()" in line, f"{file.name}: {line}"
+                assert ".cpu()" in line or "load_file(" in line, f"{file.name}: {line}"
             assert not re.search(r"\.to\([^)]*float64", line), f"{file.name}: {line}"
 
 

@@ -6,7 +6,14 @@ import pytest
 import torch
 from conftest import make_batch, make_teacher
 
-from echoatt_hf import EchoAttForCausalLM, evaluate_model, measure_attention_similarity, search_plan
+from echoatt_hf import (
+    AttentionSimilarity,
+    EchoAttForCausalLM,
+    evaluate_model,
+    measure_attention_similarity,
+    plan_like_paper,
+    search_plan,
+)
 from echoatt_hf.search import effect as search_module
 
 
@@ -76,8 +83,22 @@ def test_width_bounds_the_cost(llama, rows):
     teacher, similarity = llama
     found = search_plan(teacher, rows, similarity, ratio=0.43, width=2, **UNTUNED)
     pairs = 1 + 2 + 3 + 4 + 5
-    assert found.forwards <= pairs + 2 * 2 + 2  # two more rounds, two other rules
+    assert found.forwards <= pairs + 2 * 2 + 3  # two more rounds, three other rules
     assert f"{found.forwards} forwards of 64 tokens" in str(found)
+
+
+def test_other_rules_are_candidates(llama, rows):
+    """The paper's too, unless it breaks what was asked for."""
+    teacher, similarity = llama
+    found = search_plan(teacher, rows, similarity, ratio=0.29, width=1, protected_layers=0, **UNTUNED)
+    plan = plan_like_paper(similarity.flattened.tolist(), 0.29)
+    assert found.kl["paper"] == pytest.approx(kl_of(teacher, plan, rows[12:]), rel=1e-4)
+    assert [*found.kl] == ["effect", "similarity", "paper", "spread"]
+    bounded = search_plan(teacher, rows, similarity, ratio=0.15, width=1, protected_layers=2, **UNTUNED)
+    allowed = all(2 <= echo < 5 for echo in plan_like_paper(similarity.flattened.tolist(), 0.15).echo_layers)
+    assert ("paper" in bounded.kl) == allowed
+    old = AttentionSimilarity(similarity.heads, similarity.rows)
+    assert "paper" not in search_plan(teacher, rows, old, ratio=0.29, width=1, protected_layers=0, **UNTUNED).kl
 
 
 @pytest.mark.parametrize("protected", [0, 1, 2])

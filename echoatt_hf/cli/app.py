@@ -158,7 +158,7 @@ def analyze(
     calibration_rows: Annotated[int, typer.Option(help="Rows on which similarity is measured.")] = 48,
     overwrite: Overwrite = False,
 ) -> None:
-    """Measure how similarly the layers of a model attend: similarity.json and a heat map, similarity.png."""
+    """Measure how similarly the layers of a model attend: similarity.json, .safetensors for heads, and a figure, .png."""
     from ..pipeline.steps import analyze
 
     calibration = CalibrationSettings(calibration_rows=calibration_rows)
@@ -339,7 +339,7 @@ def benchmark(
     student_or_plan: Annotated[
         str,
         typer.Argument(
-            help="A student, source indices such as 0,1,1,1,4, a plan's .json file, or the ratio of the paper's blocks."
+            help="A student, source indices such as 0,1,1,1,4, a plan's .json file, or the ratio of evenly spread blocks."
         ),
     ] = "0.41",
     output: Annotated[Path | None, typer.Option(help="Folder for benchmark.json, .md and .png.")] = None,

@@ -122,7 +122,7 @@ class TunedEchoes:
         self._teacher, self._similarity, self._parts = teacher, similarity, (rows, held_out_rows)
         self._align, self._refit, self._batch_size = align, refit, batch_size
         first_source = dict(reversed(pairs))
-        plan = [first_source.get(layer, layer) for layer in range(len(similarity.heads))]
+        plan = [first_source.get(layer, layer) for layer in range(len(similarity.layers))]
         student = EchoAttForCausalLM.from_teacher(teacher, plan, share_weights=True)
         self._modules = find_attention_modules(student.language_model)
         self._original = {echo: get_parameters(self._modules[echo]) for echo in first_source}
@@ -134,7 +134,7 @@ class TunedEchoes:
         for source in sources:
             set_parameters(echo, self._original[layer])
             if self._align:
-                align_layer(echo, self._similarity.heads[source, layer])
+                align_layer(echo, self._similarity.between(source, layer))
             self.parameters[layer, source] = get_parameters(echo)
         if not (self._refit and sources):
             return

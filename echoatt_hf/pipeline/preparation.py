@@ -14,7 +14,7 @@ from ..modeling_echoatt import EchoAttForCausalLM
 from ..models.dtypes import cast_weights
 from ..models.inference import inference
 from ..models.loading import load_config, load_placed, load_tokenizer
-from ..planning.from_settings import _check_rule, make_plan
+from ..planning.from_settings import _check_rule, make_plan, needs_similarity
 from ..planning.sharing import SharingPlan
 from ..search.effect import PlanSearch, make_space, search_plan
 from ..settings import CalibrationSettings, CompressionSettings, DataSettings, PlanSettings
@@ -159,9 +159,10 @@ def plan_teacher(
         `tuple`: [`SharingPlan`], and [`PlanSearch`] if there was a search.
     """
     measured = AttentionSimilarity.from_json(similarity) if similarity is not None else None
-    if not _needs_text(settings.plan, measured):
-        return make_plan(settings.plan, load_config(settings.teacher), measured), None
-    check_plan(settings.plan, load_config(settings.teacher))
+    config = load_config(settings.teacher)
+    if not _needs_text(settings.plan, config, measured):
+        return make_plan(settings.plan, config, measured), None
+    check_plan(settings.plan, config)
     teacher, _ = load_placed(settings.teacher, settings.dtype)
     rows = load_calibration_rows(settings, load_tokenizer(settings.teacher, teacher), teacher)
     check_calibration(settings, rows)
@@ -183,14 +184,16 @@ def convert_teacher(
         `tuple`: the student, [`ConversionReport`], and the tokenizer.
     """
     calibration = settings.calibration
-    check_plan(settings.plan, load_config(settings.teacher))
+    config = load_config(settings.teacher)
+    check_plan(settings.plan, config)
     measured = AttentionSimilarity.from_json(similarity) if similarity is not None else None
+    needs_text = _needs_text(settings.plan, config, measured)
     teacher, dtype = load_placed(settings.teacher, settings.dtype)
     tokenizer, rows = load_tokenizer(settings.teacher, teacher), None
-    if calibration.align or calibration.refit or _needs_text(settings.plan, measured):
+    if calibration.align or calibration.refit or needs_text:
         rows = load_calibration_rows(settings, tokenizer, teacher)
         check_calibration(settings, rows)
-    if measured is None and (calibration.align or _needs_text(settings.plan, measured)):
+    if measured is None and (calibration.align or needs_text):
         measured = measure_on_rows(teacher, rows, progress=True)
     plan, _ = choose_plan(settings.plan, calibration, teacher, rows, measured, progress=True)
     student, report = convert_tuned(teacher, plan, rows, measured, calibration)
@@ -198,8 +201,8 @@ def convert_teacher(
     return student, report, tokenizer
 
 
-def _needs_text(settings: PlanSettings, measured: AttentionSimilarity | None) -> bool:
-    return settings.plan == "effect" or settings.plan == "similarity" and measured is None
+def _needs_text(settings: PlanSettings, config: PreTrainedConfig, measured: AttentionSimilarity | None) -> bool:
+    return settings.plan == "effect" or measured is None and needs_similarity(settings, config)
 
 
 def convert_tuned(
@@ -247,7 +250,7 @@ def choose_plan(
         rows (`list[dict]`, *optional*):
             Calibration rows, needed for the plan `"effect"`.
         similarity ([`AttentionSimilarity`], *optional*):
-            Of the teacher, needed for the plans `"effect"` and `"similarity"`.
+            Of the teacher, needed for the plans `"effect"`, `"similarity"` and `"paper"`.
         state (`Path`, *optional*):
             File that keeps what a search has measured.
         progress (`bool`, *optional*, defaults to `False`):
@@ -297,9 +300,9 @@ def check_plan(settings: PlanSettings, config: PreTrainedConfig) -> SharingPlan 
         make_space(config, settings.ratio, settings.protected_layers, settings.block_size)
         return None
     num_layers = config.get_text_config().num_hidden_layers
-    alike = AttentionSimilarity(torch.ones(num_layers, num_layers, 1, 1), 1)
-    plan = make_plan(settings, config, alike)
-    return plan if settings.plan != "similarity" else None
+    alike = torch.ones(num_layers, num_layers)
+    plan = make_plan(settings, config, AttentionSimilarity(None, 1, alike, alike))
+    return plan if not needs_similarity(settings, config) else None
 
 
 def check_calibration(settings: CompressionSettings, rows: list[dict]) -> None:

@@ -76,7 +76,8 @@ __all__ = [
 
 def analyze(settings: CompressionSettings, output: str | Path, *, overwrite: bool = False) -> dict:
     """
-    Measure how similarly the layers of a teacher attend, and write `similarity.json` and the heat map `similarity.png`.
+    Measure how similarly the layers of a teacher attend, and write `similarity.json`, `similarity.safetensors` for the
+    heads, and the figure `similarity.png`.
 
     Args:
         settings ([`CompressionSettings`]):
@@ -94,7 +95,7 @@ def analyze(settings: CompressionSettings, output: str | Path, *, overwrite: boo
     rows = load_calibration_rows(settings, load_tokenizer(settings.teacher, model), model)
     similarity = measure_on_rows(model, rows, progress=True)
     with whole_folder(Path(output), overwrite) as folder:
-        write_whole(folder / "similarity.json", similarity.to_json())
+        similarity.save(folder / "similarity.json")
         similarity.plot(folder / "similarity.png")
     return similarity.to_dict()
 
@@ -244,7 +245,7 @@ def compress(
             What to make.
         output (`str` or `Path`):
             Folder for the student: model, tokenizer, model card, `report.json`, `sharing_plan.json`,
-            `similarity.json` and the heat map `similarity.png`.
+            `similarity.json`, without the heads, and the figure `similarity.png`.
         overwrite (`bool`, *optional*, defaults to `False`):
             Replace an output folder that is not empty, and an unfinished run.
         resume (`bool`, *optional*, defaults to `False`):
@@ -279,7 +280,7 @@ def compress(
         check_calibration(settings, rows)
         similarity_file = work / "similarity.json"
         if not similarity_file.exists():
-            write_whole(similarity_file, measure_on_rows(teacher, rows, progress=True).to_json())
+            measure_on_rows(teacher, rows, progress=True).save(similarity_file)
         similarity = AttentionSimilarity.from_json(similarity_file)
         student, facts = _convert_once(work, settings, teacher, rows, similarity)
         plan = SharingPlan(student.config.echo_sources)

@@ -16,6 +16,7 @@ from ..conversion.refit import TunedEchoes, hold_out
 from ..modeling_echoatt import EchoRecords
 from ..models.inference import inference, sum_logits
 from ..outputs.files import write_whole
+from ..planning.paper import plan_like_paper, published_plan
 from ..planning.rules import plan_from_similarity
 from ..planning.sharing import SharingPlan, check_block_size, count_echo_layers, inner_groups
 from ..text.rows import batch_rows
@@ -36,7 +37,8 @@ class PlanSearch:
         plan ([`SharingPlan`]): the plan.
         rounds (`list[dict]`): the echo layer that each round added, its source, and the KL of the plan so far.
         kl (`dict[str, float]`): KL(teacher || student) without training, in nats per token, of this plan (`"effect"`), of
-            the one that similarity chooses (`"similarity"`) and of the paper's blocks (`"blocks"`), where they exist.
+            those by similarity (`"similarity"`), by the paper's rule (`"paper"`) and of evenly spread blocks (`"spread"`), where they
+            exist. The best of them is the plan.
         forwards (`int`): students that were measured.
         tokens (`int`): tokens in each of these forward passes.
     """
@@ -148,7 +150,7 @@ def search_plan(
             plan, current = _with(plan, echo, source), results[echo, source]
             rounds.append({"echo": echo, "source": source, "kl": current})
         found = {"effect": (SharingPlan(plan, space.layer_types), current)}
-        for name, other in space.other_plans(similarity, ratio).items():
+        for name, other in space.other_plans(similarity, ratio, teacher.config).items():
             found[name] = (other, measure(list(other)))
     best = min(found.values(), key=lambda item: item[1])[0]
     kl = {name: value for name, (_, value) in found.items()}
@@ -210,17 +212,31 @@ class PlanSpace:
             if plan[source] == source and plan.count(source) + plan.count(echo) <= most
         ]
 
-    def other_plans(self, similarity: AttentionSimilarity, ratio: float) -> dict[str, SharingPlan]:
+    def other_plans(
+        self, similarity: AttentionSimilarity, ratio: float, config: PreTrainedConfig
+    ) -> dict[str, SharingPlan]:
         """What the other rules choose, where they can."""
+
+        def paper() -> SharingPlan:
+            plan = published_plan(config, ratio)
+            if plan is None and similarity.flattened is None:
+                raise ValueError("The similarity is that of an earlier version, without the paper's measure.")
+            plan = plan or plan_like_paper(similarity.flattened.tolist(), ratio, layer_types=self.layer_types)
+            most = self._block_size or self.num_layers
+            if not {*plan.echo_layers} <= {*self._sources} or max(map(len, plan.blocks)) > most:
+                raise ValueError("The paper's rule knows neither protected layers nor a largest block.")
+            return plan
+
         rules = {
             "similarity": lambda: plan_from_similarity(similarity.layers.tolist(), ratio=ratio, **self._constraints),
-            "blocks": lambda: SharingPlan.from_ratio(self.num_layers, ratio, **self._constraints),
+            "paper": paper,
+            "spread": lambda: SharingPlan.from_ratio(self.num_layers, ratio, **self._constraints),
         }
         plans = {}
         for name, rule in rules.items():
             try:
                 plans[name] = rule()
-            except ValueError:  # a ratio that only scattered blocks can reach
+            except ValueError:  # a ratio that only scattered blocks can reach, or the like
                 continue
         return plans
 
