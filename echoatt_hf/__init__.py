@@ -18,7 +18,7 @@ _MODULES = {
     "configuration_echoatt": ["EchoAttConfig"],
     "conversion.alignment": ["align_heads", "match_heads", "permute_heads"],
     "conversion.convert": ["ConversionReport", "convert"],
-    "conversion.refit": ["refit_outputs"],
+    "conversion.tuning": ["refit_outputs"],
     "distillation.adapters": ["add_lora", "merge_lora", "share_weights"],
     "distillation.stored_teacher": ["StoredTeacher", "write_stored_teacher"],
     "distillation.trainer": ["EchoAttTrainer", "EchoAttTrainingArguments"],

@@ -272,6 +272,12 @@ class EchoRecords:
         self._records[module.layer_idx] = kept
         return found
 
+    def below(self, layer: int) -> "EchoRecords":
+        """New records with those of the layers below one."""
+        records = EchoRecords(self._decode)
+        records._records = {each: record for each, record in self._records.items() if each < layer}
+        return records
+
     def keep(self, layer: int, record: AttentionRecord | AttentionWeights) -> None:
         """Keep a record of elsewhere as that of a source layer."""
         self._records[layer] = record
@@ -297,7 +303,7 @@ def _not_plain_error(layer: int, record: AttentionRecord) -> str:
 def _give_records(
     config: EchoAttConfig, module: nn.Module, args: tuple, kwargs: dict[str, Any]
 ) -> tuple[tuple, dict[str, Any]]:
-    return args, kwargs | {"echo_records": EchoRecords(config.echo_decode)}
+    return args, {"echo_records": EchoRecords(config.echo_decode)} | kwargs
 
 
 def record_attention(

@@ -60,7 +60,7 @@ from echoatt_hf.analysis.similarity import AttentionSimilarity, measure_on_rows
 from echoatt_hf.baselines.kv_sharing import share_keys_values
 from echoatt_hf.baselines.layer_dropping import check_same_model, choose_layers_to_drop, drop_layers
 from echoatt_hf.baselines.random_plans import draw_plan
-from echoatt_hf.conversion.refit import hold_out
+from echoatt_hf.conversion.tuning import hold_out
 from echoatt_hf.distillation.two_stages import train_two_stages
 from echoatt_hf.models.devices import default_device
 from echoatt_hf.models.loading import load_config, load_model, load_tokenizer

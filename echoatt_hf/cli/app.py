@@ -39,7 +39,9 @@ app = typer.Typer(
 # Bad input, files and disks, and losses that are not finite.
 EXPECTED_ERRORS = (ValueError, OSError, FloatingPointError)
 
-Teacher = Annotated[str, typer.Argument(help="'builtin', a folder, or a repository of the Hub.")]
+Teacher = Annotated[
+    str, typer.Argument(help="'builtin', a folder, or a repository of the Hub: owner/name or owner/name@revision.")
+]
 Output = Annotated[Path, typer.Option(help="What to write.", show_default=False)]
 Dtype = Annotated[
     str,
@@ -386,6 +388,13 @@ def push(
         str | None, typer.Option(help="Licence, by the Hub's name; if not given, that of the card or of the teacher.")
     ] = None,
     commit_message: Annotated[str, typer.Option(help="Title of the commit.")] = "Upload EchoAtt student",
+    allow: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="FILE:TEXT that a check of the texts finds, to be sent all the same; * stands for anything. May be repeated.",
+            metavar="PATTERN",
+        ),
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything and list what would be sent.")] = False,
 ) -> None:
     """Publish a student on the Hub, in one commit, after checks of all that is sent."""
@@ -400,6 +409,7 @@ def push(
             create_pr=create_pr,
             license=license,
             commit_message=commit_message,
+            allow=allow or (),
             dry_run=dry_run,
         )
     )

@@ -9,7 +9,7 @@ from transformers import BatchEncoding, PreTrainedConfig, PreTrainedModel, PreTr
 from ..analysis.similarity import AttentionSimilarity, measure_on_rows
 from ..configuration_echoatt import EchoAttConfig, check_base_family
 from ..conversion.convert import ConversionReport, convert
-from ..conversion.refit import hold_out
+from ..conversion.tuning import hold_out
 from ..modeling_echoatt import EchoAttForCausalLM
 from ..models.dtypes import cast_weights
 from ..models.inference import inference

@@ -32,7 +32,13 @@ from ..models.dtypes import as_saved, cast_weights
 from ..models.loading import load_config, load_placed, load_tokenizer, load_typed
 from ..models.sizes import count_kv_bytes_per_token
 from ..outputs.files import check_output_file, check_output_folder, whole_folder, write_whole
-from ..outputs.provenance import describe_data, describe_environment, describe_teacher, without_paths
+from ..outputs.provenance import (
+    describe_conversion,
+    describe_data,
+    describe_environment,
+    describe_teacher,
+    without_paths,
+)
 from ..planning.sharing import SharingPlan
 from ..publishing.card import write_model_card
 from ..settings import (
@@ -142,7 +148,8 @@ def convert(
     overwrite: bool = False,
 ) -> dict:
     """
-    Write the student that [`compress`] would distil, with its tokenizer, `sharing_plan.json` and `conversion.json`.
+    Write the student that [`compress`] would distil, with its tokenizer, `sharing_plan.json`, `conversion.json`
+    and a model card.
 
     Args:
         settings ([`CompressionSettings`]):
@@ -164,6 +171,7 @@ def convert(
         tokenizer.save_pretrained(folder)
         write_whole(folder / "sharing_plan.json", SharingPlan(report.echo_sources).to_json())
         write_whole(folder / "conversion.json", json.dumps(report.to_dict(), indent=2) + "\n")
+        write_model_card(folder, name=Path(output).resolve().name)
     return report.to_dict()
 
 
@@ -396,7 +404,7 @@ def store_teacher(
             shard_rows=store.shard_rows,
             batch_size=store.batch_size,
             about={
-                "teacher": describe_teacher(teacher, "main"),
+                "teacher": describe_teacher(teacher),
                 "text": describe_data(settings.data),
                 "data": without_paths(asdict(settings.data)),
             },
@@ -448,6 +456,7 @@ def distill(settings: StudentSettings, output: str | Path, *, overwrite: bool = 
             if original is not None:
                 stored.check_teacher(original)
             train_rows, held_out_rows = stored, stored.held_out_rows
+        facts["conversion"] = describe_conversion(settings.student)
         return _train_and_write(work, models, train_rows, held_out_rows, settings, facts)
 
 
@@ -479,7 +488,7 @@ def _train_and_write(
     )
     report = {
         "settings": without_paths(asdict(settings)),
-        "teacher": describe_teacher(models.teacher, "main") if models.teacher is not None else {},
+        "teacher": describe_teacher(models.teacher) if models.teacher is not None else {},
         "data": describe_data(settings.data),
         "plan": SharingPlan(models.student.config.echo_sources).to_dict(),
         **facts,
