@@ -1,10 +1,12 @@
 """What a run is made of. One description of every setting, for Python, the command line and `report.json`."""
 
 import json
+import math
 from collections.abc import Iterable
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from importlib.util import find_spec
-from typing import Any
+from pathlib import Path
+from typing import Any, ClassVar
 
 
 __all__ = [
@@ -13,10 +15,12 @@ __all__ = [
     "CompressionSettings",
     "DataSettings",
     "DistillationSettings",
+    "EvaluationSettings",
     "PlanSettings",
     "StoreSettings",
     "StoredTeacherSettings",
     "StudentSettings",
+    "ZeroShotSettings",
 ]
 
 
@@ -95,6 +99,10 @@ RECIPES = {
 """Named sets of defaults of [`DistillationSettings`]: values, or functions of the settings before them."""
 
 
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+"""Types that weights can be loaded in; `"auto"` is the one of the checkpoint."""
+
+
 def setting(default: Any, text: str) -> Any:
     """A field with a default and a help text, which the command line shows."""
     if isinstance(default, list):
@@ -105,6 +113,8 @@ def setting(default: Any, text: str) -> Any:
 @dataclass(frozen=True)
 class DataSettings:
     """Which text, and how it becomes rows of tokens. Each field's `metadata["help"]` says what it is for."""
+
+    panel: ClassVar[str] = "Text"
 
     data: list[str] = setting(
         [STDLIB],
@@ -129,6 +139,8 @@ class DataSettings:
 class CalibrationSettings:
     """How a student is tuned to its teacher before any training. Each field's `metadata["help"]` says what it is for."""
 
+    panel: ClassVar[str] = "Calibration: before any training"
+
     calibration_rows: int = setting(
         48, "Rows on which similarity is measured, plans are compared and students tuned; a quarter is held out."
     )
@@ -142,6 +154,8 @@ class CalibrationSettings:
 @dataclass(frozen=True)
 class PlanSettings:
     """Which layers share. Each field's `metadata["help"]` says what it is for."""
+
+    panel: ClassVar[str] = "Plan: which layers share"
 
     plan: str = setting(
         "effect",
@@ -185,6 +199,8 @@ class DistillationSettings:
     How to distil, see [`EchoAttTrainingArguments`]. Each field's `metadata["help"]` says what it is for. What is `None` is
     filled in from the recipe.
     """
+
+    panel: ClassVar[str] = "Distillation: the training"
 
     recipe: str = setting(
         "default",
@@ -240,7 +256,11 @@ class DistillationSettings:
     weight_decay: float = setting(0.0, "Weight decay of AdamW.")
     save_steps: int = setting(200, "Steps between checkpoints.")
     eval_steps: int = setting(0, "Steps between evaluations of the loss on held-out rows; 0 for none on the way.")
-    bf16: bool = setting(False, "Train in bfloat16, with weights in float32.")
+    bf16: bool = setting(
+        False,
+        "Compute in bfloat16 while training. With or without it the weights that are trained are in float32 meanwhile, "
+        "whatever type they are loaded and saved in; weights beside adapters stay in theirs.",
+    )
     gradient_checkpointing: bool = setting(
         False, "Keep only the inputs of layers for the backward pass: less memory, one more forward pass."
     )
@@ -249,6 +269,11 @@ class DistillationSettings:
         False, "On a GPU, compute the losses with the kernels of liger-kernel, which must be installed."
     )
     seed: int = setting(0, "Seed of the order of rows and of dropout.")
+    trainer_args: list[str] | None = setting(
+        None,
+        "Any other argument of transformers' TrainingArguments, as key=value, such as report_to=tensorboard, "
+        "logging_steps=1 or lr_scheduler_type=linear, or a .yaml file of them. May be repeated; the last one counts.",
+    )
 
     def __post_init__(self):
         _check_at_least_one(self, "steps", "batch_size", "accumulation_steps", "save_steps")
@@ -260,9 +285,12 @@ class DistillationSettings:
         check_divergence(self.divergence)
         check_hidden_distance(self.hidden_distance)
         parse_layers(self.hidden_layers)
-        for name in ("eval_steps", "lora_rank"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be 0 or more.")
+        _check_not_negative(
+            self, "eval_steps", "lora_rank", "warmup_steps", "weight_decay", "stage2_learning_rate", "seed"
+        )
+        if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
+            raise ValueError(f"learning_rate is {self.learning_rate}; it must be above 0.")
+        object.__setattr__(self, "trainer_args", _read_trainer_args(self.trainer_args))
         if not 0 <= self.stage2_steps <= self.steps:
             raise ValueError(f"stage2_steps is {self.stage2_steps}; it must be from 0 to steps, {self.steps}.")
         if self.use_liger_kernel and find_spec("liger_kernel") is None:
@@ -303,6 +331,8 @@ BENCHMARK_CHOICES = {
 @dataclass(frozen=True)
 class BenchmarkSettings:
     """What [`run_benchmark`] measures. Each field's `metadata["help"]` says what it is for."""
+
+    panel: ClassVar[str] = "What is measured"
 
     preset: str = setting(
         "quick",
@@ -364,6 +394,8 @@ class BenchmarkSettings:
 class StoredTeacherSettings:
     """What to keep of a teacher's predictions. Each field's `metadata["help"]` says what it is for."""
 
+    panel: ClassVar[str] = "What is stored"
+
     top_k: int = setting(
         64, "Tokens whose log-probabilities are kept at each position; all others together count as one more."
     )
@@ -380,6 +412,16 @@ class StoredTeacherSettings:
 
 @dataclass(frozen=True)
 class _RunSettings:
+    """
+    Settings of a step. Those with a model have a `dtype`, one of `DTYPES`: in which its weights are loaded, and in which a
+    student is saved. `"auto"` is the dtype of the checkpoint; a CPU then computes in float32, but what is saved is in the
+    dtype of the checkpoint. What is trained is in float32 meanwhile, see `DistillationSettings.bf16`.
+    """
+
+    def __post_init__(self):
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype is {self.dtype!r}; it must be one of {', '.join(DTYPES)}.")
+
     def to_json(self) -> str:
         """The settings as a JSON text."""
         return json.dumps(asdict(self), indent=2) + "\n"
@@ -394,6 +436,7 @@ class CompressionSettings(_RunSettings):
     plan: PlanSettings = field(default_factory=PlanSettings)
     calibration: CalibrationSettings = field(default_factory=CalibrationSettings)
     distillation: DistillationSettings = field(default_factory=DistillationSettings)
+    dtype: str = "auto"
 
 
 @dataclass(frozen=True)
@@ -403,6 +446,7 @@ class StoreSettings(_RunSettings):
     teacher: str = BUILTIN_TEACHER
     data: DataSettings = field(default_factory=DataSettings)
     store: StoredTeacherSettings = field(default_factory=StoredTeacherSettings)
+    dtype: str = "auto"
 
 
 @dataclass(frozen=True)
@@ -417,12 +461,72 @@ class StudentSettings(_RunSettings):
     stored_teacher: str | dict | None = None
     data: DataSettings = field(default_factory=DataSettings)
     distillation: DistillationSettings = field(default_factory=DistillationSettings)
+    dtype: str = "auto"
 
     def __post_init__(self):
+        super().__post_init__()
         if self.stored_teacher is None and self.teacher is None:
             object.__setattr__(self, "teacher", BUILTIN_TEACHER)
         if isinstance(self.stored_teacher, str) and self.data != DataSettings():
             raise ValueError("A stored teacher brings its own text: leave out the options of the data.")
+
+
+@dataclass(frozen=True)
+class EvaluationSettings(_RunSettings):
+    """What [`evaluate`] measures: of which model, on which text, and against which teacher."""
+
+    model: str
+    teacher: str | None = None
+    data: DataSettings = field(default_factory=DataSettings)
+    batch_size: int = 8
+    dtype: str = "auto"
+
+    def __post_init__(self):
+        super().__post_init__()
+        _check_at_least_one(self, "batch_size")
+
+
+@dataclass(frozen=True)
+class ZeroShotSettings(_RunSettings):
+    """What [`zero_shot`] measures: of which model, on which files or folders of questions, by the names of the tasks."""
+
+    model: str
+    tasks: dict[str, str]
+    limit: int | None = None
+    batch_size: int = 16
+    dtype: str = "auto"
+
+    def __post_init__(self):
+        super().__post_init__()
+        _check_at_least_one(self, "batch_size")
+        if self.limit is not None:
+            _check_at_least_one(self, "limit")
+
+
+def options_of(kind: type, given: dict[str, Any]) -> list[str]:
+    """
+    The options of the command line for settings, with what differs from its defaults.
+
+    Args:
+        kind (`type`): a dataclass of settings whose fields are options.
+        given (`dict`): values of its fields, as `asdict` gives them.
+    """
+    # What other defaults follow from.
+    leading = {name: given[name] for name in ("recipe", "steps") if name in given}
+    defaults, words = kind(**leading), []
+    for each in fields(kind):
+        value = given.get(each.name)
+        default = default_of(each) if each.name in leading else getattr(defaults, each.name)
+        if value is None or value == default:
+            continue
+        name = each.name.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(f"--{name}" if value else f"--no-{name}")
+        else:
+            words += [
+                word for item in (value if isinstance(value, list) else [value]) for word in (f"--{name}", str(item))
+            ]
+    return words
 
 
 def default_of(settings_field) -> Any:
@@ -434,6 +538,40 @@ def _check_at_least_one(settings, *names: str) -> None:
     for name in names:
         if getattr(settings, name) < 1:
             raise ValueError(f"{name} is {getattr(settings, name)}; it must be at least 1.")
+
+
+def _check_not_negative(settings, *names: str) -> None:
+    for name in names:
+        value = getattr(settings, name)
+        if value is not None and not (math.isfinite(value) and value >= 0):
+            raise ValueError(f"{name} is {value}; it must be 0 or more.")
+
+
+def _read_trainer_args(given: list[str] | None) -> list[str] | None:
+    """Arguments as sorted `key=value`, the value in JSON: those of a file are read, as the file may change or be lost."""
+    if given is None:
+        return None
+    import yaml
+
+    found = {}
+    for argument in given:
+        if "=" not in argument and not argument.endswith((".yaml", ".yml")):
+            raise ValueError(
+                f"trainer_args has {argument!r}; give key=value, such as logging_steps=1, or a .yaml file of them."
+            )
+        try:
+            if "=" in argument:
+                key, _, value = argument.partition("=")
+                content = {key.strip().replace("-", "_"): yaml.safe_load(value)}
+            else:
+                content = yaml.safe_load(Path(argument).read_text(encoding="utf-8"))
+            if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
+                raise ValueError("it holds no names with values")
+            found |= {key: json.dumps(value, sort_keys=True) for key, value in content.items()}
+        except (yaml.YAMLError, ValueError, TypeError) as error:
+            reason = " ".join(str(error).split())
+            raise ValueError(f"trainer_args has {argument!r}, which cannot be read: {reason}.") from error
+    return [f"{key}={value}" for key, value in sorted(found.items())]
 
 
 def _check_choice(name: str, value: str, choices: Iterable[str]) -> None:

@@ -166,7 +166,18 @@ def test_accelerate_reads_the_configurations(file):
     assert config.num_processes > 1
 
 
-DISTILL = ["--stage2-steps", "2", "--batch-size", "4", "--row-length", "32", "--evaluation-rows", "4"]
+DISTILL = [
+    "--dtype",
+    "float32",
+    "--stage2-steps",
+    "2",
+    "--batch-size",
+    "4",
+    "--row-length",
+    "32",
+    "--evaluation-rows",
+    "4",
+]
 
 
 def run_alone(folder, *arguments):

@@ -11,6 +11,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from ..models.devices import synchronize
 from ..models.loading import load_tokenizer
 from ..models.sizes import count_kv_bytes_per_token
 from ..outputs.provenance import describe_environment, without_paths
@@ -222,8 +223,10 @@ def _time(step: Callable[[], None], device: torch.device) -> float:
         end.record()
         end.synchronize()
         return start.elapsed_time(end) / 1000
+    synchronize(device)
     start = time.perf_counter()
     step()
+    synchronize(device)
     return time.perf_counter() - start
 
 
@@ -241,7 +244,7 @@ def _check_memory(settings: BenchmarkSettings, cell: Cell, contender: Contender,
     Check that a cell will roughly fit: a CPU's memory is given without asking, and a process that then uses too much of it
     is ended.
     """
-    if teacher.device.type == "cuda":
+    if teacher.device.type != "cpu":
         return
     config, item = teacher.config, teacher.dtype.itemsize
     tokens = cell.batch_size * (1 if cell.measure == "decode" else cell.tokens)

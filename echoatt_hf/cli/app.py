@@ -2,7 +2,6 @@
 
 import functools
 import inspect
-import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,10 +18,12 @@ from ..settings import (
     CompressionSettings,
     DataSettings,
     DistillationSettings,
+    EvaluationSettings,
     PlanSettings,
     StoredTeacherSettings,
     StoreSettings,
     StudentSettings,
+    ZeroShotSettings,
     default_of,
 )
 
@@ -32,7 +33,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
-    epilog="An error is one line; --debug shows where it came from.",
+    epilog="Example: echoatt compress builtin --output student. An error is one line; --debug shows where it came from.",
 )
 
 # Bad input, files and disks, and losses that are not finite.
@@ -42,6 +43,13 @@ Teacher = Annotated[
     str, typer.Argument(help="'builtin', a folder, or a repository of the Hub: owner/name or owner/name@revision.")
 ]
 Output = Annotated[Path, typer.Option(help="What to write.", show_default=False)]
+Dtype = Annotated[
+    str,
+    typer.Option(
+        help="Type of the weights, and of the student that is saved: 'float32', 'bfloat16', 'float16', or 'auto', that of "
+        "the checkpoint, with which a CPU computes in float32. What is trained is in float32 meanwhile."
+    ),
+]
 Similarity = Annotated[
     Path | None,
     typer.Option(help="similarity.json of `echoatt analyze`; measured anew where it is needed and not given."),
@@ -83,7 +91,7 @@ def with_settings(**groups: type) -> Callable:
                     field.name,
                     inspect.Parameter.KEYWORD_ONLY,
                     default=default_of(field),
-                    annotation=Annotated[hints[field.name], _option(field, hints[field.name])],
+                    annotation=Annotated[hints[field.name], _option(field, hints[field.name], group.panel)],
                 )
                 for field in fields(group)
             ]
@@ -105,14 +113,14 @@ def with_settings(**groups: type) -> Callable:
     return decorate
 
 
-def _option(field, kind: type):
+def _option(field, kind: type, panel: str):
     name, names = field.name.replace("_", "-"), []
     if kind is bool:
         names = [f"--{name}/--no-{name}" if default_of(field) else f"--{name}"]
-    return typer.Option(*names, help=field.metadata["help"])
+    return typer.Option(*names, help=field.metadata["help"], rich_help_panel=panel)
 
 
-@app.command()
+@app.command(epilog="Example: echoatt compress builtin --output student")
 @with_settings(
     plan=PlanSettings, calibration=CalibrationSettings, data=DataSettings, distillation=DistillationSettings
 )
@@ -123,6 +131,7 @@ def compress(
     distillation: DistillationSettings,
     output: Output,
     teacher: Teacher = "builtin",
+    dtype: Dtype = "auto",
     overwrite: Overwrite = False,
     resume: Resume = False,
 ) -> None:
@@ -132,7 +141,7 @@ def compress(
     from ..publishing.card import format_table
 
     settings = CompressionSettings(
-        teacher=teacher, plan=plan, calibration=calibration, data=data, distillation=distillation
+        teacher=teacher, plan=plan, calibration=calibration, data=data, distillation=distillation, dtype=dtype
     )
     report = compress(settings, output, overwrite=overwrite, resume=resume)
     print(f"\n{SharingPlan(report['plan']['echo_sources'])}")
@@ -141,70 +150,57 @@ def compress(
     print(f"\n{format_table(report['results'])}\n\nwritten to {output}")
 
 
-@app.command()
+@app.command(epilog="Example: echoatt analyze TEACHER --data text.txt --output analysis")
 @with_settings(data=DataSettings)
 def analyze(
     data: DataSettings,
     output: Output,
     teacher: Teacher = "builtin",
+    dtype: Dtype = "auto",
     calibration_rows: Annotated[int, typer.Option(help="Rows on which similarity is measured.")] = 48,
     overwrite: Overwrite = False,
 ) -> None:
     """Measure how similarly the layers of a model attend: similarity.json, .safetensors for heads, and a figure, .png."""
-    from ..analysis.similarity import measure_on_rows
-    from ..models.loading import load_model, load_tokenizer
-    from ..outputs.files import check_output_folder, whole_folder
-    from ..pipeline.preparation import load_calibration_rows
+    from ..pipeline.steps import analyze
 
-    check_output_folder(output, overwrite)
     calibration = CalibrationSettings(calibration_rows=calibration_rows)
-    model = load_model(teacher)
-    settings = CompressionSettings(teacher=teacher, calibration=calibration, data=data)
-    rows = load_calibration_rows(settings, load_tokenizer(teacher, model), model)
-    similarity = measure_on_rows(model, rows, progress=True)
-    with whole_folder(output, overwrite) as folder:
-        similarity.save(folder / "similarity.json")
-        similarity.plot(folder / "similarity.png")
-    layers = similarity.layers
+    settings = CompressionSettings(teacher=teacher, calibration=calibration, data=data, dtype=dtype)
+    layers = analyze(settings, output, overwrite=overwrite)["layers"]
     print("layer  most similar earlier layer")
     for layer in range(1, len(layers)):
-        best = int(layers[layer, :layer].argmax())
-        print(f"{layer:5}  {best} ({layers[layer, best]:.3f})")
+        best = max(range(layer), key=layers[layer].__getitem__)
+        print(f"{layer:5}  {best} ({layers[layer][best]:.3f})")
     print(f"\nwritten to {output}")
 
 
-@app.command()
+@app.command(epilog="Example: echoatt plan TEACHER --data text.txt --ratio 0.3 --output plan.json")
 @with_settings(plan=PlanSettings, calibration=CalibrationSettings, data=DataSettings)
 def plan(
     plan: PlanSettings,
     calibration: CalibrationSettings,
     data: DataSettings,
     teacher: Teacher = "builtin",
+    dtype: Dtype = "auto",
     similarity: Similarity = None,
     output: Annotated[Path | None, typer.Option(help="JSON file to write the plan to.")] = None,
     overwrite: Overwrite = False,
     resume: Resume = False,
 ) -> None:
     """Choose which layers echo which. Prints the plan as a line of layers and as JSON."""
-    from ..outputs.files import check_output_file, write_whole
-    from ..pipeline.preparation import plan_teacher
-    from ..pipeline.unfinished import resumable_search
+    from ..pipeline.steps import plan as make_plan
+    from ..planning.sharing import SharingPlan
+    from ..search.effect import PlanSearch
 
-    check_output_file(output, overwrite)
-    settings = CompressionSettings(teacher=teacher, plan=plan, calibration=calibration, data=data)
-    with resumable_search(settings, output, overwrite, resume) as state:
-        made, search = plan_teacher(settings, similarity, state)
-    if search is not None:
-        print(f"{search}\n")
+    settings = CompressionSettings(teacher=teacher, plan=plan, calibration=calibration, data=data, dtype=dtype)
+    found = make_plan(settings, output, similarity=similarity, overwrite=overwrite, resume=resume)
+    made = SharingPlan(found["plan"]["echo_sources"])
+    if "search" in found:
+        print(f"{PlanSearch(made, **found['search'])}\n")
     print(made)
-    if output is None:
-        print(made.to_json(), end="")
-    else:
-        write_whole(output, made.to_json())
-        print(f"written to {output}")
+    print(made.to_json() if output is None else f"written to {output}\n", end="")
 
 
-@app.command()
+@app.command(epilog="Example: echoatt convert TEACHER --plan plan.json --data text.txt --output converted")
 @with_settings(plan=PlanSettings, calibration=CalibrationSettings, data=DataSettings)
 def convert(
     plan: PlanSettings,
@@ -212,41 +208,34 @@ def convert(
     data: DataSettings,
     output: Output,
     teacher: Teacher = "builtin",
+    dtype: Dtype = "auto",
     similarity: Similarity = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Make a student that inherits the teacher's weights, tuned to it but not trained."""
-    from ..outputs.files import check_output_folder, whole_folder, write_whole
-    from ..pipeline.preparation import convert_teacher
-    from ..planning.sharing import SharingPlan
-    from ..publishing.card import write_model_card
+    from ..conversion.convert import ConversionReport
+    from ..pipeline.steps import convert
 
-    check_output_folder(output, overwrite)
-    settings = CompressionSettings(teacher=teacher, plan=plan, calibration=calibration, data=data)
-    student, report, tokenizer = convert_teacher(settings, similarity)
-    with whole_folder(output, overwrite) as folder:
-        student.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-        write_whole(folder / "sharing_plan.json", SharingPlan(report.echo_sources).to_json())
-        write_whole(folder / "conversion.json", json.dumps(report.to_dict(), indent=2) + "\n")
-        write_model_card(folder, name=output.resolve().name)
-    print(f"{report}\n\nwritten to {output}")
+    settings = CompressionSettings(teacher=teacher, plan=plan, calibration=calibration, data=data, dtype=dtype)
+    report = convert(settings, output, similarity=similarity, overwrite=overwrite)
+    print(f"{ConversionReport(**report)}\n\nwritten to {output}")
 
 
-@app.command()
+@app.command(epilog="Example: echoatt store-teacher TEACHER --data text.txt --output store")
 @with_settings(data=DataSettings, store=StoredTeacherSettings)
 def store_teacher(
     data: DataSettings,
     store: StoredTeacherSettings,
     output: Output,
     teacher: Teacher = "builtin",
+    dtype: Dtype = "auto",
     overwrite: Overwrite = False,
     resume: Resume = False,
 ) -> None:
     """Keep what a teacher says of each token of a text, to distil from without it."""
     from ..pipeline.steps import store_teacher
 
-    settings = StoreSettings(teacher=teacher, data=data, store=store)
+    settings = StoreSettings(teacher=teacher, data=data, store=store, dtype=dtype)
     manifest = store_teacher(settings, output, overwrite=overwrite, resume=resume)
     size = sum(shard["bytes"] for shard in manifest["shards"])
     print(f"{manifest['tokens']:,} tokens in {manifest['rows']:,} rows and {len(manifest['shards']):,} files")
@@ -255,7 +244,7 @@ def store_teacher(
     print(f"\nwritten to {output}")
 
 
-@app.command()
+@app.command(epilog="Example: echoatt distill converted --teacher TEACHER --data text.txt --output student")
 @with_settings(data=DataSettings, distillation=DistillationSettings)
 def distill(
     data: DataSettings,
@@ -272,6 +261,7 @@ def distill(
     stored_teacher: Annotated[
         Path | None, typer.Option(help="Folder of `echoatt store-teacher`, in place of teacher and data.")
     ] = None,
+    dtype: Dtype = "auto",
     overwrite: Overwrite = False,
     resume: Resume = False,
 ) -> None:
@@ -281,44 +271,35 @@ def distill(
     from ..publishing.card import format_table
 
     stored = str(stored_teacher) if stored_teacher is not None else None
-    settings = StudentSettings(student, teacher, stored, data, distillation)
+    settings = StudentSettings(student, teacher, stored, data, distillation, dtype)
     report = distill(settings, output, overwrite=overwrite, resume=resume)
     if processes().is_main_process:
         print(f"\n{format_table(report['results'])}\n\nwritten to {output}")
 
 
-@app.command()
+@app.command(epilog="Example: echoatt evaluate student --teacher TEACHER --data text.txt")
 @with_settings(data=DataSettings)
 def evaluate(
     data: DataSettings,
     model: Annotated[str, typer.Argument(help="Folder or repository of a student or any causal language model.")],
     teacher: Annotated[str | None, typer.Option(help="Model to compare with: agreement and KL.")] = None,
     batch_size: Annotated[int, typer.Option(help="Rows in a forward pass.")] = 8,
+    dtype: Dtype = "auto",
     output: Annotated[Path | None, typer.Option(help="JSON file to write the results to.")] = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Evaluate a model on held-out text: perplexity, bits per byte, and agreement with its teacher."""
-    from ..evaluation.held_out import evaluate_model
-    from ..models.loading import load_model, load_tokenizer
-    from ..outputs.files import check_output_file, write_whole
-    from ..pipeline.preparation import load_held_out_rows
+    from ..pipeline.steps import evaluate
 
-    check_output_file(output, overwrite)
-    loaded = load_model(model)
-    tokenizer = load_tokenizer(model, loaded)
-    rows = load_held_out_rows(data, tokenizer, loaded)
-    compared = load_model(teacher) if teacher is not None else None
-    results = evaluate_model(
-        loaded, rows, teacher=compared, tokenizer=tokenizer, batch_size=batch_size, description="evaluate"
-    )
+    settings = EvaluationSettings(model, teacher, data, batch_size, dtype)
+    results = evaluate(settings, output, overwrite=overwrite)
     for name, value in results.items():
         print(f"{name:14} {value:,}" if isinstance(value, int) else f"{name:14} {value:.5f}")
     if output is not None:
-        write_whole(output, json.dumps({"model": model, "teacher": teacher, **results}, indent=2) + "\n")
         print(f"written to {output}")
 
 
-@app.command()
+@app.command(epilog="Example: echoatt zero-shot student --task piqa=piqa.jsonl --output student/zero_shot.json")
 @with_settings()
 def zero_shot(
     model: Annotated[str, typer.Argument(help="Folder or repository of a student or any causal language model.")],
@@ -331,30 +312,22 @@ def zero_shot(
     ],
     limit: Annotated[int | None, typer.Option(help="Questions to take of each file, the first ones.")] = None,
     batch_size: Annotated[int, typer.Option(help="Texts in a forward pass.")] = 16,
+    dtype: Dtype = "auto",
     output: Annotated[Path | None, typer.Option(help="JSON file to write the results to.")] = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Evaluate a model on multiple choice, last words and minimal pairs, by the rules of lm-evaluation-harness."""
-    from ..evaluation.zero_shot import evaluate_zero_shot, format_zero_shot, read_zero_shot_tasks
-    from ..models.devices import default_device
-    from ..models.loading import load_model, load_tokenizer
-    from ..outputs.files import check_output_file, write_whole
-    from ..outputs.provenance import without_paths
+    from ..evaluation.zero_shot import format_zero_shot
+    from ..pipeline.steps import zero_shot
 
-    check_output_file(output, overwrite)
-    tasks = _parse_tasks(task)
-    read_zero_shot_tasks(tasks, limit)  # what is wrong in a file is said before a model is loaded
-    loaded = load_model(model, dtype="auto").to(default_device())
-    tokenizer = load_tokenizer(model, loaded)
-    results = evaluate_zero_shot(loaded, tokenizer, tasks, batch_size=batch_size, limit=limit, progress=True)
+    settings = ZeroShotSettings(model, _parse_tasks(task), limit, batch_size, dtype)
+    results = zero_shot(settings, output, overwrite=overwrite)
     print(format_zero_shot(results))
     if output is not None:
-        measured = without_paths({"model": model, "limit": limit, "results": results})
-        write_whole(output, json.dumps(measured, indent=2) + "\n")
         print(f"\nwritten to {output}")
 
 
-@app.command()
+@app.command(epilog="Example: echoatt benchmark TEACHER student --preset decode")
 @with_settings(settings=BenchmarkSettings)
 def benchmark(
     settings: BenchmarkSettings,
@@ -401,7 +374,7 @@ def _parse_tasks(arguments: list[str]) -> dict[str, str]:
     return tasks
 
 
-@app.command()
+@app.command(epilog="Example: echoatt push student OWNER/NAME --dry-run")
 @with_settings()
 def push(
     folder: Annotated[

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from ..models.devices import to_float64
 from .alignment import input_dim, replace_parameter
 
 
@@ -33,7 +34,7 @@ class NormalEquations:
         self, projection: nn.Module, inputs: torch.Tensor, missing: torch.Tensor, *, solvable: bool = True
     ) -> None:
         """Add the tokens of a batch: inputs of the projection and what its output lacks; R² alone if not `solvable`."""
-        inputs, missing = (_to_float64(tensor) for tensor in (inputs, missing))
+        inputs, missing = (to_float64(tensor) for tensor in (inputs, missing))
         self.squares = self.squares + missing.square().sum()
         if not solvable:
             return
@@ -41,10 +42,6 @@ class NormalEquations:
             inputs = torch.cat([inputs, inputs.new_ones(len(inputs), 1)], dim=-1)
         self.gram = self.gram + inputs.T @ inputs
         self.cross = self.cross + inputs.T @ missing
-
-
-def _to_float64(tensor: torch.Tensor) -> torch.Tensor:
-    return (tensor.cpu() if tensor.device.type == "mps" else tensor).double()  # which has no float64
 
 
 def solve_ridge(train: NormalEquations, held_out: NormalEquations) -> tuple[torch.Tensor | None, float]:
@@ -74,5 +71,5 @@ def add_to_projection(projection: nn.Module, change: torch.Tensor) -> None:
     features = change[: projection.weight.shape[input_dim(projection)]]
     changes = {"weight": features if input_dim(projection) == 0 else features.T, "bias": change[-1]}
     for name, parameter in list(projection.named_parameters()):
-        changed = parameter.detach().to(changes[name].device, torch.float64) + changes[name]
-        replace_parameter(projection, name, changed.to(parameter.device, parameter.dtype))
+        changed = to_float64(parameter.detach()).to(changes[name].device) + changes[name]
+        replace_parameter(projection, name, changed.to(parameter.dtype).to(parameter.device))

@@ -19,6 +19,7 @@ from .adapters import add_lora, merge_lora
 from .checkpoints import train_from_last_checkpoint
 from .stored_teacher import StoredTeacher
 from .trainer import EchoAttTrainer, EchoAttTrainingArguments
+from .trainer_args import parse_trainer_args
 
 
 __all__ = ["DistillationInterrupted", "make_training_arguments", "train_two_stages"]
@@ -113,20 +114,23 @@ def make_training_arguments(settings: DistillationSettings, output_dir: Path) ->
     values["eval_steps"] = settings.eval_steps or None
     # What `accelerate launch` was told counts, and with DeepSpeed the two must agree.
     values["bf16"] = settings.bf16 or os.environ.get("ACCELERATE_MIXED_PRECISION") == "bf16"
-    return EchoAttTrainingArguments(
-        output_dir=str(output_dir),
-        stage1_steps=settings.stage1_steps,
-        per_device_train_batch_size=batch_size // (accumulation_steps * number),
-        gradient_accumulation_steps=accumulation_steps,
-        per_device_eval_batch_size=8,
-        eval_strategy="steps" if settings.eval_steps else "no",
-        lr_scheduler_type="cosine",
-        logging_steps=10,
-        save_total_limit=2,
-        report_to="none",
-        use_cpu=default_device() == "cpu",
-        **values,
-    )
+    decided = {
+        "output_dir": str(output_dir),
+        "stage1_steps": settings.stage1_steps,
+        "per_device_train_batch_size": batch_size // (accumulation_steps * number),
+        "gradient_accumulation_steps": accumulation_steps,
+        "eval_strategy": "steps" if settings.eval_steps else "no",
+        "use_cpu": default_device() == "cpu",
+    }
+    defaults = {
+        "per_device_eval_batch_size": 8,
+        "lr_scheduler_type": "cosine",
+        "logging_steps": 10,
+        "save_total_limit": 2,
+        "report_to": "none",
+    }
+    given = parse_trainer_args(values.pop("trainer_args"), decided.keys() | values.keys())
+    return EchoAttTrainingArguments(**decided | values | defaults | given)
 
 
 class _StageCallback(TrainerCallback):

@@ -7,9 +7,8 @@ from pathlib import Path
 from datasets import Dataset
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..models.devices import default_device
 from ..models.inference import compare_predictions
-from ..models.loading import load_model
+from ..models.loading import load_placed
 from ..text.documents import load_documents
 from ..text.rows import pack_rows
 
@@ -181,7 +180,7 @@ def _load_model(model: str | Path | PreTrainedModel | None, role: str = "model")
         raise ValueError(f"No {role} is given: give {role} loaded, or as a path or name ({role}_id in a metric).")
     if not isinstance(model, (str, Path)):
         return model
-    return load_model(model, dtype="auto").to(default_device())
+    return load_placed(model)[0]
 
 
 def _load_tokenizer(

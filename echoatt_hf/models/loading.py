@@ -27,6 +27,8 @@ from transformers.utils import CONFIG_NAME
 
 from ..configuration_echoatt import EchoAttConfig, check_base_family
 from ..settings import BUILTIN_TEACHER
+from .devices import default_device
+from .dtypes import cast_weights
 
 
 __all__ = [
@@ -36,7 +38,9 @@ __all__ = [
     "load_config",
     "load_json",
     "load_model",
+    "load_placed",
     "load_tokenizer",
+    "load_typed",
 ]
 
 
@@ -70,6 +74,34 @@ def load_model(name: str | Path, dtype: torch.dtype | str = torch.float32) -> Pr
     # transformers does not keep the commit, and what the name stands for changes.
     model.loaded_commit = _find_commit(*_resolve(name))
     return model
+
+
+def load_placed(name: str | Path, dtype: str = "auto") -> tuple[PreTrainedModel, torch.dtype]:
+    """[`load_typed`], on the [`default_device`]."""
+    model, saved = load_typed(name, dtype)
+    return model.to(default_device()), saved
+
+
+def load_typed(name: str | Path, dtype: str = "auto") -> tuple[PreTrainedModel, torch.dtype]:
+    """
+    Load a model in the type that it will run in on the [`default_device`], see [`load_model`].
+
+    Args:
+        name (`str` or `Path`):
+            `"builtin"`, a folder, or a repository of the Hub.
+        dtype (`str`, *optional*, defaults to `"auto"`):
+            Type of its weights, one of `DTYPES`. `"auto"` is the one of the checkpoint, but float32 on a CPU, where many
+            have no arithmetic for half precision.
+
+    Returns:
+        `tuple`: the model, and the type that a student of it is saved in: `dtype`, or the one of the checkpoint.
+    """
+    model = load_model(name, dtype if dtype == "auto" else getattr(torch, dtype))
+    saved = model.dtype
+    if dtype == "auto" and default_device() == "cpu" and not getattr(model, "is_quantized", False):
+        cast_weights(model, torch.float32)
+        model.config.dtype = torch.float32
+    return model, saved
 
 
 def load_config(name: str | Path) -> PreTrainedConfig:
@@ -150,11 +182,12 @@ def _load(name: str | Path, load: Callable, **options):
     source, revision = _resolve(name)
     try:
         return load(source, **options, **({"revision": revision} if revision else {}))
-    except (OSError, ValueError) as error:
+    except Exception as error:  # damaged files raise errors of all kinds
         reason = explain_hub_error(error, source, revision)
         if reason is None:
             lines = str(error).strip().splitlines() or [type(error).__name__]
-            reason = f"{lines[0]} Give a folder, a repository of the Hub, or {BUILTIN_TEACHER!r}."
+            kind = "" if isinstance(error, (OSError, ValueError)) else f"{type(error).__name__}: "
+            reason = f"{kind}{lines[0]} Give a folder, a repository of the Hub, or {BUILTIN_TEACHER!r}."
         raise FileNotFoundError(f"{str(name)!r} cannot be loaded: {reason}") from error
 
 

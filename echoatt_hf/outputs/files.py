@@ -32,10 +32,21 @@ def check_output_file(output: Path | None, overwrite: bool) -> None:
     Check that a file can be written, where one is asked for.
 
     Raises:
-        `FileExistsError`: it exists and `overwrite` is not given.
+        `FileExistsError`: it exists and `overwrite` is not given, or it is a folder.
+        `FileNotFoundError`: there is no folder to write it into.
     """
-    if output is not None and output.exists() and not overwrite:
+    if output is None:
+        return
+    if output.is_dir():
+        raise FileExistsError(f"The output {str(output)!r} is a folder: choose a file.")
+    if output.exists() and not overwrite:
         raise FileExistsError(f"{str(output)!r} exists: choose another file, or replace it with --overwrite.")
+    if not output.parent.is_dir():
+        raise FileNotFoundError(
+            f"The output {str(output)!r} cannot be written, as there is no folder {str(output.parent)!r}: make it, or "
+            "choose another file."
+        )
+    _check_writable(output.parent)
 
 
 def check_output_folder(output: Path, overwrite: bool) -> None:
@@ -44,6 +55,7 @@ def check_output_folder(output: Path, overwrite: bool) -> None:
 
     Raises:
         `FileExistsError`: it is not empty and `overwrite` is not given, or it is a file.
+        `NotADirectoryError`: it would lie in a file.
     """
     if output.exists() and not output.is_dir():
         raise FileExistsError(f"The output {str(output)!r} is a file: choose a folder.")
@@ -51,6 +63,16 @@ def check_output_folder(output: Path, overwrite: bool) -> None:
         raise FileExistsError(
             f"The output folder {str(output)!r} is not empty: choose another, or replace it with --overwrite."
         )
+    # Folders that are missing on the way are made.
+    nearest = next(parent for parent in output.absolute().parents if parent.exists())
+    if not nearest.is_dir():
+        raise NotADirectoryError(f"The output {str(output)!r} would lie in {str(nearest)!r}, a file: choose a folder.")
+    _check_writable(nearest)
+
+
+def _check_writable(folder: Path) -> None:
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise PermissionError(f"The folder {str(folder)!r} cannot be written to: choose another output.")
 
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)

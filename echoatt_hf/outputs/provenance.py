@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from transformers.utils import CONFIG_NAME
 
 from ..configuration_echoatt import ECHOATT_VERSION
+from ..models.devices import describe_device
 from ..models.loading import builtin_teacher_path, load_json
 from ..settings import DataSettings
 from ..text.documents import STDLIB
@@ -21,9 +22,6 @@ __all__ = ["describe_conversion", "describe_data", "describe_environment", "desc
 
 def describe_environment() -> dict[str, str]:
     """Versions and hardware, without anything that identifies the machine or its user."""
-    device = f"{torch.get_num_threads()} CPU threads"
-    if torch.cuda.is_available():
-        device = torch.cuda.get_device_name()
     return {
         "echoatt_hf": ECHOATT_VERSION,
         "commit": _commit(),
@@ -31,7 +29,7 @@ def describe_environment() -> dict[str, str]:
         "torch": torch.__version__,
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
-        "hardware": device,
+        "hardware": describe_device(),
     }
 
 

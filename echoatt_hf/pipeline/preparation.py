@@ -1,6 +1,5 @@
 """What a run starts from: rows of text, a sharing plan, and a converted student, from settings."""
 
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -8,11 +7,13 @@ from datasets import Dataset, IterableDataset
 from transformers import BatchEncoding, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..analysis.similarity import AttentionSimilarity, measure_on_rows
+from ..configuration_echoatt import EchoAttConfig, check_base_family
 from ..conversion.convert import ConversionReport, convert
+from ..conversion.tuning import hold_out
 from ..modeling_echoatt import EchoAttForCausalLM
-from ..models.devices import default_device
+from ..models.dtypes import cast_weights
 from ..models.inference import inference
-from ..models.loading import load_config, load_model, load_tokenizer
+from ..models.loading import load_config, load_placed, load_tokenizer
 from ..planning.from_settings import _check_rule, make_plan, needs_similarity
 from ..planning.sharing import SharingPlan
 from ..search.effect import PlanSearch, make_space, search_plan
@@ -22,6 +23,7 @@ from ..text.rows import pack_rows
 
 
 __all__ = [
+    "check_calibration",
     "check_plan",
     "choose_plan",
     "convert_teacher",
@@ -161,8 +163,9 @@ def plan_teacher(
     if not _needs_text(settings.plan, config, measured):
         return make_plan(settings.plan, config, measured), None
     check_plan(settings.plan, config)
-    teacher = load_model(settings.teacher).to(default_device())
+    teacher, _ = load_placed(settings.teacher, settings.dtype)
     rows = load_calibration_rows(settings, load_tokenizer(settings.teacher, teacher), teacher)
+    check_calibration(settings, rows)
     measured = measured or measure_on_rows(teacher, rows, progress=True)
     return choose_plan(settings.plan, settings.calibration, teacher, rows, measured, state, progress=True)
 
@@ -171,7 +174,7 @@ def convert_teacher(
     settings: CompressionSettings, similarity: Path | None = None
 ) -> tuple[EchoAttForCausalLM, ConversionReport, PreTrainedTokenizerBase]:
     """
-    The student that [`compress`] would distil, in the dtype its teacher is stored in.
+    The student that [`compress`] would distil, with weights of the type it is to be saved in.
 
     Args:
         settings ([`CompressionSettings`]): what to make; the distillation does not matter.
@@ -185,14 +188,17 @@ def convert_teacher(
     check_plan(settings.plan, config)
     measured = AttentionSimilarity.from_json(similarity) if similarity is not None else None
     needs_text = _needs_text(settings.plan, config, measured)
-    teacher = load_model(settings.teacher, dtype="auto").to(default_device())
+    teacher, dtype = load_placed(settings.teacher, settings.dtype)
     tokenizer, rows = load_tokenizer(settings.teacher, teacher), None
     if calibration.align or calibration.refit or needs_text:
         rows = load_calibration_rows(settings, tokenizer, teacher)
+        check_calibration(settings, rows)
     if measured is None and (calibration.align or needs_text):
         measured = measure_on_rows(teacher, rows, progress=True)
     plan, _ = choose_plan(settings.plan, calibration, teacher, rows, measured, progress=True)
-    return *convert_tuned(teacher, plan, rows, measured, calibration), tokenizer
+    student, report = convert_tuned(teacher, plan, rows, measured, calibration)
+    cast_weights(student, dtype)
+    return student, report, tokenizer
 
 
 def _needs_text(settings: PlanSettings, config: PreTrainedConfig, measured: AttentionSimilarity | None) -> bool:
@@ -276,14 +282,30 @@ def choose_plan(
     return search.plan, search
 
 
-def check_plan(settings: PlanSettings, config: PreTrainedConfig) -> None:
-    """Check that a plan is possible for a model, before anything is measured. Raises `ValueError` if it is not."""
+def check_plan(settings: PlanSettings, config: PreTrainedConfig) -> SharingPlan | None:
+    """
+    Check that a plan is possible for a model, before anything is measured.
+
+    Returns:
+        [`SharingPlan`]: the plan, if it does not depend on what is measured.
+
+    Raises:
+        `ValueError`: it is not possible, or the model is no decoder language model or already a student.
+    """
+    if isinstance(config, EchoAttConfig):
+        raise ValueError("The teacher is already an EchoAtt student: convert the model it was made from.")
+    check_base_family(config)
     _check_rule(settings)
     if settings.plan == "effect":
         make_space(config, settings.ratio, settings.protected_layers, settings.block_size)
-        return
+        return None
     num_layers = config.get_text_config().num_hidden_layers
     alike = torch.ones(num_layers, num_layers)
-    alike = AttentionSimilarity(None, 1, alike, alike)
-    threshold = min(settings.threshold, 1.0) if settings.threshold is not None else None
-    make_plan(replace(settings, threshold=threshold), config, alike)
+    plan = make_plan(settings, config, AttentionSimilarity(None, 1, alike, alike))
+    return plan if not needs_similarity(settings, config) else None
+
+
+def check_calibration(settings: CompressionSettings, rows: list[dict]) -> None:
+    """Check that there are rows to judge by, where students are tuned or compared. Raises `ValueError` if there are none."""
+    if settings.plan.plan == "effect" or settings.calibration.align or settings.calibration.refit:
+        hold_out(rows)

@@ -1,13 +1,18 @@
-"""The pipeline: analyze, plan, convert, distill, evaluate, and write a student that is ready to publish."""
+"""
+The steps of the pipeline: analyze, plan, convert, distill, evaluate; and all of them, up to a student that is ready to
+publish. Each takes settings and where to write, and returns what it found as JSON can hold it.
+"""
 
 import json
+import shlex
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+import torch
 from datasets import Dataset, IterableDataset
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -17,13 +22,16 @@ from ..conversion.alignment import find_echoes, get_parameters, replace_paramete
 from ..distillation.adapters import share_weights
 from ..distillation.checkpoints import whole_state
 from ..distillation.stored_teacher import StoredTeacher, write_stored_teacher
+from ..distillation.trainer import EchoAttTrainingArguments
 from ..distillation.two_stages import make_training_arguments, train_two_stages
 from ..evaluation.held_out import evaluate_model
+from ..evaluation.zero_shot import evaluate_zero_shot, read_zero_shot_tasks
 from ..modeling_echoatt import EchoAttForCausalLM
 from ..models.devices import default_device, processes
-from ..models.loading import load_model, load_tokenizer
+from ..models.dtypes import as_saved, cast_weights
+from ..models.loading import load_config, load_placed, load_tokenizer, load_typed
 from ..models.sizes import count_kv_bytes_per_token
-from ..outputs.files import write_whole
+from ..outputs.files import check_output_file, check_output_folder, whole_folder, write_whole
 from ..outputs.provenance import (
     describe_conversion,
     describe_data,
@@ -33,12 +41,202 @@ from ..outputs.provenance import (
 )
 from ..planning.sharing import SharingPlan
 from ..publishing.card import write_model_card
-from ..settings import CompressionSettings, DataSettings, StoreSettings, StudentSettings
-from .preparation import check_plan, choose_plan, convert_tuned, load_rows
-from .unfinished import unfinished_run
+from ..settings import (
+    CalibrationSettings,
+    CompressionSettings,
+    DataSettings,
+    DistillationSettings,
+    EvaluationSettings,
+    PlanSettings,
+    StoreSettings,
+    StudentSettings,
+    ZeroShotSettings,
+    options_of,
+)
+from .preparation import (
+    check_calibration,
+    check_plan,
+    choose_plan,
+    convert_teacher,
+    convert_tuned,
+    load_calibration_rows,
+    load_held_out_rows,
+    load_rows,
+    plan_teacher,
+)
+from .unfinished import resumable_search, unfinished_run
 
 
-__all__ = ["compress", "distill", "store_teacher", "write_student"]
+__all__ = [
+    "analyze",
+    "compress",
+    "convert",
+    "distill",
+    "evaluate",
+    "plan",
+    "store_teacher",
+    "write_student",
+    "zero_shot",
+]
+
+
+def analyze(settings: CompressionSettings, output: str | Path, *, overwrite: bool = False) -> dict:
+    """
+    Measure how similarly the layers of a teacher attend, and write `similarity.json`, `similarity.safetensors` for the
+    heads, and the figure `similarity.png`.
+
+    Args:
+        settings ([`CompressionSettings`]):
+            Which teacher, which text, and on how many rows; the plan and the distillation do not matter.
+        output (`str` or `Path`):
+            Folder to write.
+        overwrite (`bool`, *optional*, defaults to `False`):
+            Replace an output that is there.
+
+    Returns:
+        `dict`: the content of `similarity.json`.
+    """
+    check_output_folder(Path(output), overwrite)
+    model, _ = load_placed(settings.teacher, settings.dtype)
+    rows = load_calibration_rows(settings, load_tokenizer(settings.teacher, model), model)
+    similarity = measure_on_rows(model, rows, progress=True)
+    with whole_folder(Path(output), overwrite) as folder:
+        similarity.save(folder / "similarity.json")
+        similarity.plot(folder / "similarity.png")
+    return similarity.to_dict()
+
+
+def plan(
+    settings: CompressionSettings,
+    output: str | Path | None = None,
+    *,
+    similarity: Path | None = None,
+    overwrite: bool = False,
+    resume: bool = False,
+) -> dict:
+    """
+    Choose the sharing plan that [`compress`] would choose. Until it is done, what a search has measured is kept in the
+    folder `<output>.partial`.
+
+    Args:
+        settings ([`CompressionSettings`]):
+            What to make; the distillation does not matter.
+        output (`str` or `Path`, *optional*):
+            JSON file to write the plan to.
+        similarity (`Path`, *optional*):
+            `similarity.json` of the teacher, measured anew if it is needed and not given.
+        overwrite, resume:
+            See [`compress`].
+
+    Returns:
+        `dict`: `plan`, the content of the file, and `search`, of [`PlanSearch`], if there was a search.
+    """
+    output = Path(output) if output is not None else None
+    check_output_file(output, overwrite)
+    with resumable_search(settings, output, overwrite, resume) as state:
+        made, search = plan_teacher(settings, similarity, state)
+    if output is not None:
+        write_whole(output, made.to_json())
+    return {"plan": made.to_dict()} | ({"search": search.to_dict()} if search is not None else {})
+
+
+def convert(
+    settings: CompressionSettings,
+    output: str | Path,
+    *,
+    similarity: Path | None = None,
+    overwrite: bool = False,
+) -> dict:
+    """
+    Write the student that [`compress`] would distil, with its tokenizer, `sharing_plan.json`, `conversion.json`
+    and a model card.
+
+    Args:
+        settings ([`CompressionSettings`]):
+            What to make; the distillation does not matter.
+        output (`str` or `Path`):
+            Folder for the student.
+        similarity (`Path`, *optional*):
+            See [`plan`].
+        overwrite:
+            See [`compress`].
+
+    Returns:
+        `dict`: the content of `conversion.json`, of a [`ConversionReport`].
+    """
+    check_output_folder(Path(output), overwrite)
+    student, report, tokenizer = convert_teacher(settings, similarity)
+    with whole_folder(Path(output), overwrite) as folder:
+        student.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        write_whole(folder / "sharing_plan.json", SharingPlan(report.echo_sources).to_json())
+        write_whole(folder / "conversion.json", json.dumps(report.to_dict(), indent=2) + "\n")
+        write_model_card(folder, name=Path(output).resolve().name)
+    return report.to_dict()
+
+
+def evaluate(settings: EvaluationSettings, output: str | Path | None = None, *, overwrite: bool = False) -> dict:
+    """
+    Evaluate a model on held-out text, see [`evaluate_model`].
+
+    Args:
+        settings ([`EvaluationSettings`]):
+            Which model, which text, and which teacher to compare with.
+        output (`str` or `Path`, *optional*):
+            JSON file to write.
+        overwrite:
+            See [`compress`].
+
+    Returns:
+        `dict`: what [`evaluate_model`] returns.
+    """
+    output = Path(output) if output is not None else None
+    check_output_file(output, overwrite)
+    model, _ = load_placed(settings.model, settings.dtype)
+    tokenizer = load_tokenizer(settings.model, model)
+    rows = load_held_out_rows(settings.data, tokenizer, model)
+    teacher = load_placed(settings.teacher, settings.dtype)[0] if settings.teacher is not None else None
+    results = evaluate_model(
+        model,
+        rows,
+        teacher=teacher,
+        tokenizer=tokenizer,
+        batch_size=settings.batch_size,
+        description="evaluate",
+    )
+    if output is not None:
+        about = {"model": settings.model, "teacher": settings.teacher}
+        write_whole(output, json.dumps(about | results, indent=2) + "\n")
+    return results
+
+
+def zero_shot(settings: ZeroShotSettings, output: str | Path | None = None, *, overwrite: bool = False) -> dict:
+    """
+    Evaluate a model on questions, see [`evaluate_zero_shot`].
+
+    Args:
+        settings ([`ZeroShotSettings`]):
+            Which model, and which files.
+        output (`str` or `Path`, *optional*):
+            JSON file to write.
+        overwrite:
+            See [`compress`].
+
+    Returns:
+        `dict`: what [`evaluate_zero_shot`] returns.
+    """
+    output = Path(output) if output is not None else None
+    check_output_file(output, overwrite)
+    read_zero_shot_tasks(settings.tasks, settings.limit)  # what is wrong in a file is said before a model is loaded
+    model, _ = load_placed(settings.model, settings.dtype)
+    tokenizer = load_tokenizer(settings.model, model)
+    results = evaluate_zero_shot(
+        model, tokenizer, settings.tasks, batch_size=settings.batch_size, limit=settings.limit, progress=True
+    )
+    if output is not None:
+        measured = without_paths({"model": settings.model, "limit": settings.limit, "results": results})
+        write_whole(output, json.dumps(measured, indent=2) + "\n")
+    return results
 
 
 def compress(
@@ -67,32 +265,70 @@ def compress(
     Raises:
         `FileExistsError`: the output folder is not empty, or holds an unfinished run, and neither `overwrite` nor
             `resume` is given.
-        `ValueError`: a setting is out of range or does not fit the teacher, or several processes were launched.
+        `ValueError`: a setting is out of range or does not fit the teacher, several processes were launched, or several
+            GPUs are visible.
         `DistillationInterrupted`: Ctrl-C; the run can be resumed.
     """
     if processes().num_processes > 1:
         raise ValueError(
-            f"{processes().num_processes} processes were launched, but planning and conversion are the work of one: make the "
-            "student with `echoatt convert`, and launch `echoatt distill`."
+            f"{processes().num_processes} processes were launched, but planning and conversion are the work of one. In place "
+            f"of `compress` run: {_describe_two_commands(settings, output)}"
         )
     with unfinished_run(Path(output), settings.to_json(), overwrite, resume) as work:
-        teacher = load_model(settings.teacher).to(default_device())
+        # Whatever can be wrong is said before anything is measured.
+        arguments = make_training_arguments(settings.distillation, work / "checkpoints")
+        _check_one_gpu(arguments, f"run in place of `compress`: {_describe_two_commands(settings, output)}")
+        made = check_plan(settings.plan, load_config(settings.teacher))
+        if made is not None:
+            _check_losses(settings.distillation, made)
+        teacher, dtype = load_placed(settings.teacher, settings.dtype)
         tokenizer = load_tokenizer(settings.teacher, teacher)
-        check_plan(settings.plan, teacher.config)
-        make_training_arguments(settings.distillation, work / "checkpoints")  # which check themselves
         train_rows, held_out_rows = load_rows(settings.data, tokenizer, teacher)
         rows = list(train_rows.take(settings.calibration.calibration_rows))
+        check_calibration(settings, rows)
         similarity_file = work / "similarity.json"
         if not similarity_file.exists():
             measure_on_rows(teacher, rows, progress=True).save(similarity_file)
         similarity = AttentionSimilarity.from_json(similarity_file)
         student, facts = _convert_once(work, settings, teacher, rows, similarity)
         plan = SharingPlan(student.config.echo_sources)
-        models = _Models(teacher, student, tokenizer)
+        models = _Models(teacher, student, tokenizer, dtype)
         report = _train_and_write(work, models, train_rows, held_out_rows, settings, facts)
         write_whole(work / "student" / "similarity.json", similarity.to_json())
         similarity.plot(work / "student" / "similarity.png", plan)
     return report
+
+
+def _check_one_gpu(arguments: EchoAttTrainingArguments, remedy: str) -> None:
+    if arguments.n_gpu > 1:
+        raise ValueError(
+            f"{arguments.n_gpu} GPUs are visible to one process, which trains on one. Make one visible "
+            f"(CUDA_VISIBLE_DEVICES=0), or, to train on all of them, {remedy}."
+        )
+
+
+def _describe_two_commands(settings: CompressionSettings, output: str | Path) -> str:
+    """The commands that make, step by step, what `compress` makes."""
+    data = options_of(DataSettings, asdict(settings.data))
+    dtype = ["--dtype", settings.dtype] if settings.dtype != "auto" else []
+    start = options_of(PlanSettings, asdict(settings.plan)) + options_of(
+        CalibrationSettings, asdict(settings.calibration)
+    )
+    training = options_of(DistillationSettings, asdict(settings.distillation))
+    converted, teacher = f"{output}-converted", settings.teacher
+    first = ["echoatt", "convert", teacher, *start, *data, *dtype, "--output", converted]
+    second = ["accelerate", "launch", "-m", "echoatt_hf.cli", "distill", converted, "--teacher", teacher]
+    return (
+        f"`{shlex.join(first)}` and then `{shlex.join([*second, *training, *data, *dtype, '--output', str(output)])}`"
+    )
+
+
+def _check_losses(settings: DistillationSettings, plan: SharingPlan) -> None:
+    if settings.attention_weight > 0 and not plan.echo_layers:
+        raise ValueError(
+            f"attention_weight is {settings.attention_weight}, but the plan has no echo layers, whose attention outputs it "
+            "compares: set it to 0, or give a plan that has some."
+        )
 
 
 def _convert_once(
@@ -152,7 +388,7 @@ def store_teacher(
         `ValueError`: a setting is out of range, or a finished part of a resumed run is corrupt.
     """
     with unfinished_run(Path(output), settings.to_json(), overwrite, resume, result="store") as work:
-        teacher, store = load_model(settings.teacher).to(default_device()), settings.store
+        (teacher, _), store = load_placed(settings.teacher, settings.dtype), settings.store
         tokenizer = load_tokenizer(settings.teacher, teacher)
         rows, held_out_rows = load_rows(settings.data, tokenizer, teacher)
         rows = rows.shuffle(seed=store.seed)
@@ -202,16 +438,17 @@ def distill(settings: StudentSettings, output: str | Path, *, overwrite: bool = 
         settings = replace(settings, data=DataSettings(**stored.manifest["data"]), stored_teacher=about)
         facts = {"teacher": stored.manifest["teacher"], "data": stored.manifest["text"]}
     with unfinished_run(Path(output), settings.to_json(), overwrite, resume) as work:
-        make_training_arguments(settings.distillation, work / "checkpoints")  # which check themselves
-        model = load_model(settings.student)
+        arguments = make_training_arguments(settings.distillation, work / "checkpoints")
+        _check_one_gpu(arguments, "start the same command with `accelerate launch -m echoatt_hf.cli distill ...`")
+        model, dtype = load_typed(settings.student, settings.dtype)
         if not isinstance(model, EchoAttForCausalLM):
             raise ValueError(
                 f"{settings.student!r} is a {type(model).__name__}, not an EchoAtt student: run `echoatt convert`."
             )
-        original = load_model(settings.teacher).to(default_device()) if settings.teacher is not None else None
+        original = load_placed(settings.teacher, settings.dtype)[0] if settings.teacher is not None else None
         if settings.distillation.lora_rank and original is not None:
             share_weights(model, original)
-        models = _Models(original, model.to(default_device()), load_tokenizer(settings.student, model))
+        models = _Models(original, model.to(default_device()), load_tokenizer(settings.student, model), dtype)
         if stored is None:
             train_rows, held_out_rows = load_rows(settings.data, models.tokenizer, model)
         else:
@@ -238,6 +475,8 @@ def _train_and_write(
     if models.teacher is not None:
         evaluations.run("teacher", models.teacher)
     evaluations.run("converted", models.student)
+    if not distillation.lora_rank:
+        cast_weights(models.student, torch.float32)  # smaller steps than other types can hold
     trainer = train_two_stages(
         models.student,
         models.teacher,
@@ -262,7 +501,9 @@ def _train_and_write(
     state_dict = whole_state(trainer)
     if processes().is_main_process:
         shutil.rmtree(work / "student", ignore_errors=True)
-        write_student(work / "student", models.student, models.tokenizer, report, state_dict)
+        write_student(work / "student", models.student, models.tokenizer, report, models.dtype, state_dict)
+        if (work / "checkpoints" / "runs").exists():  # of TensorBoard
+            shutil.move(work / "checkpoints" / "runs", work / "student" / "runs")
     return report
 
 
@@ -271,13 +512,24 @@ def write_student(
     student: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     report: dict,
+    dtype: torch.dtype,
     state_dict: dict | None = None,
 ) -> None:
     """
-    Write a student, of which `state_dict` are the weights where it has parts of them, with its tokenizer, report, plan
-    and model card.
+    Write a student in a type of its weights, with its tokenizer, report, plan and model card. Where the model has parts of
+    the weights only, `state_dict` are all of them.
     """
-    student.save_pretrained(folder, state_dict=state_dict)
+    if state_dict is None:
+        cast_weights(student, dtype)
+        student.save_pretrained(folder)
+    else:
+        state_dict = {
+            name: value.to(dtype) if value.is_floating_point() else value for name, value in state_dict.items()
+        }
+        student.save_pretrained(folder, state_dict=state_dict)
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config["dtype"] = str(dtype).removeprefix("torch.")  # where the model's own type has been written
+        write_whole(folder / "config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
     tokenizer.save_pretrained(folder)
     write_whole(folder / "sharing_plan.json", json.dumps(report["plan"], indent=2) + "\n")
     write_whole(folder / "report.json", json.dumps(report, indent=2) + "\n")
@@ -289,6 +541,7 @@ class _Models:
     teacher: PreTrainedModel | None
     student: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
+    dtype: torch.dtype  # that the student is saved in
 
 
 class _Evaluations:
@@ -296,6 +549,7 @@ class _Evaluations:
 
     def __init__(self, file: Path, models: _Models, rows: list[dict]):
         self._file, self._models, self._rows = file, models, rows
+        self._computed = models.student.dtype
         self._done: dict[str, dict] = json.loads(file.read_text()) if file.exists() else {}
         # Before training, while the student has no adapters, which will be merged.
         self._sizes = {
@@ -307,7 +561,9 @@ class _Evaluations:
     def run(self, name: str, model: PreTrainedModel) -> None:
         if name in self._done:
             return
-        with _without_autocast(*filter(None, (model, self._models.teacher))):
+        is_teacher = model is self._models.teacher
+        saved = nullcontext() if is_teacher else as_saved(model, self._models.dtype, self._computed)
+        with _without_autocast(*filter(None, (model, self._models.teacher))), saved:
             result = evaluate_model(
                 model,
                 self._rows,
@@ -315,7 +571,7 @@ class _Evaluations:
                 tokenizer=self._models.tokenizer,
                 description=f"evaluate {name}" if processes().is_main_process else None,
             )
-        self._done[name] = result | self._sizes["teacher" if model is self._models.teacher else "student"]
+        self._done[name] = result | self._sizes["teacher" if is_teacher else "student"]
         if processes().is_main_process:  # all evaluate, as each may have a part of the model only
             write_whole(self._file, json.dumps(self._done))
 

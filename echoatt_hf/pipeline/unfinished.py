@@ -12,6 +12,9 @@ from ..settings import CompressionSettings
 
 __all__ = ["resumable_search", "unfinished_run"]
 
+# What a resumed run goes on from.
+WORTH_KEEPING = ("checkpoints", "store/manifest.json", "similarity.json", "measured.json", "conversion.json")
+
 
 @contextmanager
 def resumable_search(
@@ -54,14 +57,11 @@ def unfinished_run(
     try:
         with explained_disk_errors(output):
             yield work
-    except Exception as error:
+    except Exception:
         if not state.is_main_process:
             raise
-        # After a wrong setting a run with the same settings would only fail again.
-        worth_keeping = ["checkpoints", "store/manifest.json"]
-        if not isinstance(error, ValueError):
-            worth_keeping += ["measured.json", "conversion.json"]
-        if not any((work / name).exists() for name in worth_keeping):
+        # Whatever the error: what was measured may have taken hours, and what was wrong may be put right elsewhere.
+        if not any((work / name).exists() for name in WORTH_KEEPING):
             shutil.rmtree(work, ignore_errors=True)
         raise
     state.wait_for_everyone()

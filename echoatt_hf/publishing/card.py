@@ -4,7 +4,6 @@ import json
 import math
 import re
 import shlex
-from dataclasses import fields
 from pathlib import Path
 
 import yaml
@@ -14,7 +13,7 @@ from ..conversion.convert import ConversionReport
 from ..outputs.files import write_whole
 from ..outputs.tables import format_markdown
 from ..planning.sharing import SharingPlan
-from ..settings import CalibrationSettings, DataSettings, DistillationSettings, PlanSettings, default_of
+from ..settings import CalibrationSettings, DataSettings, DistillationSettings, PlanSettings, options_of
 
 
 __all__ = [
@@ -301,20 +300,10 @@ def _command(settings: dict) -> str:
     if stored:
         words += ["--stored-teacher", stored["folder"]]
     for group, kind in _GROUPS.items():
-        given = {} if stored and group == "data" else settings.get(group, {})  # a stored teacher brings its own
-        # What other defaults follow from.
-        leading = {name: given[name] for name in ("recipe", "steps") if name in given}
-        defaults = kind(**leading)
-        for field in fields(kind):
-            value = given.get(field.name)
-            default = default_of(field) if field.name in leading else getattr(defaults, field.name)
-            if field.name not in given or value == default or value is None:
-                continue
-            name = field.name.replace("_", "-")
-            if isinstance(value, bool):
-                words.append(f"--{name}" if value else f"--no-{name}")
-            else:
-                words += [part for item in (value if isinstance(value, list) else [value]) for part in (f"--{name}", str(item))]  # fmt: skip
+        if not (stored and group == "data"):  # a stored teacher brings its own
+            words += options_of(kind, settings.get(group, {}))
+    if settings.get("dtype", "auto") != "auto":
+        words += ["--dtype", settings["dtype"]]
     return shlex.join([*words, "--output", "student"])
 
 

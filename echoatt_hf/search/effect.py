@@ -198,8 +198,18 @@ class PlanSpace:
 
     @property
     def capacity(self) -> int:
-        """Most layers that can echo, in blocks of any size."""
-        return sum(bool(sources) for sources in self._sources.values())
+        """Most layers that can echo."""
+        if self._block_size is None:
+            return sum(bool(sources) for sources in self._sources.values())
+        room, echoes = {}, 0  # for echoes in the blocks of the sources so far, by type of layer
+        for layer in range(self.num_layers):
+            kind = self.layer_types[layer] if self.layer_types else None
+            if layer in self._sources and room.get(kind, 0):
+                room[kind] -= 1
+                echoes += 1
+            else:
+                room[kind] = room.get(kind, 0) + self._block_size - 1
+        return echoes
 
     def pairs(self, plan: list[int]) -> list[tuple[int, int]]:
         """The pairs of an echo and a source that may be added to a plan."""
