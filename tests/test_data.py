@@ -1,3 +1,5 @@
+import csv
+import gzip
 import json
 import logging
 import pickle
@@ -100,12 +102,48 @@ def parquet_file(folder: Path):
 def folder_of_files(folder: Path):
     (folder / "nested/.hidden").mkdir(parents=True)
     (folder / "a.md").write_text(TEXTS[0], encoding="utf-8")
-    (folder / "b.jsonl").write_text(json.dumps({"text": TEXTS[1]}), encoding="utf-8")
+    (folder / "b.txt").write_text(TEXTS[1], encoding="utf-8")
     (folder / "nested/c.py").write_text(TEXTS[2], encoding="utf-8")
     (folder / "nested/.hidden/d.txt").write_text("hidden", encoding="utf-8")
     (folder / "blank.txt").write_text(" \n", encoding="utf-8")
-    (folder / "image.png").write_bytes(b"\x89PNG")
     return folder, TEXTS
+
+
+def folder_of_rows(folder: Path):
+    (folder / "part").mkdir()
+    (folder / "a.jsonl").write_text(json.dumps({"text": TEXTS[0]}), encoding="utf-8")
+    (folder / "b.jsonl.gz").write_bytes(gzip.compress(json.dumps({"text": TEXTS[1]}).encode()))
+    (folder / "part/c.csv").write_text(f'id,text\n1,"{TEXTS[2]}"\n', encoding="utf-8")
+    for name in ("README.md", "LICENSE.txt", "convert.py", "image.png", "dataset_infos.json"):
+        (folder / name).write_text("{}")
+    return folder, TEXTS
+
+
+def compressed_text_file(folder: Path):
+    path = folder / "stories.txt.gz"
+    path.write_bytes(gzip.compress(f"\n{EOS}\n".join(TEXTS).encode()))
+    return path, TEXTS
+
+
+def zstandard_json_lines_file(folder: Path):
+    path = folder / "stories.jsonl.zst"
+    lines = "\n".join(json.dumps({"text": text}) for text in TEXTS)
+    with pa.output_stream(path, compression="zstd") as stream:
+        stream.write(lines.encode())
+    return path, TEXTS
+
+
+def csv_file(folder: Path):
+    path = folder / "stories.csv"
+    with path.open("w", newline="", encoding="utf-8") as stream:
+        csv.writer(stream).writerows([["text", "id"], [TEXTS[0], 1], ["", 2], ["NA", 3], ["12", 4], [TEXTS[1], 5]])
+    return path, [TEXTS[0], "NA", "12", TEXTS[1]]
+
+
+def tsv_file(folder: Path):
+    path = folder / "stories.tsv"
+    path.write_text("id\ttext\n" + "".join(f"1\t{text}\n" for text in TEXTS[1:]), encoding="utf-8")
+    return path, TEXTS[1:]
 
 
 def saved_data_set(folder: Path):
@@ -165,6 +203,11 @@ SOURCES = [
     json_array_file,
     parquet_file,
     folder_of_files,
+    folder_of_rows,
+    compressed_text_file,
+    zstandard_json_lines_file,
+    csv_file,
+    tsv_file,
     saved_data_set,
     saved_data_set_with_splits,
     data_set_repository,
@@ -196,7 +239,7 @@ def test_every_kind_of_source_loads_and_streams_alike(source, tmp_path, tokenize
         assert list(pack_rows(streamed, tokenizer, 7)) == rows
         assert rows
     assert files_in(tmp_path) == before, "nothing is written next to the data"
-    assert not library_log.records
+    assert bool(library_log.records) == (source is folder_of_rows), "which leaves files out"
 
 
 def _emptied(folder: Path) -> Path:
@@ -231,7 +274,7 @@ def test_documents_are_named_after_whole_files(tmp_path):
     folder_of_files(tmp_path)
     (tmp_path / "many.txt").write_text(f"one\n{EOS}\ntwo\n", encoding="utf-8")
     names = {document["text"].strip(): document["name"] for document in load_documents(tmp_path)}
-    assert names == {TEXTS[0]: "a.md", TEXTS[1]: "", TEXTS[2]: "nested/c.py", "one": "", "two": ""}
+    assert names == {TEXTS[0]: "a.md", TEXTS[1]: "b.txt", TEXTS[2]: "nested/c.py", "one": "", "two": ""}
     assert load_documents(tmp_path / "a.md")["name"][:] == ["a.md"]
 
 
@@ -317,7 +360,7 @@ def test_rows_join_to_the_tokenization_of_the_documents(options, streaming):
         )
         expected += [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     documents = load_documents(Dataset.from_dict({"text": TEXTS * 4}), streaming=streaming)
-    rows = pack_rows(documents, tokenizer, 10)
+    rows = pack_rows(documents, tokenizer, 10, row_start="text")
     for _ in range(2):  # rows can be read again
         read = [row["input_ids"] for row in rows]
         assert {len(row) for row in read} == {10}
@@ -390,7 +433,13 @@ def test_collated_rows():
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.bin", b"text", r"suffix '\.bin'; known are \.txt, .*\.parquet"),
+        ("a.bin", b"text", r"suffix '\.bin'; known are \.txt, .*\.parquet.*compressed, \.gz, \.zst"),
+        ("a.jsonl.gz", b"text", r"a\.jsonl\.gz' cannot be decompressed"),
+        ("a.parquet.gz", b"text", r"suffix '\.gz'; known are"),
+        ("a.csv", b"id,body\n1,b\n", r"a\.csv' has no column 'text'; its columns are id, body"),
+        ("a.csv", b"text\n\xff\n", r"a\.csv', line \d: not ','-separated text \(.*utf-8"),
+        ("a.jsonl", b'{"text": "\\udcb2"}', r"a\.jsonl', line 1: '\\udcb2', at character 0 .* surrogate pair.*mend"),
+        ("a.json", b'[{"text": ""}, {"text": "a \\ud83d b"}]', r"a\.json', item 1: '\\ud83d', at character 2"),
         ("a.txt", b"text\xff", r"a\.txt' is not UTF-8 text \(byte 4\)"),
         ("a.txt", b" \n", r"a\.txt' holds no text"),
         ("a.jsonl", b"", r"a\.jsonl' holds no text"),
@@ -400,7 +449,7 @@ def test_collated_rows():
         ("a.jsonl", b'"text"\n', r"a\.jsonl', line 1: str where an object should be"),
         ("a.json", b'[{"text": "a"},\n{]', r"a\.json', line 2: not JSON"),
         ("a.jsonl", b'{"body": "b", "id": 1}', r"line 1, has no column 'text'; its columns are body, id\."),
-        ("a.jsonl", b'{"text": ["a"]}', r"Column 'text' of .*a\.jsonl' holds list, not text"),
+        ("a.jsonl", b'{"text": ["a"]}', r"Column 'text' of .*a\.jsonl', line 1 holds list, not text"),
         ("a.parquet", b"text", r"a\.parquet' is not a parquet file"),
     ],
 )
@@ -427,7 +476,7 @@ def test_missing_columns_and_splits(streaming, tmp_path):
     for data in (table, table.to_iterable_dataset(), tmp_path / "a.parquet", unknown):
         with pytest.raises(ValueError, match=r"has no column 'text'; its columns are body.*text_column"):
             load_documents(data, streaming=streaming)
-    with pytest.raises(ValueError, match=r"Column 'id' of the data set holds int, not text"):
+    with pytest.raises(ValueError, match=r"Column 'id' of the data set, row 0 holds int, not text"):
         load_documents(table, text_column="id", streaming=streaming)
     splits = DatasetDict(validation=table, test=table)
     splits.save_to_disk(tmp_path / "saved")
@@ -447,7 +496,7 @@ def test_a_missing_path_is_not_looked_for_on_the_hub(data, monkeypatch):
 
 @pytest.mark.parametrize("data", ["no-such-data-set", "owner/no-such-data-set"])
 def test_a_name_that_cannot_be_loaded(data, monkeypatch):
-    def fail(path, name, split, streaming):
+    def fail(path, name, split, revision, streaming):
         raise ConnectionError(f"Couldn't reach {path!r}\nand more")
 
     monkeypatch.setattr("echoatt_hf.text.documents.load_dataset", fail)
@@ -459,11 +508,11 @@ def test_a_name_that_cannot_be_loaded(data, monkeypatch):
 def test_a_data_set_is_loaded_by_name_with_configuration_and_split(monkeypatch):
     def load(*arguments, **options):
         assert arguments == ("owner/name", "english")
-        assert options == {"split": "train[:3]", "streaming": False}
+        assert options == {"split": "train[:3]", "revision": "v1", "streaming": False}
         return Dataset.from_dict({"text": TEXTS})
 
     monkeypatch.setattr("echoatt_hf.text.documents.load_dataset", load)
-    assert load_documents("owner/name", name="english", split="train[:3]")["text"][:] == TEXTS
+    assert load_documents("owner/name", name="english", split="train[:3]", revision="v1")["text"][:] == TEXTS
 
 
 def test_empty_data(tmp_path):

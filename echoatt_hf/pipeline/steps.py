@@ -28,7 +28,8 @@ from ..outputs.provenance import describe_data, describe_environment, describe_t
 from ..planning.sharing import SharingPlan
 from ..publishing.card import write_model_card
 from ..settings import CompressionSettings, DataSettings, StoreSettings, StudentSettings
-from .preparation import check_plan, choose_plan, convert_tuned, load_rows
+from ..text.rows import shuffle_rows
+from .preparation import check_plan, choose_plan, convert_tuned, load_calibration_rows, load_rows
 from .unfinished import unfinished_run
 
 
@@ -75,7 +76,7 @@ def compress(
         check_plan(settings.plan, teacher.config)
         make_training_arguments(settings.distillation, work / "checkpoints")  # which check themselves
         train_rows, held_out_rows = load_rows(settings.data, tokenizer, teacher)
-        rows = list(train_rows.take(settings.calibration.calibration_rows))
+        rows = load_calibration_rows(settings, tokenizer, teacher)
         similarity_file = work / "similarity.json"
         if not similarity_file.exists():
             write_whole(similarity_file, measure_on_rows(teacher, rows, progress=True).to_json())
@@ -149,7 +150,7 @@ def store_teacher(
         teacher, store = load_model(settings.teacher).to(default_device()), settings.store
         tokenizer = load_tokenizer(settings.teacher, teacher)
         rows, held_out_rows = load_rows(settings.data, tokenizer, teacher)
-        rows = rows.shuffle(seed=store.seed)
+        rows = shuffle_rows(rows, store.seed, settings.data.shuffle_buffer)
         if store.rows is not None:
             rows = rows.take(store.rows)
         return write_stored_teacher(
@@ -231,6 +232,9 @@ def _train_and_write(
     if models.teacher is not None:
         evaluations.run("teacher", models.teacher)
     evaluations.run("converted", models.student)
+    if isinstance(train_rows, IterableDataset):
+        # Without an end: `Trainer` skips the rows of a resumed run within one pass only. Each pass has another order.
+        train_rows = shuffle_rows(train_rows.repeat(None), distillation.seed, settings.data.shuffle_buffer)
     trainer = train_two_stages(
         models.student,
         models.teacher,
