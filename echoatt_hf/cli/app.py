@@ -146,6 +146,7 @@ def analyze(
     output: Output,
     teacher: Teacher = "builtin",
     calibration_rows: Annotated[int, typer.Option(help="Rows on which similarity is measured.")] = 48,
+    calibration_seed: Annotated[int, typer.Option(help="Seed with which these rows are drawn.")] = 0,
     overwrite: Overwrite = False,
 ) -> None:
     """Measure how similarly the layers of a model attend: similarity.json and a heat map, similarity.png."""
@@ -155,7 +156,7 @@ def analyze(
     from ..pipeline.preparation import load_calibration_rows
 
     check_output_folder(output, overwrite)
-    calibration = CalibrationSettings(calibration_rows=calibration_rows)
+    calibration = CalibrationSettings(calibration_rows=calibration_rows, calibration_seed=calibration_seed)
     model = load_model(teacher)
     settings = CompressionSettings(teacher=teacher, calibration=calibration, data=data)
     rows = load_calibration_rows(settings, load_tokenizer(teacher, model), model)
