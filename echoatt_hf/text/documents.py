@@ -162,7 +162,7 @@ def _identify(source: DataSource) -> set:
     place = str(path.resolve()) if path.is_dir() and source.path != STDLIB else str(source.path)
     if place == STDLIB or (path / "state.json").exists():  # which have no splits
         return {place}
-    return {(place, source.name or "default", source.split, source.revision or "main")}
+    return {f"{place}, {source.name or 'default'}, {source.split}, {source.revision or 'main'}"}
 
 
 def split_documents(
