@@ -117,7 +117,7 @@ class EchoAttConfig(PreTrainedConfig):
         echo_decode (`str`, *optional*, defaults to `"auto"`):
             How echo layers reuse the attention of their source. `"replay"`: an echo layer repeats the attention call of
             the source with its own values. `"auto"`: the source keeps its attention weights where it has them at hand,
-            and an echo layer multiplies them with its values: in `eager` attention without dropout, and for a single
+            and an echo layer multiplies them with its values: in `eager` attention without sinks and dropout, and for a single
             query token, as in decoding, in `sdpa` attention without soft cap, sinks and dropout. All else is replayed.
             `"weights"`: as `"auto"`, but a single query token that would be replayed is an error. May be changed at
             any time.

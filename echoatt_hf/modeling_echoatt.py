@@ -258,7 +258,9 @@ class EchoRecords:
         if self._grad_enabled and not torch.is_grad_enabled():
             raise ValueError(REENTRANT_ERROR)
         kept, is_one_token = call, call.query.shape[2] == 1
-        makes_weights = call.implementation == "eager" and not call.kwargs.get("dropout")
+        # With sinks, what eager attention returns may be no more than a part of what it multiplies the values with.
+        is_exact = not call.kwargs.get("dropout") and call.kwargs.get("s_aux") is None
+        makes_weights = call.implementation == "eager" and is_exact
         if self._decode != "replay" and is_one_token:
             if call.is_plain():
                 kept = call.to_weights()

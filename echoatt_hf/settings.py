@@ -35,7 +35,7 @@ DIVERGENCES = ("forward", "reverse", "jensen_shannon")
 def check_divergence(name: str) -> None:
     """Check the name of a divergence. Raises `ValueError` if it is none."""
     if name not in DIVERGENCES:
-        raise ValueError(f"divergence is {name!r}; it must be one of {', '.join(DIVERGENCES)}.")
+        raise ValueError(f"divergence is {name!r}; it must be one of {', '.join(map(repr, DIVERGENCES))}.")
 
 
 def setting(default: Any, text: str) -> Any:

@@ -15,13 +15,14 @@ from pathlib import Path  # noqa: E402
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from _pytest.mark.expression import Expression  # noqa: E402
 from families import FAMILIES, SIZES, VOCAB_SIZE  # noqa: E402
 from family_table import FamilyTable, is_always_run  # noqa: E402
 from hub_server import HubServer  # noqa: E402
+from processes import process_environment  # noqa: E402, F401
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers  # noqa: E402
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast  # noqa: E402
 
-import echoatt_hf  # noqa: E402
 from echoatt_hf.distillation.two_stages import CHECKPOINTING  # noqa: E402, F401
 
 
@@ -29,12 +30,6 @@ torch.set_num_threads(1)
 
 # The one table of tolerances, for outputs of order one.
 FP32_TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}
-
-
-def process_environment(**changes: str) -> dict[str, str]:
-    """Environment of a process that runs this package, installed or not, offline and on one thread."""
-    package = str(Path(echoatt_hf.__file__).parents[1])
-    return os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": package} | changes
 
 
 def train_byte_level_bpe(
@@ -102,10 +97,15 @@ def pytest_configure(config):
     config.pluginmanager.register(FamilyTable(), "family_table")
 
 
+def says_which_tests_to_run(expression: str) -> bool:
+    """Whether an expression of `-m` asks for marked tests, and does not only leave some out, as `not slow` does."""
+    return not Expression.compile(expression or "not any").evaluate(lambda *_, **__: False)
+
+
 def pytest_collection_modifyitems(config, items):
     """Leave slow tests out unless `-m` says which tests to run, and most of the families unless it names those."""
     expression = config.option.markexpr
-    if not expression:
+    if not says_which_tests_to_run(expression):
         for item in items:
             for name in ("slow", "faults"):
                 if item.get_closest_marker(name):

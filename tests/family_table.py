@@ -1,4 +1,4 @@
-"""The table of families and features that `python -m pytest -m families` prints and keeps in the README."""
+"""The table of families and features that `python -m pytest -m families` prints and keeps in FAMILIES.md."""
 
 import re
 from collections import defaultdict
@@ -11,11 +11,11 @@ from packaging.version import Version
 
 
 ROOT = Path(__file__).parents[1]
-README = ROOT / "README.md"
+TABLE = ROOT / "FAMILIES.md"
 MARKERS = ("<!-- families -->\n", "<!-- /families -->\n")
 
-# Columns of the README's table, by the test and variants they stand for.
-README_COLUMNS = {
+# Columns of the table in FAMILIES.md, by the test and variants they stand for.
+COLUMNS = {
     "eager": ["logits eager"],
     "sdpa": ["logits sdpa", "gradients sdpa"],
     "flex": ["logits flex_attention"],
@@ -112,30 +112,30 @@ class FamilyTable:
             lines.append(f"- {feature}: {cell} ({', '.join(names)})")
         return "\n".join(lines)
 
-    def why_not_for_readme(self, config) -> str | None:
-        """Why the results at hand are not those the README tells, or `None` if they are."""
+    def why_not_for_the_file(self) -> str | None:
+        """Why the results at hand are not those that FAMILIES.md tells, or `None` if they are."""
         pinned = re.findall(r"^transformers==(\S+)", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
         newest = max(pinned, key=Version)
         if transformers.__version__ != newest:
-            return f"the README tells the results with transformers {newest}"
-        columns = {feature for group in README_COLUMNS.values() for feature in group}
+            return f"{TABLE.name} tells the results with transformers {newest}"
+        columns = {feature for group in COLUMNS.values() for feature in group}
         if set(self.cells) != set(FAMILIES) or any(columns - set(self.cells[each.name]) for each in SUPPORTED):
-            return "the README tells the results of all families: -m families"
+            return f"{TABLE.name} tells the results of all families: -m families"
         return None
 
-    def check_readme(self, update: bool) -> None:
-        """Compare the README's table with the results, or write it."""
-        text = README.read_text()
+    def check_file(self, update: bool) -> None:
+        """Compare the table in FAMILIES.md with the results, or write it."""
+        text = TABLE.read_text()
         before, rest = text.split(MARKERS[0])
         table, after = rest.split(MARKERS[1])
         found = self.render()
         if update:
-            README.write_text(before + MARKERS[0] + found + MARKERS[1] + after)
+            TABLE.write_text(before + MARKERS[0] + found + MARKERS[1] + after)
         else:
-            assert found == table, "the README's table of families is out of date: run with --update-readme"
+            assert found == table, f"{TABLE.name} is out of date: run with --update-readme"
 
     def render(self) -> str:
-        """The README's tables: families with the same results in one row, and the refused ones with the reason."""
+        """The tables of the file: families with the same results in one row, and the refused ones with the reason."""
         rows, refused, notes = defaultdict(list), defaultdict(list), []
         for name in sorted(self.cells):
             row = self.cells[name]
@@ -143,7 +143,7 @@ class FamilyTable:
                 refused[_shorten(row["refused"])].append(f"`{name}`")
                 continue
             cells = []
-            for features in README_COLUMNS.values():
+            for features in COLUMNS.values():
                 missing = dict.fromkeys(row[feature] for feature in features if row[feature] != "ok")
                 for note in missing:
                     if note not in notes:
@@ -151,7 +151,7 @@ class FamilyTable:
                 marks = ", ".join(str(notes.index(note) + 1) for note in missing)
                 cells.append(f"no ({marks})" if missing else "yes")
             rows[tuple(cells)].append(f"`{name}`")
-        lines = [f"| family | {' | '.join(README_COLUMNS)} |", "|---|" + ":-:|" * len(README_COLUMNS)]
+        lines = [f"| family | {' | '.join(COLUMNS)} |", "|---|" + ":-:|" * len(COLUMNS)]
         for cells, names in sorted(rows.items(), key=lambda row: -len(row[1])):
             lines.append(f"| {', '.join(names)} | {' | '.join(cells)} |")
         lines += ["", *(f"({number}) {note}.  " for number, note in enumerate(notes, 1))]

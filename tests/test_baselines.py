@@ -9,7 +9,9 @@ from transformers import AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, repeat_kv
 
 from echoatt_hf import evaluate_model
-from echoatt_hf.baselines import layer_dropping as baselines
+from echoatt_hf.baselines.kv_sharing import share_keys_values
+from echoatt_hf.baselines.layer_dropping import choose_layers_to_drop, drop_layers
+from echoatt_hf.baselines.random_plans import draw_plan
 
 
 def attend_by_hand(attention, states, position_embeddings, shared):
@@ -43,7 +45,7 @@ def run_llama_by_hand(model, input_ids, sources):
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 def test_kv_sharing_equals_the_teacher_with_keys_and_values_put_in(attention):
     teacher, sources = make_teacher(num_hidden_layers=6, attention=attention), [0, 1, 1, 1, 4, 4]
-    student = baselines.share_keys_values(copy.deepcopy(teacher), sources)
+    student = share_keys_values(copy.deepcopy(teacher), sources)
     input_ids = make_batch()["input_ids"]
     expected = run_llama_by_hand(teacher, input_ids, sources)
     found = student(input_ids=input_ids).logits
@@ -61,20 +63,20 @@ def test_kv_sharing_equals_the_teacher_with_keys_and_values_put_in(attention):
 
 @pytest.mark.parametrize("family", ["qwen3", "gemma2"])
 def test_kv_sharing_of_other_families_trains(family):
-    student = baselines.share_keys_values(make_teacher(family, attention="eager"), [0, 1, 2, 1, 2, 5])
+    student = share_keys_values(make_teacher(family, attention="eager"), [0, 1, 2, 1, 2, 5])
     student(**make_batch()).logits.square().mean().backward()
     assert all(parameter.grad is not None for parameter in student.parameters())
 
 
 def test_kv_sharing_refuses_fused_projections():
     with pytest.raises(ValueError, match="no k_proj and v_proj of their own"):
-        baselines.share_keys_values(make_teacher("gpt2"), [0, 1, 1, 3, 4, 5])
+        share_keys_values(make_teacher("gpt2"), [0, 1, 1, 3, 4, 5])
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3_text"])
 def test_kv_sharing_generates_with_a_cache_that_has_nothing_of_the_sharing_layers(family):
     sources = [0, 1, 0, 1, 4, 1]
-    student = baselines.share_keys_values(make_teacher(family), sources)
+    student = share_keys_values(make_teacher(family), sources)
     batch = make_batch(3, 12, padding=(4, 0, 1))
     options = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False}
     output = student.generate(**batch, **options, return_dict_in_generate=True)
@@ -88,7 +90,7 @@ def test_kv_sharing_generates_with_a_cache_that_has_nothing_of_the_sharing_layer
 def test_layer_dropping_equals_a_model_with_fewer_layers(family, share_weights):
     teacher = make_teacher(family, attention="eager")
     before = {name: tensor.clone() for name, tensor in teacher.state_dict().items()}
-    smaller = baselines.drop_layers(teacher, [2, 3], share_weights)
+    smaller = drop_layers(teacher, [2, 3], share_weights)
     built = AutoModelForCausalLM.from_config(smaller.config, attn_implementation="eager").eval()
     path = "transformer.h" if family == "gpt2" else "model.layers"
     state = {}
@@ -114,17 +116,17 @@ def test_layer_dropping_saves_what_it_is_asked_to():
     teacher = make_teacher(num_hidden_layers=6)
     layer = sum(parameter.numel() for parameter in teacher.model.layers[0].parameters())
     rows = [{"input_ids": row} for row in make_batch(rows=3)["input_ids"].tolist()]
-    one, two = (baselines.choose_layers_to_drop(teacher, rows, parameters) for parameters in (layer, layer + 1))
+    one, two = (choose_layers_to_drop(teacher, rows, parameters) for parameters in (layer, layer + 1))
     assert len(one) == 1 and len(two) == 2 and {*one} < {*two} < {1, 2, 3, 4}
-    kl = {each: evaluate_model(baselines.drop_layers(teacher, [each]), rows, teacher=teacher)["kl"]
+    kl = {each: evaluate_model(drop_layers(teacher, [each]), rows, teacher=teacher)["kl"]
           for each in range(1, 5)}  # fmt: skip
     assert one == [min(kl, key=kl.get)]
     with pytest.raises(ValueError, match="inner layers together have fewer"):
-        baselines.choose_layers_to_drop(teacher, rows, 5 * layer)
+        choose_layers_to_drop(teacher, rows, 5 * layer)
 
 
 def test_random_plans_are_valid_and_differ():
-    draw = baselines.draw_plan
+    draw = draw_plan
     plans = [draw(12, 0.41, seed) for seed in range(20)]
     assert all(len(plan.echo_layers) == 5 and plan[0] == 0 and plan[11] == 11 for plan in plans)
     assert len({tuple(plan) for plan in plans}) > 15 and draw(12, 0.41, 3) == plans[3]

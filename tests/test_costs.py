@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 from echoatt_hf import EchoAttConfig, EchoAttForCausalLM
 from echoatt_hf.baselines.kv_sharing import share_keys_values
 from echoatt_hf.baselines.layer_dropping import drop_layers
-from echoatt_hf.benchmark.costs import count_costs
+from echoatt_hf.benchmark.costs import count_costs, is_replayed
 from echoatt_hf.benchmark.shapes import SHAPES
 from echoatt_hf.planning.sharing import SharingPlan
 
@@ -38,21 +38,50 @@ def test_forward_and_training_are_what_pytorch_counts(family):
     assert count_operations(step) == count_costs(frozen).training_operations(3, 14, frozen=True)
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3", "phi3", "gpt2"])
-def test_a_student_saves_what_pytorch_counts(family):
-    """In decoding all that is counted; in a prefill echo layers compute the attention weights of their sources again."""
+@pytest.mark.parametrize("family", ["llama", "qwen3", "phi3", "gpt2", "gpt_neox"])
+@pytest.mark.parametrize("mode", ["auto", "replay"])
+def test_a_student_costs_what_pytorch_counts(family, mode):
+    """Echo layers multiply the weights that eager attention has made, or repeat the whole call."""
     student = EchoAttForCausalLM.from_teacher(make_teacher(family, "eager", sliding_window=None), plan_of(family))
+    student.config.echo_decode = mode
     costs, batch = count_costs(student), make_batch(3, 14)["input_ids"]
-    per_layer = costs.output_features // 6
-    assert costs.query_features == (6 - len(student.config.echo_layers)) * per_layer
-    replayed = 2 * 3 * 14 * 14 * len(student.config.echo_layers) * per_layer
+    replays = is_replayed(student, 14)
+    assert replays == (mode == "replay")
+    per_layer, echoes = costs.output_features // 6, len(student.config.echo_layers)
+    assert (costs.query_features, costs.echo_features) == ((6 - echoes) * per_layer, echoes * per_layer)
     counted = count_operations(lambda: student(batch, use_cache=False))
-    assert counted == costs.forward_operations(3, 14) + replayed
+    assert counted == costs.forward_operations(3, 14, replays=replays)
+    counted = count_operations(lambda: student(batch, use_cache=False).logits.sum().backward())
+    assert counted == costs.training_operations(3, 14, replays=replays)
     cache = DynamicCache(config=student.config)
     with torch.no_grad():
         student(batch[:, :13], past_key_values=cache, use_cache=True)
         counted = count_operations(lambda: student(batch[:, 13:], past_key_values=cache, use_cache=True))
-    assert counted == costs.forward_operations(3, 1, 14)
+    assert counted == costs.forward_operations(3, 1, 14, replays=is_replayed(student, 1))
+
+
+def test_replay_repeats_what_the_teacher_does():
+    """So all that a student saves in a prefill with fused attention is the projections."""
+    teacher = make_teacher("llama")
+    student = EchoAttForCausalLM.from_teacher(teacher, plan_of("llama"))
+    assert is_replayed(student, 14) and not is_replayed(student, 1) and not is_replayed(teacher, 14)
+    before, after = count_costs(teacher), count_costs(student)
+    saved = before.forward_operations(3, 14) - after.forward_operations(3, 14, replays=True)
+    assert saved == 2 * 3 * 14 * (before.linear_weights - after.linear_weights)
+
+
+def test_ceilings_of_tinyllama():
+    """Those of the two ways, at 9 of 22 layers: replay's falls with the length, that of kept weights rises."""
+    teacher, student = map(count_costs, make_tiny_llama())
+    ceilings = {
+        replays: [
+            teacher.forward_operations(1, tokens) / student.forward_operations(1, tokens, replays=replays)
+            for tokens in (2048, 8192, 32768)
+        ]
+        for replays in (True, False)
+    }
+    assert ceilings[True] == pytest.approx([1.036, 1.025, 1.011], abs=0.001)
+    assert ceilings[False] == pytest.approx([1.07, 1.12, 1.19], abs=0.005)
 
 
 def make_tiny_llama():
@@ -76,9 +105,13 @@ def test_hand_counts_for_tinyllama():
     assert forward - student.forward_operations(1, 2048) == saved
     assert saved / forward == pytest.approx(0.066, abs=0.0005)
     # Float32: all weights but the input embedding, keys and values of four heads of 64 features in 22 layers.
-    assert teacher.decode_bytes(8, 2048) == 4 * (1_100_048_384 - 32000 * 2048) + 8 * 2048 * 22 * 2 * 256 * 4
+    # They are read by attention, and read and written by the cache.
+    assert teacher.decode_bytes(8, 2048) == 4 * (1_100_048_384 - 32000 * 2048) + 8 * 2048 * 22 * 2 * 256 * 4 * 3
     assert student.decode_bytes(1, 0) == teacher.decode_bytes(1, 0) - 4 * 9 * 4_718_592
-    assert student.kv_bytes == (44 - 9) * 256 * 4
+    assert student.kv_bytes == student.cache_bytes == (44 - 9) * 256 * 4
+    # An echo layer that replays reads the keys of its source once more.
+    again = student.decode_bytes(8, 2048, replays=True) - student.decode_bytes(8, 2048)
+    assert again == 8 * 2048 * 9 * 256 * 4
 
 
 @pytest.mark.parametrize(
@@ -119,6 +152,7 @@ def test_baselines():
     sharing = count_costs(share_keys_values(teacher, [0, 1, 1, 1, 4, 5]))
     assert before.linear_weights - sharing.linear_weights == 2 * 2 * 32 * 16
     assert sharing.kv_bytes == before.kv_bytes and sharing.query_features == before.query_features
+    assert sharing.cache_bytes == before.cache_bytes * 4 // 6
 
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "jamba"])

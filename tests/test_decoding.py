@@ -167,7 +167,13 @@ def test_what_is_more_than_weights_is_replayed():
         check_replays_and_says_why(student, "implementation 'flex_attention'", input_ids=one)
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_oss"], ids=["plain", "soft-cap", "sinks"])
+@pytest.mark.parametrize("family", ["gpt_oss", "granite_swa"])
+def test_sinks_are_replayed(family):
+    one = make_batch(2, 1)["input_ids"]
+    check_replays_and_says_why(make_student(family, "eager"), "further arguments: s_aux", input_ids=one)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"], ids=["plain", "soft-cap"])
 @pytest.mark.parametrize("mode", ["auto", "weights"])
 @pytest.mark.parametrize("length", [1, 7])
 def test_eager_attention_keeps_the_weights_that_it_made(family, mode, length):
@@ -180,7 +186,7 @@ def test_eager_attention_keeps_the_weights_that_it_made(family, mode, length):
     torch.testing.assert_close(student(ids, use_cache=False).logits, expected, **FP32_TOLERANCE)
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_oss", "gpt_neox"])
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_neox", "gpt2"])
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointed"])
 def test_gradients_of_eager_weights_equal_replay(family, checkpointing):
     student = make_student(family, "eager").train()

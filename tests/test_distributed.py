@@ -13,6 +13,7 @@ import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from conftest import FP32_TOLERANCE, make_teacher, process_environment
 from distributed_runs import make_trainer
+from processes import run_python
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -169,10 +170,7 @@ DISTILL = ["--stage2-steps", "2", "--batch-size", "4", "--row-length", "32", "--
 
 
 def run_alone(folder, *arguments):
-    command = [sys.executable, "-m", "echoatt_hf.cli", *map(str, arguments)]
-    return subprocess.run(
-        command, cwd=folder, env=process_environment(), capture_output=True, text=True, timeout=300, check=True
-    )
+    run_python("-m", "echoatt_hf.cli", *arguments, cwd=folder).check_returncode()
 
 
 @pytest.fixture(scope="module")

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from conftest import make_teacher, process_environment, train_byte_level_bpe
+from processes import run_python
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 
@@ -19,11 +20,8 @@ TINY = [
 ]  # fmt: skip
 
 
-def train_teacher(*arguments, cwd):
-    return subprocess.run(
-        [sys.executable, str(ROOT / "examples" / "train_teacher.py"), *map(str, arguments)],
-        cwd=cwd, env=process_environment(), capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
+def train_teacher(*arguments, **how):
+    return run_python(ROOT / "examples" / "train_teacher.py", *arguments, **how)
 
 
 @pytest.fixture
@@ -52,7 +50,7 @@ def test_train_teacher_makes_a_model_folder_and_does_not_overwrite_it(text):
 
 def test_train_teacher_resumes(text):
     arguments = ["--output", "teacher", "--data", "text", *TINY]
-    assert train_teacher(*arguments, cwd=text).returncode == 0
+    assert train_teacher(*arguments, cwd=text, new_interpreter=True).returncode == 0
     whole = AutoModelForCausalLM.from_pretrained(text / "teacher").state_dict()
     # As if it had been killed after the checkpoint of step 15.
     (text / "teacher" / "results.json").unlink()

@@ -2,7 +2,7 @@
 Every family with every feature, against the slow oracle: eager attention weights of the source, no cache.
 
 By default a few representative families are tested, and the logits and refusals of all; `python -m pytest -m families` tests all of them and prints the
-table, and with `--update-readme` writes it into the README.
+table, and with `--update-readme` writes it into FAMILIES.md.
 """
 
 import copy
@@ -412,9 +412,9 @@ def test_refused(family, record_property):
         warnings.warn(f"{family.name} is supported now: it should not be listed as refused", stacklevel=1)
 
 
-def test_readme_table(request, family_table):
-    """The README says what a run of everything with the newest transformers found."""
-    reason = family_table.why_not_for_readme(request.config)
+def test_table_in_families_md(request, family_table):
+    """FAMILIES.md says what a run of everything with the newest transformers found."""
+    reason = family_table.why_not_for_the_file()
     if reason:
         pytest.skip(reason)
-    family_table.check_readme(update=request.config.option.update_readme)
+    family_table.check_file(update=request.config.option.update_readme)

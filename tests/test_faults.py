@@ -3,13 +3,13 @@
 import json
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import process_environment, write_workplace
+from conftest import write_workplace
 from datasets import Dataset
+from processes import run_python
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from echoatt_hf import EchoAttForCausalLM, collate_rows
@@ -50,15 +50,12 @@ main()
 """
 
 
-def run(folder, *arguments, fault=None, preamble=""):
+def run(folder, *arguments, fault=None, preamble="", **how):
     """The command line in a process of its own; `fault` is (module:function, which call, "before", "after" or "disk")."""
     start = (
         ["-c", FAULTY, *map(str, fault)] if fault else ["-c", f"{preamble}\nfrom echoatt_hf.cli import main\nmain()"]
     )
-    return subprocess.run(
-        [sys.executable, *start, *map(str, arguments)],
-        cwd=folder, env=process_environment(), capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
+    return run_python(*start, *arguments, cwd=folder, **how)
 
 
 def assert_one_line_error(result, *messages):
@@ -108,7 +105,7 @@ def workplace(tmp_path_factory):
         model.save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
     for command, output in ((STORE, "store"), (DISTILL, "distilled")):
-        result = run(folder, *command, "--output", output)
+        result = run(folder, *command, "--output", output, new_interpreter=True)
         assert result.returncode == 0, result.stderr
     return folder
 

@@ -273,9 +273,10 @@ def test_data_is_named_without_its_place(tmp_path):
 
 KILLED = """
     import sys
-    from echoatt_hf import hub, push_student
+    from echoatt_hf.publishing import push
+    from echoatt_hf import push_student
 
-    hub._check_remote_load = lambda staged: None
+    push._check_remote_load = lambda staged: None
     push_student(sys.argv[1], sys.argv[2], license="mit")
 """
 

@@ -118,6 +118,6 @@ def test_without_a_gpu_losses_are_computed_in_chunks(monkeypatch):
 
 
 def test_liger_that_is_not_installed_is_said_at_once(monkeypatch):
-    monkeypatch.setattr("echoatt_hf.settings.is_liger_kernel_available", lambda: False)
+    monkeypatch.setattr("echoatt_hf.settings.find_spec", lambda name: None)
     with pytest.raises(ValueError, match="liger-kernel is not installed: install it with `pip install liger-kernel`"):
         DistillationSettings(use_liger_kernel=True)

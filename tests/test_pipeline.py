@@ -4,13 +4,13 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import process_environment, write_workplace
+from conftest import write_workplace
+from processes import ForkedPython, run_python
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from echoatt_hf import EchoAttTrainer
@@ -50,16 +50,10 @@ def workplace(tmp_path_factory):
     return folder
 
 
-def echoatt(*arguments, cwd=None, check=True):
+def echoatt(*arguments, cwd=None, check=True, new_interpreter=False):
     """Run the command line in a process of its own."""
-    result = subprocess.run(
-        [sys.executable, "-m", "echoatt_hf.cli", *map(str, arguments)],
-        cwd=cwd,
-        env=process_environment(COLUMNS="200"),
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    arguments = ["-m", "echoatt_hf.cli", *arguments]
+    result = run_python(*arguments, cwd=cwd, new_interpreter=new_interpreter, COLUMNS="200")
     if check:
         assert result.returncode == 0, result.stderr
     return result
@@ -82,7 +76,7 @@ def compressed(workplace):
     """A student made by the command line."""
     result = echoatt(
         "compress", "teacher", "--data", "text", "--steps", 24, "--learning-rate", 3e-3, "--warmup-steps", 1, "--ratio", 0.34, *FAST,
-        "--output", "student", cwd=workplace,
+        "--output", "student", cwd=workplace, new_interpreter=True,
     )  # fmt: skip
     return workplace / "student", result
 
@@ -215,24 +209,18 @@ def test_stopped_run_resumes_to_the_same_student(workplace, tmp_path, how):
     ]  # fmt: skip
     echoatt(*arguments, "--output", tmp_path / "whole")
     output = tmp_path / "stopped"
-    process = subprocess.Popen(
-        [sys.executable, "-m", "echoatt_hf.cli", *map(str, arguments), "--output", str(output)],
-        env=process_environment(),
-        stderr=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
-        text=True,
-    )
+    process = ForkedPython("-m", "echoatt_hf.cli", *arguments, "--output", output)
     work = output.with_name("stopped.partial")
     deadline = time.time() + 200
     while not list(work.glob("checkpoints/checkpoint-*/trainer_state.json")):
-        assert process.poll() is None and time.time() < deadline
+        assert process.is_running() and time.time() < deadline
         time.sleep(0.01)
     process.send_signal(how)
-    _, errors = process.communicate(timeout=100)
+    stopped = process.wait(timeout=100)
     assert not output.exists() and work.exists()
     if how == signal.SIGINT:
-        assert process.returncode == 130
-        assert "--resume" in errors and "Traceback" not in errors
+        assert stopped.returncode == 130
+        assert "--resume" in stopped.stderr and "Traceback" not in stopped.stderr
     # The same command without --resume says what to do, with other settings it refuses to mix runs.
     assert_one_line_error(echoatt(*arguments, "--output", output, check=False), "--resume")
     assert_one_line_error(

@@ -3,13 +3,12 @@
 import hashlib
 import json
 import pickle
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import FP32_TOLERANCE, process_environment, train_byte_level_bpe
+from conftest import FP32_TOLERANCE, train_byte_level_bpe
+from processes import run_python
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from echoatt_hf import EchoAttForCausalLM, StoredTeacher, collate_rows, write_stored_teacher
@@ -457,10 +456,7 @@ def workplace(tmp_path_factory, teacher, tokenizer):
 
 
 def run(folder, *arguments):
-    return subprocess.run(
-        [sys.executable, "-m", "echoatt_hf.cli", *map(str, arguments)],
-        cwd=folder, env=process_environment(), capture_output=True, text=True, timeout=200,
-    )  # fmt: skip
+    return run_python("-m", "echoatt_hf.cli", *arguments, cwd=folder)
 
 
 @pytest.fixture

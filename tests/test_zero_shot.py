@@ -611,11 +611,12 @@ def test_the_real_teacher_knows_some_grammar(stories260k, zero_shot_data):
 
 @pytest.mark.real_weights
 def test_lm_eval_gives_the_same_numbers(real_student, zero_shot_data):
-    """The command of the README with the task files of the repository, on the first questions of each file."""
+    """The command of the guide with the task files of the repository, on the first questions of each file."""
     if importlib.util.find_spec("lm_eval") is None:
         pytest.skip("lm-eval is not installed")
     folder = zero_shot_data.parent
-    command = re.search(r"<!-- lm-eval command -->\n```bash\n(.*)\n```", (ROOT / "README.md").read_text()).group(1)
+    guide = (ROOT / "examples/lm_eval_tasks/README.md").read_text()
+    command = re.search(r"<!-- lm-eval command -->\n```bash\n(.*)\n```", guide).group(1)
     command = command.replace("pretrained=student", f"pretrained={real_student}").removeprefix("lm_eval")
     present = [path.stem for path in (zero_shot_data / "blimp").iterdir()]
     (folder / "tasks").mkdir()

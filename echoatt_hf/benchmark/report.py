@@ -19,8 +19,9 @@ def format_benchmark(results: dict) -> str:
     Returns:
         `str`: two tables. "tokens/s" are those read, in decoding those written; "x teacher" is how many times faster than
         the teacher a model is, with quartiles over rounds, "x eager" than the eager teacher, and "x training" than in
-        training; "ceiling" how much faster than the teacher the count of operations or bytes allows it to be; "of it" the
-        share of the ceiling that is reached; memory is what a step needs beyond weights and cache.
+        training; "echoes" how echo layers are computed, and "ceiling" how much faster than the teacher the count of
+        operations or bytes allows the model to be in that way; "of it" the share of the ceiling that is reached; memory is
+        what a step needs beyond weights and cache.
     """
     models = [_describe_model(name, facts) for name, facts in results["models"].items()]
     lines = [_describe_line(cell, name, found) for cell in results["cells"] for name, found in cell["models"].items()]
@@ -58,6 +59,7 @@ def _describe_line(cell: dict, name: str, found: dict) -> dict[str, str]:
         "tokens/s": _format_rate(tokens / median) if median else "",
         "x teacher": f"{ratio['median']:.3f}" if ratio else "",
         "quartiles": f"{ratio['low']:.3f} to {ratio['high']:.3f}" if ratio else "",
+        "echoes": found.get("echoes") or "",
         "ceiling": f"{ceiling:.3f}" if ceiling else "",
         "of it": f"{ratio['median'] / ceiling:.2f}" if ratio and ceiling else "",
         "bound": cell["bound"] if ceiling else "",

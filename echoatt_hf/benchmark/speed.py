@@ -18,7 +18,7 @@ from ..settings import BENCHMARK_CHOICES, BenchmarkSettings
 from ..text.documents import load_documents
 from ..text.rows import pack_rows
 from .contenders import EAGER, TEACHER, Contender, describe_contender, make_contenders
-from .costs import Costs, count_costs
+from .costs import Costs, count_costs, is_replayed
 from .memory import peak_memory
 from .shapes import SHAPES
 from .steps import DECODED_TOKENS, STEPS
@@ -125,7 +125,7 @@ def _measure_together(
     bar: tqdm,
 ) -> list[dict]:
     """What is found for each cell; models and cells take turns."""
-    teacher, seconds, memory, errors, steps = contenders[0].model, {}, {}, {}, {}
+    teacher, seconds, memory, errors, steps, replays = contenders[0].model, {}, {}, {}, {}, {}
     turns = [(cell, contender) for cell in cells for contender in contenders]
     for index in range(settings.warmup + settings.repeats):
         first = index % len(turns)
@@ -140,6 +140,7 @@ def _measure_together(
             try:
                 if index == 0:
                     _check_memory(settings, cell, contender, teacher)
+                    replays[key] = is_replayed(contender.model.eval(), 1 if cell.measure == "decode" else 2)
                     steps[key] = STEPS[cell.measure](settings, contender, teacher, prompt)
                     with peak_memory(teacher.device) as peak:
                         steps[key]()
@@ -166,13 +167,15 @@ def _measure_together(
             "seconds": times,
             "median": float(np.median(times)),
             "memory_bytes": memory[key],
-            "ceiling": _ceiling(cell, costs[TEACHER], costs[name]),
+            "echoes": None if not has_echoes[name] else "replay" if replays[key] else "kept weights",
+            "ceiling": _ceiling(cell, costs[TEACHER], costs[name], replays[key]),
             "speedup": _ratios(seconds.get((cell.measure, TEACHER)), times),
             "speedup_over_eager": _ratios(seconds.get((cell.measure, EAGER)), times),
             "speedup_over_training": _ratios(seconds.get(("training", name)), times),
         }
 
     names = [contender.name for contender in contenders]
+    has_echoes = {each.name: bool(getattr(each.model.config, "echo_layers", [])) for each in contenders}
     return [
         {**asdict(cell), "bound": BOUNDS[cell.measure], "models": {name: summarize(cell, name) for name in names}}
         for cell in cells
@@ -191,21 +194,22 @@ def _ratios(others: list[float] | None, times: list[float]) -> dict[str, float] 
     return {"median": float(median), "low": float(low), "high": float(high)}
 
 
-def _ceiling(cell: Cell, teacher: Costs | None, model: Costs | None) -> float | None:
+def _ceiling(cell: Cell, teacher: Costs | None, model: Costs | None, replays: bool) -> float | None:
+    """How many times faster than the teacher what is counted allows the model to be, in the way that it is computed."""
     if teacher is None or model is None:
         return None
-    if cell.measure == "decode":
-        return teacher.decode_bytes(cell.batch_size, cell.tokens) / model.decode_bytes(cell.batch_size, cell.tokens)
-    before, after = (_operations(cell, teacher, each) for each in (teacher, model))
-    return before / after
+    return _cost(cell, teacher, teacher, False) / _cost(cell, teacher, model, replays)
 
 
-def _operations(cell: Cell, teacher: Costs, model: Costs) -> int:
+def _cost(cell: Cell, teacher: Costs, model: Costs, replays: bool) -> int:
+    """Bytes of a step of decoding, operations of all others."""
     size = cell.batch_size, cell.tokens
+    if cell.measure == "decode":
+        return model.decode_bytes(*size, replays=replays)
     if cell.measure == "prefill":
-        return model.forward_operations(*size)
+        return model.forward_operations(*size, replays=replays)
     asked = teacher.forward_operations(*size) if cell.measure in ("distillation", "adapters") else 0
-    return asked + model.training_operations(*size, frozen=cell.measure == "adapters")
+    return asked + model.training_operations(*size, replays=replays, frozen=cell.measure == "adapters")
 
 
 def _time(step: Callable[[], None], device: torch.device) -> float:
