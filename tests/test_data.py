@@ -686,7 +686,7 @@ def test_mixed_rows_end_or_repeat():
 def test_long_documents_are_tokenized_in_pieces(tokenizer, monkeypatch):
     monkeypatch.setattr(rows_module, "_PIECE", 50)
     monkeypatch.setattr(rows_module, "_PIECES", 2)
-    texts = ["a line of words and\n\n  more ünïcödé words\n" * 40, "word " * 100, "x" * 400, "short"]
+    texts = ["a line of words and\n\n\nmore ünïcödé words\n  in\n\nlines " * 40, "word " * 100, "x" * 400, "short"]
     expected = [token for text in texts for token in [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]]
     sizes = []
 

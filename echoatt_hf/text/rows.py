@@ -42,8 +42,9 @@ _PIECES = 16
 _PACKING_VERSION = 1
 """Part of the fingerprint of rows in the cache: raise it when documents are tokenized or packed in another way."""
 
-# Places where most tokenizers split a text in any case: after a line break and before a space, next to what is not blank.
-_LINE_BREAK, _SPACE = re.compile(r"\n(?=\S)"), re.compile(r"(?<=\S)(?= \S)")
+# Places where most tokenizers split a text in any case: after a line break, and before a space, that stand alone. In longer
+# runs of blanks the last one is often a token of its own, but not at the end of a text.
+_LINE_BREAK, _SPACE = re.compile(r"(?<=\S)\n(?=\S)"), re.compile(r"(?<=\S)(?= \S)")
 
 
 def pack_rows(
