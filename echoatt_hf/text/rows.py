@@ -39,7 +39,7 @@ _PIECE = 2**16
 _PIECES = 16
 """Pieces that are given to a tokenizer together, which its threads share."""
 
-_PACKING_VERSION = 1
+_PACKING_VERSION = 2
 """Part of the fingerprint of rows in the cache: raise it when documents are tokenized or packed in another way."""
 
 # Places where most tokenizers split a text in any case: after a line break, and before a space, that stand alone. In longer
