@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections.abc import Iterable
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from importlib.util import find_spec
@@ -14,6 +15,7 @@ __all__ = [
     "CalibrationSettings",
     "CompressionSettings",
     "DataSettings",
+    "DataSource",
     "DistillationSettings",
     "EvaluationSettings",
     "PlanSettings",
@@ -111,6 +113,38 @@ def setting(default: Any, text: str) -> Any:
 
 
 @dataclass(frozen=True)
+class DataSource:
+    """
+    Where text comes from. Training and held-out text are described alike.
+
+    Args:
+        path (`str` or `Path`): a file, a folder, a data set of the Hub, or `"stdlib"`.
+        name (`str`, *optional*): configuration of a data set repository.
+        split (`str`, *optional*, defaults to `"train"`): split of a data set.
+        revision (`str`, *optional*): branch, tag or commit of a data set of the Hub.
+        text_column (`str`, *optional*, defaults to `"text"`): column that holds the text, in tables and data sets.
+        weight (`float`, *optional*): share of the rows, against the weights of the other sources.
+    """
+
+    path: str | Path
+    name: str | None = None
+    split: str = "train"
+    revision: str | None = None
+    text_column: str = "text"
+    weight: float | None = None
+
+
+ROW_STARTS = ("bos", "document", "text")
+"""What a row of tokens may begin with."""
+
+
+def check_row_start(name: str) -> None:
+    """Check what rows are to begin with. Raises `ValueError` if it is not known."""
+    if name not in ROW_STARTS:
+        raise ValueError(f"row_start is {name!r}; it must be one of {', '.join(ROW_STARTS)}.")
+
+
+@dataclass(frozen=True)
 class DataSettings:
     """Which text, and how it becomes rows of tokens. Each field's `metadata["help"]` says what it is for."""
 
@@ -119,20 +153,75 @@ class DataSettings:
     data: list[str] = setting(
         [STDLIB],
         "Text: a file, a folder, a data set of the Hub, or 'stdlib', the sources of Python's standard library. May be "
-        "repeated.",
+        "repeated; with weights, as in a.txt:3, rows are drawn from each by its share, which is 1 where none is given.",
     )
-    held_out_data: list[str] | None = setting(None, "Text to evaluate on; if not given, some documents of the data.")
-    held_out_fraction: float = setting(0.05, "Share of the documents to hold out where no held-out data is given.")
+    data_name: str | None = setting(None, "Configuration of a data set repository.")
+    data_split: str = setting("train", "Split of a data set.")
+    data_revision: str | None = setting(None, "Branch, tag or commit of a data set of the Hub.")
     text_column: str = setting("text", "Column that holds the text, in tables and data sets.")
-    data_name: str | None = setting(None, "Configuration of a data set of the Hub.")
-    data_split: str = setting("train", "Split of a data set of the Hub.")
+    held_out_data: list[str] | None = setting(
+        None, "Text to evaluate on, given like the data; if not given, some documents of the data."
+    )
+    held_out_name: str | None = setting(None, "The same for the held-out data; as for the data if not given.")
+    held_out_split: str | None = setting(
+        None,
+        "Split of the held-out data; as for the data if not given. Without held-out data, the split of the data that is "
+        "held out.",
+    )
+    held_out_revision: str | None = setting(None, "The same for the held-out data; as for the data if not given.")
+    held_out_text_column: str | None = setting(None, "The same for the held-out data; as for the data if not given.")
+    held_out_fraction: float = setting(0.05, "Share of the documents to hold out where no held-out data is given.")
     streaming: bool = setting(False, "Read the data as it goes instead of loading it first.")
+    shuffle_buffer: int = setting(
+        1000,
+        "With streaming: rows that are kept, of which the next one is drawn. The order depends on the seed alone.",
+    )
+    num_proc: int = setting(1, "Processes that tokenize data that is not streamed; one uses the tokenizer's threads.")
     row_length: int = setting(256, "Tokens in a row.")
+    row_start: str = setting(
+        "bos",
+        "What a row begins with: 'bos' (the token with which the tokenizer begins a text, if it has one; the text goes on "
+        "from row to row), 'document' (the beginning of a document; what does not fit into its row is left out) or 'text' "
+        "(nothing of its own).",
+    )
     document_masks: bool = setting(False, "Keep the documents in a row from seeing each other.")
     evaluation_rows: int = setting(128, "Most rows to evaluate on.")
 
     def __post_init__(self):
-        _check_at_least_one(self, "evaluation_rows")
+        _check_at_least_one(self, "evaluation_rows", "shuffle_buffer", "num_proc")
+        check_row_start(self.row_start)
+        for source in [*self.sources, *(self.held_out_sources or [])]:
+            if source.weight == 0:
+                raise ValueError(f"The weight of {source.path!r} is 0; it must be above 0, or leave the text out.")
+
+    @property
+    def sources(self) -> list[DataSource]:
+        """`list` of [`DataSource`]: the text to train on."""
+        options = self.data_name, self.data_split, self.data_revision, self.text_column
+        return [DataSource(path, *options, weight) for path, weight in map(_split_weight, _as_list(self.data))]
+
+    @property
+    def held_out_sources(self) -> list[DataSource] | None:
+        """`list` of [`DataSource`]: the text to evaluate on; `None` if it is documents of the training text."""
+        own = self.held_out_name, self.held_out_split, self.held_out_revision, self.held_out_text_column
+        if not self.held_out_data and not any(own):
+            return None
+        common = self.data_name, self.data_split, self.data_revision, self.text_column
+        options = [mine or shared for mine, shared in zip(own, common, strict=True)]
+        return [
+            DataSource(path, *options, weight)
+            for path, weight in map(_split_weight, _as_list(self.held_out_data or self.data))
+        ]
+
+
+def _as_list(value: str | list[str]) -> list[str]:
+    return [value] if isinstance(value, str) else value
+
+
+def _split_weight(text: str) -> tuple[str, float | None]:
+    """Path and weight of `path:weight`; no weight if all of it is the name of a file."""
+    found = re.fullmatch(r"(.+):(\d+(?:\.\d+)?)", text)
+    return (found[1], float(found[2])) if found and not Path(text).exists() else (text, None)
 
 
 @dataclass(frozen=True)
@@ -144,6 +233,7 @@ class CalibrationSettings:
     calibration_rows: int = setting(
         48, "Rows on which similarity is measured, plans are compared and students tuned; a quarter is held out."
     )
+    calibration_seed: int = setting(0, "Seed with which these rows are drawn from the training text.")
     align: bool = setting(True, "Align the heads of echo layers with those of their sources.")
     refit: bool = setting(True, "Refit the output projections of echo layers in closed form.")
 

@@ -1,9 +1,13 @@
 """Tiny random teachers and where the real one lies. Everything runs on CPU, offline, on fixed seeds."""
 
 import os
+import tempfile
 
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# The rows of a test are of no use to any other run.
+_CACHE = tempfile.TemporaryDirectory(prefix="echoatt-tests-")
+os.environ["HF_DATASETS_CACHE"] = _CACHE.name
 
 import copy  # noqa: E402
 import logging  # noqa: E402

@@ -1,3 +1,5 @@
+import csv
+import gzip
 import json
 import logging
 import pickle
@@ -11,14 +13,21 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import train_byte_level_bpe
+from conftest import make_teacher, plan_of, train_byte_level_bpe
 from datasets import Dataset, DatasetDict, IterableDataset
 from tokenizers import processors
 from torch.utils.data import DataLoader
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast, TrainerCallback
 
+from echoatt_hf import EchoAttTrainer, EchoAttTrainingArguments, compute_perplexity, convert
+from echoatt_hf.distillation.stored_teacher import write_stored_teacher
+from echoatt_hf.evaluation.zero_shot import read_zero_shot_tasks
+from echoatt_hf.pipeline import steps
+from echoatt_hf.pipeline.preparation import load_calibration_rows, load_held_out_rows, load_rows
+from echoatt_hf.settings import CalibrationSettings, CompressionSettings, DataSettings, DataSource, StudentSettings
+from echoatt_hf.text import rows as rows_module
 from echoatt_hf.text.documents import STDLIB, load_documents, split_documents
-from echoatt_hf.text.rows import collate_rows, pack_rows
+from echoatt_hf.text.rows import collate_rows, draw_rows, mix_rows, pack_rows, shuffle_rows, stack_rows
 
 
 TEXTS = [
@@ -100,12 +109,48 @@ def parquet_file(folder: Path):
 def folder_of_files(folder: Path):
     (folder / "nested/.hidden").mkdir(parents=True)
     (folder / "a.md").write_text(TEXTS[0], encoding="utf-8")
-    (folder / "b.jsonl").write_text(json.dumps({"text": TEXTS[1]}), encoding="utf-8")
+    (folder / "b.txt").write_text(TEXTS[1], encoding="utf-8")
     (folder / "nested/c.py").write_text(TEXTS[2], encoding="utf-8")
     (folder / "nested/.hidden/d.txt").write_text("hidden", encoding="utf-8")
     (folder / "blank.txt").write_text(" \n", encoding="utf-8")
-    (folder / "image.png").write_bytes(b"\x89PNG")
     return folder, TEXTS
+
+
+def folder_of_rows(folder: Path):
+    (folder / "part").mkdir()
+    (folder / "a.jsonl").write_text(json.dumps({"text": TEXTS[0]}), encoding="utf-8")
+    (folder / "b.jsonl.gz").write_bytes(gzip.compress(json.dumps({"text": TEXTS[1]}).encode()))
+    (folder / "part/c.csv").write_text(f'id,text\n1,"{TEXTS[2]}"\n', encoding="utf-8")
+    for name in ("README.md", "LICENSE.txt", "convert.py", "image.png", "dataset_infos.json"):
+        (folder / name).write_text("{}")
+    return folder, TEXTS
+
+
+def compressed_text_file(folder: Path):
+    path = folder / "stories.txt.gz"
+    path.write_bytes(gzip.compress(f"\n{EOS}\n".join(TEXTS).encode()))
+    return path, TEXTS
+
+
+def zstandard_json_lines_file(folder: Path):
+    path = folder / "stories.jsonl.zst"
+    lines = "\n".join(json.dumps({"text": text}) for text in TEXTS)
+    with pa.output_stream(path, compression="zstd") as stream:
+        stream.write(lines.encode())
+    return path, TEXTS
+
+
+def csv_file(folder: Path):
+    path = folder / "stories.csv"
+    with path.open("w", newline="", encoding="utf-8") as stream:
+        csv.writer(stream).writerows([["text", "id"], [TEXTS[0], 1], ["", 2], ["NA", 3], ["12", 4], [TEXTS[1], 5]])
+    return path, [TEXTS[0], "NA", "12", TEXTS[1]]
+
+
+def tsv_file(folder: Path):
+    path = folder / "stories.tsv"
+    path.write_text("id\ttext\n" + "".join(f"1\t{text}\n" for text in TEXTS[1:]), encoding="utf-8")
+    return path, TEXTS[1:]
 
 
 def saved_data_set(folder: Path):
@@ -165,6 +210,11 @@ SOURCES = [
     json_array_file,
     parquet_file,
     folder_of_files,
+    folder_of_rows,
+    compressed_text_file,
+    zstandard_json_lines_file,
+    csv_file,
+    tsv_file,
     saved_data_set,
     saved_data_set_with_splits,
     data_set_repository,
@@ -196,7 +246,7 @@ def test_every_kind_of_source_loads_and_streams_alike(source, tmp_path, tokenize
         assert list(pack_rows(streamed, tokenizer, 7)) == rows
         assert rows
     assert files_in(tmp_path) == before, "nothing is written next to the data"
-    assert not library_log.records
+    assert bool(library_log.records) == (source is folder_of_rows), "which leaves files out"
 
 
 def _emptied(folder: Path) -> Path:
@@ -231,7 +281,7 @@ def test_documents_are_named_after_whole_files(tmp_path):
     folder_of_files(tmp_path)
     (tmp_path / "many.txt").write_text(f"one\n{EOS}\ntwo\n", encoding="utf-8")
     names = {document["text"].strip(): document["name"] for document in load_documents(tmp_path)}
-    assert names == {TEXTS[0]: "a.md", TEXTS[1]: "", TEXTS[2]: "nested/c.py", "one": "", "two": ""}
+    assert names == {TEXTS[0]: "a.md", TEXTS[1]: "b.txt", TEXTS[2]: "nested/c.py", "one": "", "two": ""}
     assert load_documents(tmp_path / "a.md")["name"][:] == ["a.md"]
 
 
@@ -317,7 +367,7 @@ def test_rows_join_to_the_tokenization_of_the_documents(options, streaming):
         )
         expected += [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     documents = load_documents(Dataset.from_dict({"text": TEXTS * 4}), streaming=streaming)
-    rows = pack_rows(documents, tokenizer, 10)
+    rows = pack_rows(documents, tokenizer, 10, row_start="text")
     for _ in range(2):  # rows can be read again
         read = [row["input_ids"] for row in rows]
         assert {len(row) for row in read} == {10}
@@ -390,7 +440,13 @@ def test_collated_rows():
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.bin", b"text", r"suffix '\.bin'; known are \.txt, .*\.parquet"),
+        ("a.bin", b"text", r"suffix '\.bin'; known are \.txt, .*\.parquet.*compressed, \.gz, \.zst"),
+        ("a.jsonl.gz", b"text", r"a\.jsonl\.gz' cannot be decompressed"),
+        ("a.parquet.gz", b"text", r"suffix '\.gz'; known are"),
+        ("a.csv", b"id,body\n1,b\n", r"a\.csv' has no column 'text'; its columns are id, body"),
+        ("a.csv", b"text\n\xff\n", r"a\.csv', line \d: not ','-separated text \(.*utf-8"),
+        ("a.jsonl", b'{"text": "\\udcb2"}', r"a\.jsonl', line 1: '\\udcb2', at character 0 .* surrogate pair.*mend"),
+        ("a.json", b'[{"text": ""}, {"text": "a \\ud83d b"}]', r"a\.json', item 1: '\\ud83d', at character 2"),
         ("a.txt", b"text\xff", r"a\.txt' is not UTF-8 text \(byte 4\)"),
         ("a.txt", b" \n", r"a\.txt' holds no text"),
         ("a.jsonl", b"", r"a\.jsonl' holds no text"),
@@ -400,7 +456,7 @@ def test_collated_rows():
         ("a.jsonl", b'"text"\n', r"a\.jsonl', line 1: str where an object should be"),
         ("a.json", b'[{"text": "a"},\n{]', r"a\.json', line 2: not JSON"),
         ("a.jsonl", b'{"body": "b", "id": 1}', r"line 1, has no column 'text'; its columns are body, id\."),
-        ("a.jsonl", b'{"text": ["a"]}', r"Column 'text' of .*a\.jsonl' holds list, not text"),
+        ("a.jsonl", b'{"text": ["a"]}', r"Column 'text' of .*a\.jsonl', line 1 holds list, not text"),
         ("a.parquet", b"text", r"a\.parquet' is not a parquet file"),
     ],
 )
@@ -427,7 +483,7 @@ def test_missing_columns_and_splits(streaming, tmp_path):
     for data in (table, table.to_iterable_dataset(), tmp_path / "a.parquet", unknown):
         with pytest.raises(ValueError, match=r"has no column 'text'; its columns are body.*text_column"):
             load_documents(data, streaming=streaming)
-    with pytest.raises(ValueError, match=r"Column 'id' of the data set holds int, not text"):
+    with pytest.raises(ValueError, match=r"Column 'id' of the data set, row 0 holds int, not text"):
         load_documents(table, text_column="id", streaming=streaming)
     splits = DatasetDict(validation=table, test=table)
     splits.save_to_disk(tmp_path / "saved")
@@ -447,7 +503,7 @@ def test_a_missing_path_is_not_looked_for_on_the_hub(data, monkeypatch):
 
 @pytest.mark.parametrize("data", ["no-such-data-set", "owner/no-such-data-set"])
 def test_a_name_that_cannot_be_loaded(data, monkeypatch):
-    def fail(path, name, split, streaming):
+    def fail(path, name, split, revision, streaming):
         raise ConnectionError(f"Couldn't reach {path!r}\nand more")
 
     monkeypatch.setattr("echoatt_hf.text.documents.load_dataset", fail)
@@ -459,11 +515,11 @@ def test_a_name_that_cannot_be_loaded(data, monkeypatch):
 def test_a_data_set_is_loaded_by_name_with_configuration_and_split(monkeypatch):
     def load(*arguments, **options):
         assert arguments == ("owner/name", "english")
-        assert options == {"split": "train[:3]", "streaming": False}
+        assert options == {"split": "train[:3]", "revision": "v1", "streaming": False}
         return Dataset.from_dict({"text": TEXTS})
 
     monkeypatch.setattr("echoatt_hf.text.documents.load_dataset", load)
-    assert load_documents("owner/name", name="english", split="train[:3]")["text"][:] == TEXTS
+    assert load_documents("owner/name", name="english", split="train[:3]", revision="v1")["text"][:] == TEXTS
 
 
 def test_empty_data(tmp_path):
@@ -497,3 +553,431 @@ def test_rows_that_cannot_be_made(tokenizer):
         pack_rows(documents, tokenizer, 1000)
     with pytest.raises(ValueError, match="does not fill a row of 1000 tokens"):
         list(pack_rows(documents.to_iterable_dataset(), tokenizer, 1000))
+
+
+# What a folder holds
+
+
+def test_what_of_a_folder_is_read_is_said(tmp_path, caplog):
+    folder_of_rows(tmp_path)
+    load_documents(tmp_path)
+    (line,) = caplog.messages
+    assert "3 files are read (1 .jsonl, 1 .jsonl.gz, 1 .csv)" in line
+    assert "left out: LICENSE.txt, README.md, convert.py, dataset_infos.json, image.png" in line
+    caplog.clear()
+    folder_of_files(_emptied(tmp_path))
+    for number in range(7):
+        (tmp_path / f"chunk_{number}.bin").touch()
+    load_documents(tmp_path)
+    (line,) = caplog.messages
+    assert "4 files are read (2 .txt, 1 .md, 1 .py); left out: chunk_0.bin, " in line and line.endswith(" and 2 more")
+
+
+# Where text comes from
+
+
+@pytest.fixture
+def model(tokenizer):
+    return make_teacher(vocab_size=len(tokenizer), max_position_embeddings=64)
+
+
+def first_texts(settings: DataSettings, tokenizer, model) -> tuple[str, str]:
+    rows, held_out = load_rows(settings, tokenizer, model)
+    assert load_held_out_rows(settings, tokenizer, model) == held_out
+    return tuple(tokenizer.decode(next(iter(part))["input_ids"])[:5] for part in (rows, held_out))
+
+
+def two_splits(folder: Path) -> str:
+    data_set_repository(folder)
+    for split, word in (("train", "train"), ("test", "exam")):
+        lines = [json.dumps({"text": f"{word} " * 20, "body": f"{word}! " * 20}) for _ in range(4)]
+        (folder / f"data/{split}.jsonl").write_text("\n".join(lines))
+    return str(folder)
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["loaded", "streamed"])
+def test_a_split_of_the_data_is_held_out(streaming, tmp_path, tokenizer, model):
+    repository, options = two_splits(tmp_path), {"row_length": 16, "streaming": streaming}
+    test_file = str(tmp_path / "data/test.jsonl")
+    for data in (
+        DataSettings(data=[repository], held_out_split="test", **options),
+        DataSettings(data=[repository], held_out_data=[repository], held_out_split="test", **options),
+        DataSettings(data=[repository], held_out_data=[test_file], **options),
+    ):
+        assert first_texts(data, tokenizer, model) == ("train", "exam ")
+    swapped = DataSettings(
+        data=[repository], data_split="test", held_out_split="train", held_out_text_column="body", **options
+    )
+    assert first_texts(swapped, tokenizer, model) == ("exam ", "train")
+    assert tokenizer.decode(load_held_out_rows(swapped, tokenizer, model)[0]["input_ids"]).startswith("train!")
+
+
+def test_held_out_text_is_described_as_the_data_is():
+    data = DataSettings(
+        data=["a/b"], data_name="english", data_revision="v1", text_column="body", held_out_split="test"
+    )
+    assert data.sources == [DataSource("a/b", "english", "train", "v1", "body")]
+    assert data.held_out_sources == [DataSource("a/b", "english", "test", "v1", "body")]
+    assert DataSettings().held_out_sources is None
+    data = DataSettings(held_out_data=["c:2"], held_out_name="german", held_out_revision="v2")
+    assert data.held_out_sources == [DataSource("c", "german", "train", "v2", "text", 2.0)]
+
+
+def test_text_to_train_on_is_not_held_out(tmp_path, tokenizer, model):
+    repository = two_splits(tmp_path)
+    file = str(tmp_path / "data/train.jsonl")
+    saved = str(saved_data_set(tmp_path)[0])
+    for data, held_out in (
+        ([repository], [repository]),
+        ([file], [str(tmp_path / "data/../data/train.jsonl")]),
+        ([str(tmp_path / "data")], [file]),
+        ([saved, file], [saved]),
+        ([STDLIB], [STDLIB]),
+    ):
+        settings = DataSettings(data=data, held_out_data=held_out, row_length=16)
+        for load in (load_rows, load_held_out_rows):
+            with pytest.raises(ValueError, match=r"held_out_data .* is text to train on too.*another file or split"):
+                load(settings, tokenizer, model)
+
+
+# Weights of sources
+
+
+def test_weights_of_sources(tmp_path):
+    odd = tmp_path / "a:3"
+    odd.write_text("x")
+    settings = DataSettings(data=["a.txt:3", "b:0.5", "owner/name", str(odd)])
+    assert [(source.path, source.weight) for source in settings.sources] == [
+        ("a.txt", 3.0), ("b", 0.5), ("owner/name", None), (str(odd), None),
+    ]  # fmt: skip
+    with pytest.raises(ValueError, match="weight of 'a' is 0; it must be above 0"):
+        DataSettings(data=["a:0"])
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["loaded", "streamed"])
+def test_rows_are_drawn_by_weight(streaming, tmp_path, tokenizer, model):
+    for name in ("aaa", "bbb"):
+        (tmp_path / f"{name}.txt").write_text(f"\n{EOS}\n".join(f"{name} {number} " * 20 for number in range(60)))
+    data = DataSettings(
+        data=[f"{tmp_path / 'aaa.txt'}:3", str(tmp_path / "bbb.txt")], row_length=16, streaming=streaming,
+        held_out_fraction=0.3, evaluation_rows=40,
+    )  # fmt: skip
+    train, held_out = load_rows(data, tokenizer, model)
+    settings = CompressionSettings(data=data, calibration=CalibrationSettings(calibration_rows=80))
+    calibration = load_calibration_rows(settings, tokenizer, model)
+    assert len(calibration) == 80
+    for rows in (list(train.take(200)), held_out, calibration):
+        texts = [tokenizer.decode(row["input_ids"]) for row in rows]
+        share = sum("aaa" in text for text in texts) / len(texts)
+        assert 0.6 < share < 0.9
+
+
+def test_mixed_rows_end_or_repeat():
+    parts = [Dataset.from_dict({"input_ids": [[number]] * count}) for number, count in ((0, 2), (1, 20))]
+    assert mix_rows(parts[:1], [2.0]) is parts[0]
+    repeated, ended = (mix_rows(parts, [1, 1], repeat=repeat)["input_ids"][:] for repeat in (True, False))
+    assert repeated.count([1]) >= 20 and repeated.count([0]) > 2
+    assert ended.count([0]) == 2
+
+
+# Tokens
+
+
+def test_long_documents_are_tokenized_in_pieces(tokenizer, monkeypatch):
+    monkeypatch.setattr(rows_module, "_PIECE", 50)
+    monkeypatch.setattr(rows_module, "_PIECES", 2)
+    texts = ["a line of words and\n\n\nmore ünïcödé words\n  in\n\nlines " * 40, "word " * 100, "x" * 400, "short"]
+    expected = [token for text in texts for token in [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]]
+    sizes = []
+
+    class Counting(_Wrapped):
+        def __call__(self, given, **options):
+            sizes.append(sum(map(len, given)))
+            return self.tokenizer(given, **options)
+
+    tokenize = rows_module._Tokenize(tokenizer)
+    tokenize.tokenizer = Counting(tokenizer)
+    assert sum((tokens.tolist() for tokens in tokenize.whole(texts)), []) == expected
+    assert max(sizes) <= 100 and len(sizes) > 20
+
+
+class _Wrapped:
+    def __init__(self, tokenizer):
+        self.tokenizer = tokenizer
+
+
+def test_rows_are_found_in_the_cache_again(tmp_path, monkeypatch):
+    (tmp_path / "a.txt").write_text(f"\n{EOS}\n".join(TEXTS))
+    first = pack_rows(load_documents(tmp_path), make_tokenizer(), 8)
+    assert first.cache_files, "rows are mapped into memory"
+    monkeypatch.setattr(rows_module._Tokenize, "whole", lambda *_: pytest.fail("tokenized again"))
+    again = pack_rows(load_documents(tmp_path), make_tokenizer(), 8)
+    assert again["input_ids"][:] == first["input_ids"][:]
+    pack_rows(load_documents(tmp_path), make_tokenizer(), 9)  # packed anew, of the same tokens
+    with pytest.raises(BaseException, match="tokenized again"):
+        pack_rows(load_documents(tmp_path), make_tokenizer(bos=True), 8)
+
+
+def test_a_changed_file_is_read_anew(tmp_path):
+    for text in ("one", "other"):
+        (tmp_path / "a.txt").write_text(text)
+        assert load_documents(tmp_path)["text"][:] == [text]
+
+
+def test_mapped_data_stays_mapped(tmp_path):
+    Dataset.from_dict({"body": [*TEXTS, " ", ""]}).save_to_disk(tmp_path / "saved")
+    (file,) = (tmp_path / "saved").glob("*.arrow")
+    documents = load_documents(tmp_path / "saved", text_column="body")
+    assert [entry["filename"] for entry in documents.cache_files] == [str(file)]
+    assert documents["text"][:] == TEXTS and documents["name"][:] == [""] * 3
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_processes_make_the_same_rows(tokenizer):
+    documents = make_documents([f"document {number} of many" for number in range(40)])
+    expected = pack_rows(documents, tokenizer, 8)["input_ids"][:]
+    assert pack_rows(documents, tokenizer, 8, num_proc=2)["input_ids"][:] == expected
+
+
+# What rows begin with
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["loaded", "streamed"])
+def test_rows_begin_with_bos_where_the_tokenizer_puts_one(streaming):
+    documents = load_documents(Dataset.from_dict({"text": TEXTS * 4}), streaming=streaming)
+    tokenizer = make_tokenizer(bos=True)
+    rows = [row["input_ids"] for row in pack_rows(documents, tokenizer, 10)]
+    expected = [row["input_ids"] for row in pack_rows(documents, tokenizer, 10, row_start="text")]
+    bos = tokenizer.bos_token_id
+    assert all(row[0] == bos and bos != row[1] and len(row) == 10 for row in rows)
+    # The same text, but for what was added.
+    text, plain = (sum(part, []) for part in (rows, expected))
+    without, of_text = ([token for token in part if token != bos] for part in (text, plain))
+    assert without[: len(of_text)] == of_text[: len(without)] and text.count(bos) > plain.count(bos)
+    none = make_tokenizer()
+    for start in ("bos", "text"):
+        assert list(pack_rows(documents, none, 10, row_start=start)) == list(pack_rows(documents, none, 10))
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["loaded", "streamed"])
+def test_rows_begin_with_a_document(streaming, tokenizer, caplog):
+    documents = load_documents(Dataset.from_dict({"text": TEXTS * 4}), streaming=streaming)
+    begins = {tuple(tokenizer(text)["input_ids"][:4]) for text in TEXTS}
+    rows = list(pack_rows(documents, tokenizer, 10, row_start="document", document_masks=True))
+    assert len(rows) > 4 and all(tuple(row["input_ids"][:4]) in begins for row in rows)
+    assert all(row["position_ids"][:4] == [0, 1, 2, 3] for row in rows)
+    (line,) = {message for message in caplog.messages if "leave out" in message}
+    tokens = sum(len(tokenizer(text)["input_ids"]) + 1 for text in TEXTS * 4)
+    assert f"leave out {tokens - 10 * len(rows):,} of {tokens:,} tokens" in line
+
+
+def test_an_unknown_beginning():
+    with pytest.raises(ValueError, match="row_start is 'eos'; it must be one of bos, document, text"):
+        DataSettings(row_start="eos")
+    with pytest.raises(ValueError, match="row_start is 'eos'"):
+        pack_rows(make_documents(TEXTS), make_tokenizer(), 8, row_start="eos")
+
+
+@pytest.mark.parametrize("field", ["num_proc", "shuffle_buffer"])
+def test_numbers_out_of_range(field):
+    with pytest.raises(ValueError, match=f"{field} is 0; it must be at least 1"):
+        DataSettings(**{field: 0})
+
+
+# Rows to calibrate on
+
+
+def test_drawn_rows_are_of_all_documents_and_few_are_tokenized(tokenizer, monkeypatch):
+    texts = [f"document {number}: " + f"word{number} and\n" * 100 for number in range(400)]
+    documents, read = make_documents(texts), []
+    whole = rows_module._Tokenize.whole
+
+    def count(self, given, *ends):
+        read.append(sum(map(len, given)))
+        return whole(self, given, *ends)
+
+    monkeypatch.setattr(rows_module._Tokenize, "whole", count)
+    rows = draw_rows(documents, tokenizer, 16, 24, seed=1)
+    assert sum(read) < 0.05 * sum(map(len, texts))
+    found = [tokenizer.decode(row["input_ids"]) for row in rows]
+    everything = EOS.join(texts)
+    assert all(len(row["input_ids"]) == 16 and text in everything for row, text in zip(rows, found, strict=True))
+    assert len(set(found)) == 24
+    numbers = [everything.index(text) / len(everything) for text in found]
+    assert min(numbers) < 0.25 and max(numbers) > 0.75
+    assert draw_rows(documents, tokenizer, 16, 24, seed=1) == rows != draw_rows(documents, tokenizer, 16, 24, seed=2)
+
+
+def test_rows_drawn_from_a_short_text(tokenizer):
+    documents = make_documents(TEXTS * 4)
+    packed = list(pack_rows(documents, tokenizer, 8))
+    for count in (3, 10_000):
+        rows = draw_rows(documents, tokenizer, 8, count)
+        assert len(rows) == min(count, len(packed)) and all(row in packed for row in rows)
+    assert rows != packed and sorted(map(str, rows)) == sorted(map(str, packed))
+
+
+def test_too_few_calibration_rows_are_warned_of(tmp_path, tokenizer, model, caplog):
+    (tmp_path / "a.txt").write_text(f"\n{EOS}\n".join(f"document {number} " * 20 for number in range(40)))
+    data = DataSettings(data=[str(tmp_path / "a.txt")], row_length=16)
+    config = model.config
+    features = config.num_attention_heads * config.head_dim
+    for number, is_warned in ((2, True), (-(-10 * features // 16), False)):
+        caplog.clear()
+        settings = CompressionSettings(data=data, calibration=CalibrationSettings(calibration_rows=number))
+        load_calibration_rows(settings, tokenizer, model)
+        assert is_warned == any(
+            f"fewer than 10 for each of the {features} head features" in line for line in caplog.messages
+        )
+
+
+# Batches
+
+
+def test_labels_and_masks_of_rows_are_kept():
+    batch = collate_rows([{"input_ids": [1, 2, 3], "labels": [-100, 2, 3], "attention_mask": [1, 1, 0]}] * 2)
+    assert batch["labels"].tolist() == [[-100, 2, -100]] * 2
+    assert batch["attention_mask"].tolist() == [[1, 1, 0]] * 2
+    for name in ("completion_mask", "assistant_masks"):
+        batch = collate_rows([{"input_ids": [1, 2, 3], name: [0, 1, 1]}])
+        assert list(batch) == ["input_ids", "labels"] and batch["labels"].tolist() == [[-100, 2, 3]]
+
+
+def test_rows_of_different_lengths_are_padded():
+    rows = [
+        {"input_ids": [1, 2, 3], "position_ids": [0, 1, 2], "labels": [-100, 2, 3]},
+        {"input_ids": [4], "position_ids": [0], "labels": [4]},
+    ]
+    batch = collate_rows(rows)
+    assert batch["labels"].tolist() == [[-100, 2, 3], [4, -100, -100]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
+    assert batch["input_ids"].tolist() == [[1, 2, 3], [4, 0, 0]]
+    assert batch["position_ids"].tolist() == [[0, 1, 2], [0, 0, 0]]
+    plain = collate_rows([{"input_ids": row["input_ids"]} for row in rows])
+    assert plain["labels"].tolist() == [[1, 2, 3], [4, -100, -100]]
+
+
+def test_rows_that_make_no_batch():
+    with pytest.raises(ValueError, match="Row 1 of a batch has no labels, which the first one has"):
+        collate_rows([{"input_ids": [1], "labels": [1]}, {"input_ids": [1]}])
+    with pytest.raises(ValueError, match="Row 0 of a batch has 2 tokens and 1 numbers in labels"):
+        collate_rows([{"input_ids": [1, 2], "labels": [1]}])
+    with pytest.raises(ValueError, match="Rows have 1 and 2 tokens; here all must be as long"):
+        stack_rows([{"input_ids": [1, 2]}, {"input_ids": [1]}])
+    stored = {"teacher_ids": [[1]], "teacher_logprobs": [[0.0, 0.0]]}
+    with pytest.raises(ValueError, match="Rows of a stored teacher have 1 and 2 tokens"):
+        collate_rows([{"input_ids": [1], **stored}, {"input_ids": [1, 2], **stored}])
+
+
+def test_a_store_takes_no_rows_with_labels(tmp_path, tokenizer, model):
+    with pytest.raises(ValueError, match="The rows bring labels, which a store does not keep"):
+        write_stored_teacher(tmp_path, model, tokenizer, [{"input_ids": [1, 2], "labels": [1, 2]}])
+
+
+# Training
+
+
+def make_trainer(folder: Path, model, rows, steps: int, collate=collate_rows, callbacks=()) -> EchoAttTrainer:
+    arguments = EchoAttTrainingArguments(
+        str(folder), stage1_steps=steps, per_device_train_batch_size=4, save_steps=3, logging_steps=100,
+        report_to="none", use_cpu=True, disable_tqdm=True,
+    )  # fmt: skip
+    student = convert(model, plan_of("llama"))[0]
+    return EchoAttTrainer(
+        model=student, teacher=model, args=arguments, train_dataset=rows, data_collator=collate, callbacks=[*callbacks]
+    )
+
+
+def test_the_trainer_learns_what_the_masks_leave(tmp_path, model):
+    rows = Dataset.from_list([{"input_ids": [*range(5, 13)], "completion_mask": [0] * 5 + [1] * 3}] * 4)
+    seen = []
+
+    def collate(batch):
+        seen.append(collate_rows(batch))
+        return seen[-1]
+
+    make_trainer(tmp_path, model, rows, 1, collate).train()
+    assert (seen[0]["labels"] != -100).sum() == 12
+
+
+class _Stop(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop = state.global_step == 6
+
+
+def test_a_stream_shorter_than_the_run_is_resumed_at_its_row(tmp_path, model):
+    """Five batches in a pass, eleven steps, stopped in the second pass."""
+    torch.manual_seed(0)
+    rows = IterableDataset.from_generator(lambda: ({"input_ids": [number + 5] + [7] * 7} for number in range(20)))
+
+    def run(folder, callbacks=(), resume=None):
+        seen = []
+
+        def collate(batch):
+            seen.append([row["input_ids"][0] for row in batch])
+            return collate_rows(batch)
+
+        trainer = make_trainer(tmp_path / folder, model, rows, 11, collate, callbacks)
+        trainer.train(resume_from_checkpoint=resume)
+        return seen, trainer.model.state_dict()
+
+    whole, expected = run("whole")
+    first, _ = run("stopped", [_Stop()])
+    resumed, weights = run("stopped", resume=True)
+    # One batch is read ahead; those that a resumed run skips are collated too.
+    assert len(resumed) >= 5 and resumed == whole[-len(resumed) :] and first[:6] == whole[:6]
+    for name, weight in weights.items():
+        assert torch.equal(weight, expected[name])
+
+
+def test_streamed_rows_are_shuffled_in_each_pass(tmp_path, tokenizer, model, monkeypatch):
+    (tmp_path / "a.txt").write_text(f"\n{EOS}\n".join(f"document {number} " * 5 for number in range(60)))
+    convert(model, plan_of("llama"))[0].save_pretrained(tmp_path / "student")
+    tokenizer.save_pretrained(tmp_path / "student")
+    model.save_pretrained(tmp_path / "teacher")
+    data = DataSettings(data=[str(tmp_path / "a.txt")], row_length=16, streaming=True, shuffle_buffer=20)
+    expected = [row["input_ids"] for row in load_rows(data, tokenizer, model)[0]]
+    given = []
+
+    def train(student, teacher, rows, *args, **kwargs):
+        given.extend(row["input_ids"] for row in rows.take(2 * len(expected)))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(steps, "train_two_stages", train)
+    with pytest.raises(KeyboardInterrupt):
+        settings = StudentSettings(str(tmp_path / "student"), str(tmp_path / "teacher"), data=data)
+        steps.distill(settings, tmp_path / "output")
+    assert len(given) == 2 * len(expected), "the stream has no end"
+    assert given[: len(expected)] != expected and given[: len(expected)] != given[len(expected) :]
+    assert {tuple(row) for row in given} == {tuple(row) for row in expected}
+
+
+def test_the_order_of_streamed_rows_depends_on_the_seed_and_the_buffer():
+    rows = Dataset.from_dict({"input_ids": [[number] for number in range(50)]}).to_iterable_dataset()
+
+    def order(*options):
+        return [row["input_ids"][0] for row in shuffle_rows(rows, *options)]
+
+    assert order(0, 10) == order(0, 10) != order(1, 10)
+    assert order(0, 10)[0] < 10 and sorted(order(0, 10)) == [*range(50)]
+    assert order(0, 1) == [*range(50)]
+
+
+# Text that is none
+
+
+def test_half_a_surrogate_pair_is_named_wherever_text_comes_in(tmp_path, tokenizer, model):
+    broken, message = "a \udcb2", r"'\\udcb2', at character 2 of the text, is half of a surrogate pair"
+    stream = IterableDataset.from_generator(lambda: ({"text": text} for text in ("fine", broken)))
+    with pytest.raises(ValueError, match=f"the data set, row 1: {message}"):
+        list(load_documents(stream))
+    with pytest.raises(ValueError, match=f"text 1: {message}"):
+        compute_perplexity(["fine", broken], model, tokenizer)
+    tasks = {
+        "context": {"context": broken, "continuation": "b"},
+        "choices": {"query": "a", "choices": ["b", broken], "gold": 0},
+    }
+    for field, item in tasks.items():
+        (tmp_path / "a.jsonl").write_text(json.dumps(item))
+        with pytest.raises(ValueError, match=rf"a\.jsonl', line 1, {field}: {message}"):
+            read_zero_shot_tasks({"task": tmp_path / "a.jsonl"})

@@ -158,12 +158,13 @@ def analyze(
     teacher: Teacher = "builtin",
     dtype: Dtype = "auto",
     calibration_rows: Annotated[int, typer.Option(help="Rows on which similarity is measured.")] = 48,
+    calibration_seed: Annotated[int, typer.Option(help="Seed with which these rows are drawn.")] = 0,
     overwrite: Overwrite = False,
 ) -> None:
     """Measure how similarly the layers of a model attend: similarity.json, .safetensors for heads, and a figure, .png."""
     from ..pipeline.steps import analyze
 
-    calibration = CalibrationSettings(calibration_rows=calibration_rows)
+    calibration = CalibrationSettings(calibration_rows=calibration_rows, calibration_seed=calibration_seed)
     settings = CompressionSettings(teacher=teacher, calibration=calibration, data=data, dtype=dtype)
     layers = analyze(settings, output, overwrite=overwrite)["layers"]
     print("layer  most similar earlier layer")

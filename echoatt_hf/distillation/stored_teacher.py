@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..models.inference import inference
 from ..outputs.files import hash_file, write_whole
 from ..outputs.provenance import describe_environment
-from ..text.rows import ROW_COLUMNS, stack_rows
+from ..text.rows import ROW_COLUMNS, TARGET_MASKS, stack_rows
 from .losses import keep_top
 
 
@@ -165,13 +165,18 @@ def write_stored_teacher(
         `dict`: content of `manifest.json`.
 
     Raises:
-        `ValueError`: there are no rows, they differ in length, `top_k` does not fit the vocabulary, the teacher gives
+        `ValueError`: there are no rows, they differ in length or bring labels or masks, `top_k` does not fit the vocabulary, the teacher gives
             NaN, or the store that is there was made of something else or has a file that is not as it was written.
     """
     folder, iterator = Path(folder), iter(rows)
     first = next(iterator, None)
     if first is None:
         raise ValueError("There are no rows to store: give text that fills at least one row.")
+    if others := [name for name in ("labels", "attention_mask", *TARGET_MASKS) if name in first]:
+        raise ValueError(
+            f"The rows bring {' and '.join(others)}, which a store does not keep: its rows are packed and predicted as a "
+            "whole. Leave the columns out, or distil from the teacher itself."
+        )
     vocab_size = teacher.config.get_text_config().vocab_size
     if not 1 <= top_k < vocab_size:
         raise ValueError(f"top_k is {top_k}; it must be from 1 to {vocab_size - 1}, one less than the vocabulary has.")

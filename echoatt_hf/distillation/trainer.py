@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from accelerate.utils import fsdp2_prepare_model
 from accelerate.utils.constants import FSDP_MODEL_NAME
+from datasets import IterableDataset
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedConfig, PreTrainedModel, Trainer, TrainingArguments, get_scheduler
@@ -20,7 +21,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from ..modeling_echoatt import EchoAttPreTrainedModel, find_attention_modules
 from ..models.heads import OutputHead
 from ..settings import DIVERGENCES, HIDDEN_DISTANCES, check_divergence, check_hidden_distance, parse_layers
-from ..text.rows import STORED_COLUMNS
+from ..text.rows import STORED_COLUMNS, TARGET_MASKS
 from .head_losses import compute_losses
 from .losses import (
     HardLabelLoss,
@@ -223,6 +224,9 @@ class EchoAttTrainer(Trainer):
             _check_teacher(model, teacher, args)
         if model is not None:
             _check_trainable(model, teacher)
+        if isinstance(rows, IterableDataset):
+            # Without an end: of a stream that ends within a run, `Trainer` would resume with the first row.
+            kwargs["train_dataset"] = rows.repeat(None)
         super().__init__(model=model, args=args, **kwargs)
         from ..publishing.callbacks import PublishingCallback
 
@@ -412,9 +416,12 @@ class EchoAttTrainer(Trainer):
         return loss, dict(zip(losses.losses, parts, strict=True)), outputs
 
     def _set_signature_columns_if_needed(self) -> None:
-        """Keep what a stored teacher adds to a batch, which `Trainer` would take out as nothing the model knows."""
+        """
+        Keep what a stored teacher adds to a row, and the masks of tokens to predict, which are for the collator: `Trainer`
+        would take them out as nothing the model knows.
+        """
         super()._set_signature_columns_if_needed()
-        self._signature_columns = [*dict.fromkeys([*self._signature_columns, *STORED_COLUMNS])]
+        self._signature_columns = [*dict.fromkeys([*self._signature_columns, *STORED_COLUMNS, *TARGET_MASKS])]
 
     def _add_parts(self, parts: dict[str, torch.Tensor]) -> None:
         for name, part in parts.items():

@@ -10,6 +10,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from ..models.inference import compare_predictions
 from ..models.loading import load_placed
 from ..text.documents import load_documents
+from ..text.readers import check_text
 from ..text.rows import pack_rows
 
 
@@ -172,6 +173,7 @@ def metric_path(name: str) -> str:
 
 def _pack_texts(texts: str | Iterable[str], tokenizer: PreTrainedTokenizerBase, row_length: int) -> Dataset:
     texts = [texts] if isinstance(texts, str) else list(texts)
+    texts = [check_text(text, f"text {number}") for number, text in enumerate(texts)]
     return pack_rows(load_documents(Dataset.from_dict({"text": texts})), tokenizer, row_length)
 
 

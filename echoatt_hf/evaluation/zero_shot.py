@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..models.inference import inference
 from ..outputs.tables import format_markdown
+from ..text.readers import check_text
 
 
 __all__ = ["ZeroShotItem", "ZeroShotTask", "evaluate_zero_shot", "format_zero_shot", "read_zero_shot_tasks"]
@@ -276,7 +277,7 @@ def _text(record: dict, field: str, where: str, may_be_empty: bool = False) -> s
         raise ValueError(
             f"{where}: {field} is {text!r}; it must be a text{'' if may_be_empty else ' that is not blank'}."
         )
-    return text
+    return check_text(text, f"{where}, {field}")
 
 
 def _options(record: dict, field: str, where: str) -> list[str]:
@@ -287,7 +288,7 @@ def _options(record: dict, field: str, where: str) -> list[str]:
         or not all(isinstance(text, str) and text.strip() for text in options)
     ):
         raise ValueError(f"{where}: {field} is {options!r}; it must be a list of at least 2 texts that are not blank.")
-    return options
+    return [check_text(text, f"{where}, {field}") for text in options]
 
 
 def _each_task(tasks: Mapping[str, ZeroShotTask | dict[str, ZeroShotTask]]) -> Iterator[ZeroShotTask]:

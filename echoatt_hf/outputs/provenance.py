@@ -88,15 +88,14 @@ def describe_conversion(student: str | Path) -> dict:
 def describe_data(settings: DataSettings) -> dict:
     """What a report says of the text: `names` of its parts, `repositories` of the Hub, and the `language` where it is known."""
     names, repositories = [], []
-    data = [settings.data] if isinstance(settings.data, str) else settings.data
-    for name in data:
+    stdlib = f"the standard library of Python {platform.python_version()}"
+    for name in (source.path for source in settings.sources):
         is_local = Path(name).expanduser().exists()
         if name != STDLIB and not is_local:
             repositories.append(name)
-        stdlib = f"the standard library of Python {platform.python_version()}"
         names.append(stdlib if name == STDLIB else Path(name).name if is_local else name)
     described = {"names": names, "repositories": repositories}
-    return described | ({"language": "code"} if data == [STDLIB] else {})
+    return described | ({"language": "code"} if names == [stdlib] else {})
 
 
 def without_paths(settings: dict) -> dict:

@@ -1,7 +1,10 @@
 """What a run starts from: rows of text, a sharing plan, and a converted student, from settings."""
 
+import logging
 from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
 import torch
 from datasets import Dataset, IterableDataset
 from transformers import BatchEncoding, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -11,15 +14,16 @@ from ..configuration_echoatt import EchoAttConfig, check_base_family
 from ..conversion.convert import ConversionReport, convert
 from ..conversion.tuning import hold_out
 from ..modeling_echoatt import EchoAttForCausalLM
+from ..models.devices import processes
 from ..models.dtypes import cast_weights
 from ..models.inference import inference
 from ..models.loading import load_config, load_placed, load_tokenizer
 from ..planning.from_settings import _check_rule, make_plan, needs_similarity
 from ..planning.sharing import SharingPlan
 from ..search.effect import PlanSearch, make_space, search_plan
-from ..settings import CalibrationSettings, CompressionSettings, DataSettings, PlanSettings
-from ..text.documents import load_documents, split_documents
-from ..text.rows import pack_rows
+from ..settings import CalibrationSettings, CompressionSettings, DataSettings, DataSource, PlanSettings
+from ..text.documents import check_held_out, load_documents, split_documents
+from ..text.rows import draw_rows, mix_rows, pack_rows
 
 
 __all__ = [
@@ -33,6 +37,19 @@ __all__ = [
     "load_rows",
     "plan_teacher",
 ]
+
+
+logger = logging.getLogger(__name__)
+
+TOKENS_PER_FEATURE = 10
+"""Tokens of calibration text that a head feature needs. Below, what is fitted to them says little of other text."""
+
+
+class _Documents(NamedTuple):
+    """Documents of the sources that are packed together, and their share of the rows."""
+
+    documents: Dataset | IterableDataset
+    weight: float
 
 
 def load_rows(
@@ -50,13 +67,14 @@ def load_rows(
         `tuple`: training rows, and held-out rows in a list.
 
     Raises:
-        `ValueError`: the row is longer than the model's context, the model cannot keep the documents of a row apart, or
-            the text does not fill a row.
+        `ValueError`: the row is longer than the model's context, the model cannot keep the documents of a row apart, a
+            source is both to train on and held out, or the text does not fill a row.
     """
     _check_rows(settings, model)
-    documents, held_out = _load_both(settings)
-    held_out_rows = _pack(settings, held_out, tokenizer).take(settings.evaluation_rows)
-    return _pack(settings, documents, tokenizer), list(held_out_rows)
+    with processes().main_process_first():  # the others find what it has tokenized in the cache
+        groups, held_out = _load_both(settings)
+        parts = [_pack(settings, group.documents, tokenizer) for group in groups]
+    return mix_rows(parts, [group.weight for group in groups]), _first_rows(settings, held_out, tokenizer)
 
 
 def load_held_out_rows(
@@ -71,19 +89,22 @@ def load_held_out_rows(
         model (`PreTrainedModel`): the model the rows are for, whose context they must fit.
 
     Raises:
-        `ValueError`: the row is longer than the model's context, the model cannot keep the documents of a row apart, or
-            the text does not fill a row.
+        `ValueError`: the row is longer than the model's context, the model cannot keep the documents of a row apart, a
+            source is both to train on and held out, or the text does not fill a row.
     """
     _check_rows(settings, model)
-    held_out = _load_held_out(settings) if settings.held_out_data else _load_both(settings)[1]
-    return list(_pack(settings, held_out, tokenizer).take(settings.evaluation_rows))
+    if settings.held_out_sources is None:
+        return _first_rows(settings, _load_both(settings)[1], tokenizer)
+    check_held_out(settings.sources, settings.held_out_sources)
+    return _first_rows(settings, _load_groups(settings.held_out_sources, settings.streaming), tokenizer)
 
 
 def load_calibration_rows(
     settings: CompressionSettings, tokenizer: PreTrainedTokenizerBase, teacher: PreTrainedModel
 ) -> list[dict]:
     """
-    The first training rows: those on which [`compress`] analyzes, plans and tunes.
+    Rows at random places of the training text: those on which [`compress`] analyzes, plans and tunes. Of streamed text
+    they are drawn from its first `shuffle_buffer` rows.
 
     Args:
         settings ([`CompressionSettings`]): which text, how long a row is, and how many rows.
@@ -91,35 +112,94 @@ def load_calibration_rows(
         teacher (`PreTrainedModel`): the model the rows are for, whose context they must fit.
 
     Raises:
-        `ValueError`: the row is longer than the model's context, the model cannot keep the documents of a row apart, or
-            the text does not fill a row.
+        `ValueError`: the row is longer than the model's context, the model cannot keep the documents of a row apart, a
+            source is both to train on and held out, or the text does not fill a row.
     """
-    _check_rows(settings.data, teacher)
-    documents, _ = _load_both(settings.data)
-    return list(_pack(settings.data, documents, tokenizer).take(settings.calibration.calibration_rows))
+    data, calibration = settings.data, settings.calibration
+    _check_rows(data, teacher)
+    groups, _ = _load_both(data)
+    generator = np.random.default_rng(calibration.calibration_seed)
+    weights = np.asarray([group.weight for group in groups])
+    counts = generator.multinomial(calibration.calibration_rows, weights / weights.sum())
+    rows = []
+    for group, count in zip(groups, counts.tolist(), strict=True):
+        rows += _draw(data, group.documents, tokenizer, count, calibration.calibration_seed) if count else []
+    _check_calibration(rows, teacher)
+    return [rows[index] for index in generator.permutation(len(rows))]
 
 
-def _load_both(settings: DataSettings) -> tuple[Dataset | IterableDataset, Dataset | IterableDataset]:
-    documents = load_documents(
-        settings.data,
-        text_column=settings.text_column,
-        name=settings.data_name,
-        split=settings.data_split,
-        streaming=settings.streaming,
+def _draw(
+    settings: DataSettings,
+    documents: Dataset | IterableDataset,
+    tokenizer: PreTrainedTokenizerBase,
+    count: int,
+    seed: int,
+) -> list[dict]:
+    if isinstance(documents, IterableDataset):
+        rows = _pack(settings, documents, tokenizer).shuffle(seed=seed, buffer_size=settings.shuffle_buffer)
+        return list(rows.take(count))
+    options = {"row_start": settings.row_start, "document_masks": settings.document_masks}
+    return draw_rows(documents, tokenizer, settings.row_length, count, seed=seed, **options)
+
+
+def _check_calibration(rows: list[dict], teacher: PreTrainedModel) -> None:
+    """Warn if there is so little text that what is fitted to it says little of other text."""
+    config = teacher.config.get_text_config()
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    features = config.num_attention_heads * head_dim
+    tokens = sum(len(row["input_ids"]) for row in rows)
+    if tokens < TOKENS_PER_FEATURE * features:
+        needed = -(-TOKENS_PER_FEATURE * features // len(rows[0]["input_ids"]))
+        logger.warning(
+            f"{len(rows)} calibration rows have {tokens:,} tokens, fewer than {TOKENS_PER_FEATURE} for each of the {features:,} "
+            f"head features of a layer: give {needed:,} rows (--calibration-rows), if the text has as many."
+        )
+
+
+def _load_both(settings: DataSettings) -> tuple[list[_Documents], list[_Documents]]:
+    """Documents to train on and documents to evaluate on."""
+    sources, held_out = settings.sources, settings.held_out_sources
+    if held_out is not None:
+        check_held_out(sources, held_out)
+        return _load_groups(sources, settings.streaming), _load_groups(held_out, settings.streaming)
+    groups = _load_groups(sources, settings.streaming)
+    split = [split_documents(group.documents, settings.held_out_fraction) for group in groups]
+    return tuple(
+        [_Documents(parts[side], group.weight) for parts, group in zip(split, groups, strict=True)] for side in (0, 1)
     )
-    if settings.held_out_data:
-        return documents, _load_held_out(settings)
-    return split_documents(documents, settings.held_out_fraction)
 
 
-def _load_held_out(settings: DataSettings) -> Dataset | IterableDataset:
-    return load_documents(settings.held_out_data, text_column=settings.text_column)
+def _load_groups(sources: list[DataSource], streaming: bool) -> list[_Documents]:
+    """Documents of all sources together, one source after the other; with weights, of each one for itself."""
+    if all(source.weight is None for source in sources):
+        return [_Documents(load_documents(sources, streaming=streaming), 1.0)]
+    return [
+        _Documents(load_documents(source, streaming=streaming), 1.0 if source.weight is None else source.weight)
+        for source in sources
+    ]
 
 
 def _pack(
     settings: DataSettings, documents: Dataset | IterableDataset, tokenizer: PreTrainedTokenizerBase
 ) -> Dataset | IterableDataset:
-    return pack_rows(documents, tokenizer, settings.row_length, document_masks=settings.document_masks)
+    return pack_rows(
+        documents,
+        tokenizer,
+        settings.row_length,
+        row_start=settings.row_start,
+        document_masks=settings.document_masks,
+        num_proc=settings.num_proc,
+    )
+
+
+def _first_rows(settings: DataSettings, groups: list[_Documents], tokenizer: PreTrainedTokenizerBase) -> list[dict]:
+    """The first rows of documents, of which no more are read than that needs."""
+    streams = [
+        documents if isinstance(documents, IterableDataset) else documents.to_iterable_dataset()
+        for documents, _ in groups
+    ]
+    parts = [_pack(settings, stream, tokenizer) for stream in streams]
+    return list(mix_rows(parts, [group.weight for group in groups], repeat=False).take(settings.evaluation_rows))
 
 
 def _check_rows(settings: DataSettings, model: PreTrainedModel) -> None:

@@ -53,6 +53,7 @@ from ..settings import (
     ZeroShotSettings,
     options_of,
 )
+from ..text.rows import shuffle_rows
 from .preparation import (
     check_calibration,
     check_plan,
@@ -284,7 +285,7 @@ def compress(
         teacher, dtype = load_placed(settings.teacher, settings.dtype)
         tokenizer = load_tokenizer(settings.teacher, teacher)
         train_rows, held_out_rows = load_rows(settings.data, tokenizer, teacher)
-        rows = list(train_rows.take(settings.calibration.calibration_rows))
+        rows = load_calibration_rows(settings, tokenizer, teacher)
         check_calibration(settings, rows)
         similarity_file = work / "similarity.json"
         if not similarity_file.exists():
@@ -391,7 +392,7 @@ def store_teacher(
         (teacher, _), store = load_placed(settings.teacher, settings.dtype), settings.store
         tokenizer = load_tokenizer(settings.teacher, teacher)
         rows, held_out_rows = load_rows(settings.data, tokenizer, teacher)
-        rows = rows.shuffle(seed=store.seed)
+        rows = shuffle_rows(rows, store.seed, settings.data.shuffle_buffer)
         if store.rows is not None:
             rows = rows.take(store.rows)
         return write_stored_teacher(
@@ -477,6 +478,9 @@ def _train_and_write(
     evaluations.run("converted", models.student)
     if not distillation.lora_rank:
         cast_weights(models.student, torch.float32)  # smaller steps than other types can hold
+    if isinstance(train_rows, IterableDataset):
+        # Without an end: `Trainer` skips the rows of a resumed run within one pass only. Each pass has another order.
+        train_rows = shuffle_rows(train_rows.repeat(None), distillation.seed, settings.data.shuffle_buffer)
     trainer = train_two_stages(
         models.student,
         models.teacher,

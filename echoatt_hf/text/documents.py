@@ -1,14 +1,15 @@
-"""Text to packed rows of tokens: files, folders, JSON lines, parquet and any `datasets` data set."""
+"""Text as a data set of documents: files, folders and any `datasets` data set, and what of it is held out."""
 
 import hashlib
-import json
+import logging
 import re
 import sysconfig
+from collections import Counter
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
-import pyarrow as pa
-import pyarrow.parquet as pq
+import pyarrow.compute as pc
 from datasets import (
     Dataset,
     DatasetDict,
@@ -16,27 +17,34 @@ from datasets import (
     IterableDataset,
     IterableDatasetDict,
     Value,
+    concatenate_datasets,
     load_dataset,
     load_from_disk,
 )
+from datasets.exceptions import DatasetGenerationError
 
-from ..settings import STDLIB
-from .rows import _iterate_column
+from ..settings import STDLIB, DataSource
+from .readers import (
+    DOCUMENT_SEPARATOR,
+    as_text,
+    check_column,
+    describe_suffixes,
+    find_files,
+    iterate_file,
+    kind_of,
+)
+from .rows import iterate_column
 
 
-__all__ = ["STDLIB", "load_documents", "split_documents"]
+__all__ = ["STDLIB", "check_held_out", "load_documents", "split_documents"]
 
-DOCUMENT_SEPARATOR = "<|endoftext|>"
-"""A line that is exactly this ends a document inside a plain text file."""
-
-TEXT_SUFFIXES = (".txt", ".text", ".md", ".rst", ".py")
-JSON_SUFFIXES = (".jsonl", ".json")
-PARQUET_SUFFIXES = (".parquet",)
-KNOWN_SUFFIXES = (*TEXT_SUFFIXES, *JSON_SUFFIXES, *PARQUET_SUFFIXES)
+logger = logging.getLogger(__name__)
 
 # `large_string`: together the documents may hold more than the 2 GiB that the offsets of `string` can address.
 DOCUMENT_FEATURES = Features({"text": Value("large_string"), "name": Value("string")})
 
+_READERS_VERSION = 1
+"""Part of the fingerprint of documents in the cache: raise it when files are read in another way."""
 
 # Left out of `STDLIB`: tests (some systems ship Python without them), tables of data, and what a build generates.
 _STDLIB_SKIPPED_FOLDERS = {
@@ -51,44 +59,53 @@ _STDLIB_SKIPPED_FOLDERS = {
     "tests",
 }
 
-# With the line break before it, which ends the line before the separator and is no part of the document.
-_SEPARATOR_LINE = re.compile(rf"\n?^[ \t]*{re.escape(DOCUMENT_SEPARATOR)}[ \t]*(?:\n|\Z)", re.MULTILINE)
-
 # The metadata block by which a README marks its folder as a data set repository.
 _DATA_SET_CARD = re.compile(r"---\n(?:(?!---\n).*\n)*?(?:configs|dataset_info):")
 
 _DATA_SETS = (Dataset, IterableDataset, DatasetDict, IterableDatasetDict)
 
-# A file with its name in the data, or a table with a column of text.
-_Source = tuple[Path, str] | Dataset | IterableDataset
+# A file with its name in the data, or a table; and the column that holds the text.
+_Part = tuple[tuple[Path, str] | Dataset | IterableDataset, str]
 
 
 def load_documents(
-    data: str | Path | Dataset | IterableDataset | Iterable[str | Path | Dataset | IterableDataset],
+    data: str
+    | Path
+    | DataSource
+    | Dataset
+    | IterableDataset
+    | Iterable[str | Path | DataSource | Dataset | IterableDataset],
     *,
     text_column: str = "text",
     name: str | None = None,
     split: str = "train",
+    revision: str | None = None,
     streaming: bool = False,
 ) -> Dataset | IterableDataset:
     """
     Load text as a data set of documents with the columns `text` and `name`.
 
+    What is read from files is kept in the cache of `datasets` and mapped into memory from there. A data set that is mapped
+    into memory stays so.
+
     Args:
-        data (`str`, `Path`, `Dataset`, `IterableDataset` or an iterable of these):
-            `"stdlib"` (sources of the running Python's standard library), a text file, a JSON lines or parquet
+        data (`str`, `Path`, [`DataSource`], `Dataset`, `IterableDataset` or an iterable of these):
+            `"stdlib"` (sources of the running Python's standard library), a text file, a JSON lines, parquet, CSV or TSV
             file, a folder with such files at any depth, a folder written by `save_to_disk`, a local copy of a data
             set repository, the name of a data set on the Hub, or a data set. In a plain text file a line
-            `<|endoftext|>` separates documents; a file without one is one document. In all others a row is one.
+            `<|endoftext|>` separates documents; a file without one is one document. In all others a row is one. Files
+            but parquet may be compressed, `.gz`, `.zst` or `.bz2`. Of a folder with files of rows the plain text beside
+            them is left out; what is left out is logged.
         text_column (`str`, *optional*, defaults to `"text"`):
-            Column that holds the text in JSON lines, parquet and `datasets` data sets.
+            Column that holds the text in tables and `datasets` data sets.
         name (`str`, *optional*):
             Configuration of a data set repository, as in `datasets.load_dataset(path, name)`.
         split (`str`, *optional*, defaults to `"train"`):
             Split to take of a data set that has several.
+        revision (`str`, *optional*):
+            Branch, tag or commit of a data set on the Hub.
         streaming (`bool`, *optional*, defaults to `False`):
-            Return an `IterableDataset` that reads as it goes instead of holding all the text in memory. An
-            `IterableDataset` in `data` is always streamed.
+            Return an `IterableDataset` that reads as it goes. An `IterableDataset` in `data` is always streamed.
 
     Returns:
         `Dataset` or `IterableDataset`: documents that are not blank. `name` is the path, below the folder that was
@@ -98,23 +115,54 @@ def load_documents(
         `FileNotFoundError`: no such path, or no data set that can be loaded.
         `ValueError`: no text in it, no column `text_column`, no such split, or a file that cannot be read.
     """
-    sources: list[_Source] = []
-    for part in [data] if isinstance(data, (str, Path, *_DATA_SETS)) else data:
-        found = _find_sources(part, name=name, split=split, streaming=streaming)
-        if next(_iterate_documents(found, text_column), None) is None:
-            raise ValueError(f"data {_describe(part)} holds no text: give files with text in them.")
-        sources.extend(found)
-    if not sources:
+    is_one = isinstance(data, (str, Path, DataSource, *_DATA_SETS))
+    groups: list[list[_Part]] = []
+    for part in [data] if is_one else data:
+        source = part
+        if not isinstance(part, DataSource):
+            source = DataSource(part, name, split, revision, text_column)
+        found = [(item, source.text_column) for item in _find_parts(source, streaming)]
+        if next(_iterate_documents(found), None) is None:
+            raise ValueError(f"data {_describe(source.path)} holds no text: give files with text in them.")
+        groups.append(found)
+    if not groups:
         raise ValueError("data is empty: give at least one file, folder or data set name.")
-    if streaming or any(isinstance(source, IterableDataset) for source in sources):
+    if streaming or any(isinstance(item, IterableDataset) for group in groups for item, _ in group):
         return IterableDataset.from_generator(
-            _iterate_documents,
-            features=DOCUMENT_FEATURES,
-            gen_kwargs={"sources": sources, "text_column": text_column},
+            _iterate_documents, features=DOCUMENT_FEATURES, gen_kwargs={"parts": sum(groups, [])}
         )
-    # Not `Dataset.from_list`, which is ten times slower on long texts.
-    documents = list(_iterate_documents(sources, text_column))
-    return Dataset(pa.Table.from_pylist(documents, schema=DOCUMENT_FEATURES.arrow_schema))
+    loaded = [_load_parts(group) for group in groups]
+    if len(loaded) == 1:
+        return loaded[0]
+    return concatenate_datasets(
+        [part if part.features == DOCUMENT_FEATURES else part.cast(DOCUMENT_FEATURES) for part in loaded]
+    )
+
+
+def check_held_out(sources: list[DataSource], held_out: list[DataSource]) -> None:
+    """Check that no file or split is both to train on and held out. Raises `ValueError` if one is."""
+    known = {identity for source in sources for identity in _identify(source)}
+    for source in held_out:
+        common = known.intersection(_identify(source))
+        if common:
+            place = next(iter(sorted(map(str, common))))
+            raise ValueError(
+                f"held_out_data {str(source.path)!r} is text to train on too ({place}): give another file or split "
+                "(--held-out-split), or leave it out, and some documents of the data are held out."
+            )
+
+
+def _identify(source: DataSource) -> set:
+    """What a source reads: files, or a split of a data set."""
+    path = Path(source.path)
+    if source.path != STDLIB and path.is_file():
+        return {path.resolve()}
+    if source.path != STDLIB and path.is_dir() and not _is_saved_data_set(path) and not _is_data_set_repository(path):
+        return {file.resolve() for file in find_files(path)[0]}
+    place = str(path.resolve()) if path.is_dir() and source.path != STDLIB else str(source.path)
+    if place == STDLIB or (path / "state.json").exists():  # which have no splits
+        return {place}
+    return {f"{place}, {source.name or 'default'}, {source.split}, {source.revision or 'main'}"}
 
 
 def split_documents(
@@ -146,7 +194,11 @@ def split_documents(
             documents.filter(_is_on_side, fn_kwargs={"threshold": held_out_fraction, "held_out": False}),
             documents.filter(_is_on_side, fn_kwargs={"threshold": held_out_fraction, "held_out": True}),
         )
-    positions = [_split_position(document) for document in documents]
+    positions = [
+        _split_position({"name": name, "text": text})
+        for batch in documents.iter(batch_size=64)
+        for name, text in zip(batch["name"], batch["text"], strict=True)
+    ]
     distinct = sorted(set(positions))
     if len(distinct) < 2:
         raise ValueError(
@@ -171,43 +223,94 @@ def _is_on_side(document: dict, threshold: float, held_out: bool) -> bool:
     return (_split_position(document) < threshold) == held_out
 
 
-def _find_sources(data, *, name: str | None, split: str, streaming: bool) -> list[_Source]:
+def _find_parts(source: DataSource, streaming: bool) -> list[tuple[Path, str] | Dataset | IterableDataset]:
+    data = source.path
     if isinstance(data, (Dataset, IterableDataset)):
         return [data]
     if isinstance(data, (DatasetDict, IterableDatasetDict)):
-        return [_pick_split(data, split)]
+        return [_pick_split(data, source.split)]
     if data == STDLIB:
         root = Path(sysconfig.get_path("stdlib"))
         return [(file, file.relative_to(root).as_posix()) for file in _stdlib_files(root)]
     path = Path(data)
     if path.is_file():
-        if path.suffix.lower() not in KNOWN_SUFFIXES:
+        if kind_of(path) is None:
             raise ValueError(
-                f"data file {str(data)!r} has the suffix {path.suffix!r}; known are {', '.join(KNOWN_SUFFIXES)}. "
+                f"data file {str(data)!r} has the suffix {path.suffix!r}; known are {describe_suffixes()}. "
                 "Rename or convert it."
             )
         return [(path, path.name)]
     if path.is_dir():
         if _is_saved_data_set(path):
-            return _find_sources(load_from_disk(str(path)), name=name, split=split, streaming=streaming)
-        files = _files_below(path)
-        if files and not _is_data_set_repository(path):
-            return [(file, file.relative_to(path).as_posix()) for file in files]
+            return _find_parts(replace(source, path=load_from_disk(str(path))), streaming)
+        taken, left_out = find_files(path)
+        if taken and not _is_data_set_repository(path):
+            _log_files(path, taken, left_out)
+            return [(file, file.relative_to(path).as_posix()) for file in taken]
     elif _looks_like_path(data):
         raise FileNotFoundError(f"data {str(data)!r}: no such file or folder (looked from {str(Path.cwd())!r}).")
-    return [_load_named(str(data), name, split, streaming)]
+    return [_load_named(source, streaming)]
 
 
-def _load_named(data: str, name: str | None, split: str, streaming: bool) -> Dataset | IterableDataset:
+def _log_files(folder: Path, taken: list[Path], left_out: list[Path]) -> None:
+    """One line that says what of a folder is read, and what is not."""
+    counts = Counter("".join(file.suffixes[-2:]) or file.name for file in taken)
+    read = ", ".join(f"{count} {suffix}" for suffix, count in counts.most_common(5))
+    names = ", ".join(file.relative_to(folder).as_posix() for file in left_out[:5])
+    more = f" and {len(left_out) - 5} more" if len(left_out) > 5 else ""
+    said = f"data {str(folder)!r}: {len(taken)} files are read ({read}); left out: {names or 'none'}{more}"
+    logger.log(logging.WARNING if left_out else logging.INFO, said)
+
+
+def _load_named(source: DataSource, streaming: bool) -> Dataset | IterableDataset:
+    data = str(source.path)
     try:
-        return load_dataset(data, name, split=split, streaming=streaming)
+        return load_dataset(data, source.name, split=source.split, revision=source.revision, streaming=streaming)
     except Exception as error:  # datasets raises a different type for every way a name can fail to load
         reason = str(error).strip().splitlines()
         raise FileNotFoundError(
-            f"data {data!r} is neither a file or folder of text ({', '.join(KNOWN_SUFFIXES)}) nor a data set that "
+            f"data {data!r} is neither a file or folder of text ({describe_suffixes()}) nor a data set that "
             f"can be loaded ({type(error).__name__}: {reason[0] if reason else 'no reason given'}). Check the "
             f"spelling, or give {STDLIB!r} for the Python standard library's sources."
         ) from error
+
+
+def _load_parts(parts: list[_Part]) -> Dataset:
+    """The documents of one source, which is a data set or files."""
+    data, text_column = parts[0]
+    if isinstance(data, Dataset):
+        return _documents_of(data, text_column)
+    # `from_generator` knows its arguments only, and files may change.
+    stamps = [(stat.st_size, stat.st_mtime_ns) for stat in (file.stat() for (file, _), _ in parts)]
+    try:
+        return Dataset.from_generator(
+            _iterate_stamped,
+            features=DOCUMENT_FEATURES,
+            gen_kwargs={"parts": tuple(parts), "stamps": tuple(stamps), "version": _READERS_VERSION},
+        )
+    except DatasetGenerationError as error:
+        raise error.__cause__ from None
+
+
+def _iterate_stamped(parts: tuple[_Part, ...], stamps: tuple, version: int) -> Iterator[dict[str, str]]:
+    return _iterate_documents(parts)
+
+
+def _documents_of(data: Dataset, text_column: str) -> Dataset:
+    """A data set of documents as it lies in memory or on disk, without a copy of its text."""
+    check_column(data.column_names, text_column, "The data set")
+    data = data.select_columns([text_column]).with_format("arrow")
+    filled, number = [], 0
+    for batch in data.iter(batch_size=64):
+        is_filled = pc.not_equal(pc.binary_length(pc.utf8_trim_whitespace(batch[text_column])), 0)
+        filled += [number + index for index, found in enumerate(is_filled.to_pylist()) if found]
+        number += len(is_filled)
+    if len(filled) < len(data):
+        data = data.select(filled)
+    data = data.with_format(None)
+    if text_column != "text":
+        data = data.rename_column(text_column, "text")
+    return data.add_column("name", [""] * len(data), feature=DOCUMENT_FEATURES["name"])
 
 
 def _pick_split(data: DatasetDict | IterableDatasetDict, split: str) -> Dataset | IterableDataset:
@@ -224,7 +327,7 @@ def _looks_like_path(data: str | Path) -> bool:
         or data.endswith("/")
         or data.count("/") > 1
         or "\\" in data
-        or Path(data).suffix.lower() in KNOWN_SUFFIXES
+        or kind_of(Path(data)) is not None
     )
 
 
@@ -236,99 +339,27 @@ def _is_saved_data_set(folder: Path) -> bool:
 
 def _is_data_set_repository(folder: Path) -> bool:
     card = folder / "README.md"
-    return card.is_file() and _DATA_SET_CARD.match(_read_text(card)) is not None
+    return (
+        card.is_file() and _DATA_SET_CARD.match(card.read_text("utf-8", "replace").replace("\ufeff", "")) is not None
+    )
 
 
-def _iterate_documents(sources: Iterable[_Source], text_column: str) -> Iterator[dict[str, str]]:
-    for source in sources:
-        name = ""
-        if isinstance(source, (Dataset, IterableDataset)):
-            texts = _table_texts(source, text_column)
-        elif source[0].suffix.lower() in JSON_SUFFIXES:
-            texts = _json_texts(source[0], text_column)
-        elif source[0].suffix.lower() in PARQUET_SUFFIXES:
-            texts = _parquet_texts(source[0], text_column)
-        else:
-            texts = _SEPARATOR_LINE.split(_read_text(source[0]))
-            name = source[1] if len(texts) == 1 else ""
-        for text in texts:
+def _iterate_documents(parts: Iterable[_Part]) -> Iterator[dict[str, str]]:
+    for part, text_column in parts:
+        is_table = isinstance(part, (Dataset, IterableDataset))
+        texts = _table_texts(part, text_column) if is_table else iterate_file(part[0], text_column)
+        for text, is_whole_file in texts:
             if text.strip():
-                yield {"text": text, "name": name}
+                yield {"text": text, "name": part[1] if is_whole_file else ""}
 
 
-def _table_texts(data: Dataset | IterableDataset, text_column: str) -> Iterator[str]:
+def _table_texts(data: Dataset | IterableDataset, text_column: str) -> Iterator[tuple[str, bool]]:
     columns = data.column_names
     if columns is None:  # a streamed data set may not know its columns before its first row
         columns = list(next(data.iter(1), {text_column: []}))
-    _check_column(columns, text_column, "The data set")
-    for text in _iterate_column(data.select_columns([text_column]), text_column):
-        yield _as_text(text, text_column, "the data set")
-
-
-def _json_texts(file: Path, text_column: str) -> Iterator[str]:
-    with file.open("rb") as lines:
-        is_array = lines.read(1) == b"["
-        lines.seek(0)
-        for number, line in enumerate([lines.read()] if is_array else lines, start=1):
-            if not line.strip():
-                continue
-            try:
-                content = json.loads(line)
-            except json.JSONDecodeError as error:
-                place = f"{str(file)!r}, line {number + error.lineno - 1}"
-                raise ValueError(f"{place}: not JSON ({error.msg}). Each line must be an object.") from error
-            except UnicodeDecodeError as error:
-                raise ValueError(f"{str(file)!r}, line {number}: not UTF-8. Convert the file.") from error
-            for row in content if is_array else [content]:
-                if not isinstance(row, dict):
-                    raise ValueError(f"{str(file)!r}, line {number}: {type(row).__name__} where an object should be.")
-                _check_column(row, text_column, f"{str(file)!r}, line {number},")
-                yield _as_text(row[text_column], text_column, repr(str(file)))
-
-
-def _parquet_texts(file: Path, text_column: str) -> Iterator[str]:
-    try:
-        table = pq.ParquetFile(file)
-    except pa.ArrowInvalid as error:
-        raise ValueError(f"{str(file)!r} is not a parquet file: {error}") from error
-    with table:
-        _check_column(table.schema_arrow.names, text_column, repr(str(file)))
-        for batch in table.iter_batches(columns=[text_column]):
-            for text in batch.column(0).to_pylist():
-                yield _as_text(text, text_column, repr(str(file)))
-
-
-def _read_text(file: Path) -> str:
-    try:
-        return file.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{str(file)!r} is not UTF-8 text (byte {error.start}): convert it or leave it out."
-        ) from error
-
-
-def _check_column(columns: Iterable[str], text_column: str, place: str) -> None:
-    if text_column not in columns:
-        raise ValueError(
-            f"{place} has no column {text_column!r}; its columns are {', '.join(columns) or 'none'}. Name the one "
-            "that holds the text with text_column (--text-column)."
-        )
-
-
-def _as_text(value, text_column: str, place: str) -> str:
-    if value is not None and not isinstance(value, str):
-        raise ValueError(f"Column {text_column!r} of {place} holds {type(value).__name__}, not text: name another.")
-    return value or ""
-
-
-def _files_below(folder: Path) -> list[Path]:
-    return sorted(
-        file
-        for file in folder.rglob("*")
-        if file.suffix.lower() in KNOWN_SUFFIXES
-        and file.is_file()
-        and not any(part.startswith(".") or part == "__pycache__" for part in file.relative_to(folder).parts)
-    )
+    check_column(columns, text_column, "The data set")
+    for number, text in enumerate(iterate_column(data.select_columns([text_column]), text_column)):
+        yield as_text(text, text_column, f"the data set, row {number}"), False
 
 
 def _stdlib_files(root: Path) -> list[Path]:
