@@ -1,5 +1,6 @@
 """Plan search by effect: greedy, within its constraints, resumable."""
 
+import copy
 import json
 
 import pytest
@@ -120,11 +121,39 @@ def test_what_was_measured_is_not_measured_again(llama, rows, tmp_path, monkeypa
     monkeypatch.setattr(search_module._Measure, "_measure", lambda self, plan: stop_after(self, plan, 9))
     with pytest.raises(KeyboardInterrupt):
         search_plan(teacher, rows, similarity, **options)
-    assert len(json.loads((tmp_path / "measured.json").read_text())) == 9
+    assert len(json.loads((tmp_path / "measured.json").read_text())["kl"]) == 9
     monkeypatch.setattr(search_module._Measure, "_measure", lambda self, plan: stop_after(self, plan, 1000))
     resumed = search_plan(teacher, rows, similarity, **options)
     assert resumed == whole
     assert len(measured) == whole.forwards
+
+
+def test_what_was_measured_on_something_else_is_refused(llama, rows, tmp_path):
+    teacher, similarity = llama
+    options = {"ratio": 0.15, "width": 1, "state": tmp_path / "measured.json", **UNTUNED}
+    first = search_plan(teacher, rows, similarity, **options)
+    # Another ratio and width need no other measurements.
+    assert search_plan(teacher, rows, similarity, **{**options, "ratio": 0.29}).forwards > first.forwards
+    other = copy.deepcopy(teacher)
+    with torch.no_grad():
+        other.model.layers[2].mlp.down_proj.weight[0, 0] += 1
+    changed_rows = [*rows[:-1], {"input_ids": rows[0]["input_ids"]}]
+    cases = {
+        "teacher": (other, rows, {}),
+        "rows": (teacher, changed_rows, {}),
+        "search_rows": (teacher, rows, {"search_rows": 2}),
+        "align": (teacher, rows, {"align": True}),
+    }
+    before = options["state"].read_text()
+    for name, (model, text, changes) in cases.items():
+        with pytest.raises(ValueError, match=rf"measured.json' holds was measured with another {name}:"):
+            search_plan(model, text, similarity, **{**options, **changes})
+    with pytest.raises(ValueError, match="another rows, similarity"):
+        search_plan(teacher, changed_rows, similarity_of(teacher, changed_rows), **options)
+    assert options["state"].read_text() == before
+    options["state"].write_text('{"0,1,1,3,4,5,6": 0.1}')
+    with pytest.raises(ValueError, match="does not hold what a search has measured"):
+        search_plan(teacher, rows, similarity, **options)
 
 
 def test_impossible_numbers_are_refused(llama, rows):

@@ -1,12 +1,14 @@
 """Plan search by effect: which layers echo which, by what it does to the model's predictions."""
 
+import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
 
+import numpy as np
 import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -14,11 +16,13 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from ..analysis.similarity import AttentionSimilarity, measure_on_rows
 from ..conversion.refit import TunedEchoes, hold_out
 from ..modeling_echoatt import EchoRecords
+from ..models.checks import hash_weights
+from ..models.devices import explained_memory_errors
 from ..models.inference import inference, sum_logits
 from ..outputs.files import write_whole
 from ..planning.rules import plan_from_similarity
 from ..planning.sharing import SharingPlan, check_block_size, count_echo_layers, inner_groups
-from ..text.rows import batch_rows
+from ..text.rows import ROW_COLUMNS, batch_rows
 
 
 __all__ = ["PlanSearch", "search_plan"]
@@ -107,7 +111,8 @@ def search_plan(
         align, refit (`bool`, *optional*, defaults to `True`):
             Measure with aligned heads, with refitted output projections.
         state (`Path`, *optional*):
-            JSON file that keeps what was measured. If it is there, nothing in it is measured again.
+            JSON file that keeps what was measured. If it is there, nothing in it is measured again, also for another ratio
+            or width. It belongs to a teacher, rows, a similarity, `align` and `refit`.
         progress (`bool`, *optional*, defaults to `False`):
             Show a progress bar.
 
@@ -115,7 +120,8 @@ def search_plan(
         [`PlanSearch`]
 
     Raises:
-        `ValueError`: the family is not supported, a number is out of range, or the ratio is impossible for the model.
+        `ValueError`: the family is not supported, a number is out of range, the ratio is impossible for the model, or what
+            is in `state` was measured on something else.
     """
     for name, value in (("search_rows", search_rows), ("width", width)):
         if value < 1:
@@ -125,10 +131,12 @@ def search_plan(
     pairs = space.pairs(list(range(space.num_layers)))
     if similarity is None:
         similarity = measure_on_rows(teacher, rows, progress=progress)
+    known = _Known(state, lambda: _describe(teacher, rows, search_rows, similarity, align, refit))
     echoes = TunedEchoes(teacher, similarity, pairs, train, held_out, align=align, refit=refit)
     bar = tqdm(total=len(pairs) + (count - 1) * width, desc="search", disable=not progress, leave=False)
-    with bar, inference(teacher):
-        measure = _Measure(teacher, held_out[:search_rows], echoes, state, bar)
+    remedy = f"plans are measured on search_rows {search_rows}, whose logits are kept. Give fewer, or shorter rows"
+    with bar, explained_memory_errors(remedy), inference(teacher):
+        measure = _Measure(teacher, held_out[:search_rows], echoes, known, bar)
         plan, rounds = list(range(space.num_layers)), []
         increase = dict.fromkeys(pairs, 0.0)  # of KL by each pair, when last measured
         current = 0.0
@@ -152,7 +160,7 @@ def search_plan(
             found[name] = (other, measure(list(other)))
     best = min(found.values(), key=lambda item: item[1])[0]
     kl = {name: value for name, (_, value) in found.items()}
-    return PlanSearch(best, rounds, kl, len(measure.known), measure.tokens)
+    return PlanSearch(best, rounds, kl, len(known.kl), measure.tokens)
 
 
 def make_space(
@@ -219,29 +227,26 @@ class _Measure:
     """KL(teacher || student) of plans, in nats per token; what was measured once is remembered."""
 
     def __init__(
-        self, teacher: PreTrainedModel, rows: Sequence[dict], echoes: TunedEchoes, state: Path | None, bar: tqdm
+        self, teacher: PreTrainedModel, rows: Sequence[dict], echoes: TunedEchoes, known: "_Known", bar: tqdm
     ):
-        self._teacher, self._echoes, self._state, self._bar = teacher, echoes, state, bar
+        self._teacher, self._echoes, self._known, self._bar = teacher, echoes, known, bar
         self._batches = [batch.to(teacher.device) for batch in batch_rows(rows, 8)]
         self.tokens = sum(batch["input_ids"].numel() for batch in self._batches)
         self._logits: list[torch.Tensor] = []  # the teacher's, made when they are needed
-        self.known: dict[str, float] = json.loads(state.read_text()) if state is not None and state.exists() else {}
 
     def __call__(self, plan: list[int]) -> float:
         key = _key(plan)
-        if key not in self.known:
-            self.known[key] = self._measure(plan)
-            if self._state is not None:
-                write_whole(self._state, json.dumps(self.known))
+        if key not in self._known.kl:
+            self._known.add(key, self._measure(plan))
         self._bar.update()
-        return self.known[key]
+        return self._known.kl[key]
 
     def all_pairs(self, plan: list[int], pairs: list[tuple[int, int]]) -> dict[tuple[int, int], float]:
         """The plan with each of the pairs added. What is needed of the pairs that look best is kept in memory."""
         results = {}
         for echo, group in groupby(pairs, key=itemgetter(0)):
             plans = {source: _with(plan, echo, source) for _, source in group}
-            self._echoes.tune(echo, [source for source, each in plans.items() if _key(each) not in self.known])
+            self._echoes.tune(echo, [source for source, each in plans.items() if _key(each) not in self._known.kl])
             found = {source: self(each) for source, each in plans.items()}
             self._echoes.keep(echo, sorted(found, key=found.get)[:KEPT_SOURCES])
             results |= {(echo, source): value for source, value in found.items()}
@@ -257,6 +262,65 @@ class _Measure:
                 total += sum_logits(logits, expected, batch["input_ids"])[1].item()
                 tokens += batch["input_ids"][:, 1:].numel()
         return total / tokens
+
+
+class _Known:
+    """What was measured, by plan, kept in a file if there is one, which belongs to what it was measured on."""
+
+    def __init__(self, file: Path | None, describe: Callable[[], dict]):
+        self._file, self._measured_on, self.kl = file, None, {}
+        if file is None:
+            return
+        self._measured_on = describe()
+        if not file.exists():
+            return
+        try:
+            kept = json.loads(file.read_text())
+            measured_on, self.kl = kept["measured_on"], kept["kl"]
+            differing = [
+                name for name, value in self._measured_on.items() if not _is_same(measured_on.get(name), value)
+            ]
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise ValueError(f"{str(file)!r} does not hold what a search has measured: give another file.") from None
+        if differing:
+            raise ValueError(
+                f"What {str(file)!r} holds was measured with another {', '.join(differing)}: give a file of its own to each "
+                "search of another teacher, text or tuning."
+            )
+
+    def add(self, key: str, value: float) -> None:
+        self.kl[key] = value
+        if self._file is not None:
+            write_whole(self._file, json.dumps({"measured_on": self._measured_on, "kl": self.kl}))
+
+
+def _describe(
+    teacher: PreTrainedModel,
+    rows: Sequence[dict],
+    search_rows: int,
+    similarity: AttentionSimilarity,
+    align: bool,
+    refit: bool,
+) -> dict:
+    """What the KL of a plan depends on."""
+    columns = [{name: np.asarray(row[name]).tolist() for name in ROW_COLUMNS if name in row} for row in rows]
+    return {
+        "teacher": hash_weights(teacher),
+        "dtype": str(teacher.dtype),
+        "rows": hashlib.sha256(json.dumps(columns).encode()).hexdigest(),
+        "search_rows": search_rows,
+        "similarity": [[round(value, 4) for value in row] for row in similarity.layers.tolist()],
+        "align": align,
+        "refit": refit,
+    }
+
+
+def _is_same(one: object, other: object) -> bool:
+    """Whether two values of a description are equal; of numbers that may have been measured again, nearly."""
+    if isinstance(one, list) and isinstance(other, list):
+        one, other = np.asarray(one), np.asarray(other)
+        return one.shape == other.shape and np.allclose(one, other, atol=1e-3)
+    return one == other
 
 
 def _key(plan: list[int]) -> str:
