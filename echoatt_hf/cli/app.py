@@ -3,6 +3,7 @@
 import functools
 import inspect
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -35,8 +36,11 @@ app = typer.Typer(
     epilog="An error is one line; --debug shows where it came from.",
 )
 
-# Bad input, files and disks, and losses that are not finite.
-EXPECTED_ERRORS = (ValueError, OSError, FloatingPointError)
+# Bad input, files and disks, losses that are not finite, and models that do not fit into memory.
+EXPECTED_ERRORS = (ValueError, OSError, FloatingPointError, MemoryError)
+
+# What several processes do together. All else is the work of one.
+DIVIDED_COMMANDS = ("distill", "evaluate")
 
 Teacher = Annotated[str, typer.Argument(help="'builtin', a folder, or a repository of the Hub.")]
 Output = Annotated[Path, typer.Option(help="What to write.", show_default=False)]
@@ -90,6 +94,8 @@ def with_settings(**groups: type) -> Callable:
         def run(**values):
             with one_line_errors(can_resume="resume" in values and values["output"] is not None):
                 _quiet_libraries()
+                if command.__name__ not in DIVIDED_COMMANDS:
+                    _check_one_process(command.__name__)
                 for parameter, group in groups.items():
                     values[parameter] = group(**{field.name: values.pop(field.name) for field in fields(group)})
                 command(**values)
@@ -101,6 +107,13 @@ def with_settings(**groups: type) -> Callable:
         return run
 
     return decorate
+
+
+def _check_one_process(name: str) -> None:
+    if "WORLD_SIZE" in os.environ:  # else torch need not be imported
+        from ..models.devices import check_one_process
+
+        check_one_process(f"`echoatt {name.replace('_', '-')}` is")
 
 
 def _option(field, kind: type):
@@ -295,6 +308,7 @@ def evaluate(
 ) -> None:
     """Evaluate a model on held-out text: perplexity, bits per byte, and agreement with its teacher."""
     from ..evaluation.held_out import evaluate_model
+    from ..models.devices import processes
     from ..models.loading import load_model, load_tokenizer
     from ..outputs.files import check_output_file, write_whole
     from ..pipeline.preparation import load_held_out_rows
@@ -304,9 +318,18 @@ def evaluate(
     tokenizer = load_tokenizer(model, loaded)
     rows = load_held_out_rows(data, tokenizer, loaded)
     compared = load_model(teacher) if teacher is not None else None
+    is_main = processes().is_main_process
     results = evaluate_model(
-        loaded, rows, teacher=compared, tokenizer=tokenizer, batch_size=batch_size, description="evaluate"
+        loaded,
+        rows,
+        teacher=compared,
+        tokenizer=tokenizer,
+        batch_size=batch_size,
+        description="evaluate" if is_main else None,
+        among_processes=True,
     )
+    if not is_main:
+        return
     for name, value in results.items():
         print(f"{name:14} {value:,}" if isinstance(value, int) else f"{name:14} {value:.5f}")
     if output is not None:
@@ -454,10 +477,20 @@ def one_line_errors(can_resume: bool) -> Iterator[None]:
         if "--debug" in sys.argv:
             raise
         message, is_misuse = " ".join(str(error).split()), isinstance(error, EXPECTED_ERRORS)
+        if not is_misuse and _is_memory_error(error):
+            message, is_misuse = f"There is not enough memory ({message}): give fewer or shorter rows.", True
         if not is_misuse:
             message = f"{type(error).__name__}: {message} (this is a bug: run again with --debug, and report it)"
         print(f"echoatt: error: {message}", file=sys.stderr)
         raise typer.Exit(2 if is_misuse else 1) from None
+
+
+def _is_memory_error(error: Exception) -> bool:
+    if "torch" not in sys.modules:
+        return False
+    from ..models.devices import is_memory_error
+
+    return is_memory_error(error)
 
 
 def main() -> None:
