@@ -108,8 +108,8 @@ class EchoAttConfig(PreTrainedConfig):
     `config.pad_token_id = 0` do what they do for the base family.
 
     Args:
-        text_config (`PreTrainedConfig` or `dict`):
-            Configuration of the base family, for instance a `LlamaConfig`. A `dict` needs its `model_type`.
+        text_config (`PreTrainedConfig` or `dict`, *optional*, defaults to `LlamaConfig()`):
+            Configuration of the base family. A `dict` needs its `model_type`.
         echo_sources (`list[int]`, *optional*):
             The sharing plan: for each layer the 0-based index of the layer whose attention weights it uses, its own
             index for source and plain layers. `[0, 1, 1, 1, 4]`: layers 2 and 3 echo layer 1. Without it no layer
@@ -153,14 +153,17 @@ class EchoAttConfig(PreTrainedConfig):
         own_version = self.echoatt_version or ECHOATT_VERSION
         _check_unknown_fields(kwargs, own_version)
         text_config = _resolve_text_config(self.text_config)
+        if kwargs.get("tie_word_embeddings") is text_config.tie_word_embeddings:  # as `to_dict` says it
+            del kwargs["tie_word_embeddings"]
         _check_misplaced_fields(kwargs, text_config)
         # The base class looks for fields of other families on `self`; it must not find those of `text_config`.
         self.text_config = None
         super().__post_init__(**kwargs)
         self.text_config = text_config
         self.echoatt_version = own_version
-        if self._attn_implementation is not None:
-            text_config._attn_implementation = self._attn_implementation
+        for name in ("attn_implementation", "experts_implementation"):
+            if kwargs.get(name) is not None:  # again, as only now there is a text_config to hand it down to
+                setattr(self, f"_{name}", kwargs[name])
         if self.echo_sources is None:
             self.echo_sources = list(range(text_config.num_hidden_layers))
         self.validate_echo_sources()
@@ -185,10 +188,17 @@ class EchoAttConfig(PreTrainedConfig):
         """`list[int]`: indices of the layers whose attention weights other layers reuse."""
         return sorted({source for layer, source in enumerate(self.echo_sources) if layer != source})
 
+    def to_dict(self) -> dict[str, Any]:
+        """All fields, and what tools look for among them: whether the embeddings of the family are tied."""
+        return super().to_dict() | {"tie_word_embeddings": self.text_config.tie_word_embeddings}
+
+    def _is_own(self, name: str) -> bool:
+        return name.startswith("_") or name in _OWN_NAMES or hasattr(type(self), name)
+
     def __getattr__(self, name: str):
         # Only reached for what this class and its base do not have. `__dict__` holds no text_config while unpickling.
         text_config = self.__dict__.get("text_config")
-        if name.startswith("_") or not isinstance(text_config, PreTrainedConfig):
+        if self._is_own(name) or not isinstance(text_config, PreTrainedConfig):
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
         return getattr(text_config, name)
 
@@ -196,8 +206,8 @@ class EchoAttConfig(PreTrainedConfig):
         if name == "echo_decode" and value not in ECHO_DECODES:
             raise ValueError(f"echo_decode is {value!r}; it must be one of {', '.join(ECHO_DECODES)}.")
         text_config = self.__dict__.get("text_config")
-        is_own = name.startswith("_") or name in self.__dict__ or hasattr(type(self), name)
-        if not is_own and isinstance(text_config, PreTrainedConfig) and hasattr(text_config, name):
+        is_handed_down = not self._is_own(name) and name not in self.__dict__
+        if is_handed_down and isinstance(text_config, PreTrainedConfig) and hasattr(text_config, name):
             setattr(text_config, name, value)
         else:
             super().__setattr__(name, value)
@@ -205,8 +215,16 @@ class EchoAttConfig(PreTrainedConfig):
 
 _OWN_FIELDS = tuple(EchoAttConfig.__annotations__)
 
-# Written by `save_pretrained` at the top level of every configuration, and also found in that of a family.
-_COMMON_FIELDS = {"model_type", "transformers_version", "_name_or_path", "name_or_path", "num_labels", "torch_dtype"}
+# What transformers keeps in every configuration without a declaration, so that a family's may have it too.
+_OWN_NAMES = {
+    "attn_implementation",
+    "auto_map",
+    "custom_pipelines",
+    "experts_implementation",
+    "num_labels",
+    "quantization_config",
+    "torch_dtype",
+}
 
 
 def _check_unknown_fields(kwargs: dict, version: str) -> None:
@@ -223,15 +241,17 @@ def _check_unknown_fields(kwargs: dict, version: str) -> None:
 
 
 def _check_misplaced_fields(kwargs: dict, text_config: PreTrainedConfig) -> None:
-    known = text_config.to_dict()
+    known = {*type(text_config).__dataclass_fields__, *text_config.attribute_map}
     for name in kwargs:
-        if name in known and not hasattr(PreTrainedConfig, name) and name not in _COMMON_FIELDS:
+        if name in known and not hasattr(PreTrainedConfig, name) and name not in _OWN_NAMES:
             raise ValueError(
                 f"EchoAttConfig has no field {name!r}: it belongs to the base family, set it in text_config."
             )
 
 
 def _resolve_text_config(text_config: Any) -> PreTrainedConfig:
+    if text_config is None:
+        text_config = AutoConfig.for_model("llama")
     if isinstance(text_config, dict):
         if "model_type" not in text_config:
             raise ValueError("text_config has no 'model_type': name the base family, for instance 'llama'.")

@@ -16,6 +16,7 @@ Source: EchoAtt, arXiv 2409.14595, section 3 (shared attention layers inherit al
 
 import copy
 import functools
+import inspect
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -32,13 +33,13 @@ from transformers import (
     AutoModelForCausalLM,
     Cache,
     GenerationMixin,
-    PreTrainedConfig,
     PreTrainedModel,
     QuantizedCache,
 )
 from transformers.modeling_layers import GenericForSequenceClassification, GenericForTokenClassification
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.auto import modeling_auto
 from transformers.pytorch_utils import Conv1D
 
 from .configuration_echoatt import EchoAttConfig
@@ -60,14 +61,8 @@ _QUERY_KEY_MODULES = (
     "qk_norm",
     "sinks",
 )
-# Projections that make several things at once: the projection that an echo layer keeps of them, and its rows among those
-# of the whole, both of shape `(features, ...)`.
-FUSED_MODULES = {
-    "qkv_proj": ("v_proj", lambda rows, attention: rows[-count_value_features(attention) :]),
-    "c_attn": ("v_proj", lambda rows, attention: rows[-count_value_features(attention) :]),
-    "query_key_value": ("v_proj", lambda rows, attention: _part_of_heads(rows, attention, 3)),
-    "q_proj": ("gate_proj", lambda rows, attention: _part_of_heads(rows, attention, 2)),
-}
+# Projections that make several things at once, and the projection that an echo layer keeps of them.
+FUSED_MODULES = {"qkv_proj": "v_proj", "c_attn": "v_proj", "query_key_value": "v_proj", "q_proj": "gate_proj"}
 PROJECTIONS = ("v_proj", *FUSED_MODULES)
 """Names under which the families project queries and values, whole or fused."""
 _OUTPUT_MODULES = ("o_proj", "dense", "out_proj", "c_proj")
@@ -95,40 +90,34 @@ REENTRANT_ERROR = (
 )
 
 
-class AttentionView:
+class View:
     """
-    What an attention function sees of an attention module: the module, but the family's own configuration, which names
-    the implementation that the user chose, and in an echo layer the sinks of its source.
+    What a family's code sees of an object in whose place something else has to be: all of it but a few attributes.
+
+    A source layer sees its configuration, in which attention goes through the recorder. An attention function sees the
+    module, with the configuration that names the implementation the user chose, and in an echo layer the sinks of its
+    source.
 
     Args:
-        attention (`nn.Module`): the module.
-        config (`PreTrainedConfig`): configuration of the family.
-        sinks (`torch.Tensor` of shape `(H,)`, *optional*): sinks of the recorded call.
+        viewed (`Any`): the object.
+        attributes: what differs.
     """
 
-    def __init__(self, attention: nn.Module, config: PreTrainedConfig, sinks: torch.Tensor | None = None):
-        self.attention = attention
-        self.config = config
-        if sinks is not None:
-            self.sinks = sinks
+    def __init__(self, viewed: Any, **attributes):
+        self.viewed = viewed
+        for name, value in attributes.items():
+            setattr(self, name, value)
 
     def __getattr__(self, name: str):
-        if name == "attention" or name.startswith("__"):
+        if name == "viewed" or name.startswith("__"):
             raise AttributeError(name)
-        return getattr(self.attention, name)
+        return getattr(self.viewed, name)
 
 
-class SourceConfig:
-    """What a source layer sees of the family's configuration: all of it, but attention goes through the recorder."""
-
-    def __init__(self, config: PreTrainedConfig):
-        self.config = config
-        self._attn_implementation = RECORD_ATTENTION
-
-    def __getattr__(self, name: str):
-        if name == "config" or name.startswith("__"):
-            raise AttributeError(name)
-        return getattr(self.config, name)
+def view_attention(attention: nn.Module, **attributes) -> View:
+    """An attention module as attention functions see it: with the family's own configuration."""
+    config = attention.config
+    return View(attention, config=config.viewed if isinstance(config, View) else config, **attributes)
 
 
 @dataclass
@@ -161,8 +150,8 @@ class AttentionRecord:
         the attention weights `(B, H, T, S)`.
         """
         attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.implementation, module.eager_attention)
-        config = module.config.config if isinstance(module.config, SourceConfig) else module.config
-        view = AttentionView(module, config, self.kwargs.get("s_aux"))
+        sinks = self.kwargs.get("s_aux")
+        view = view_attention(module, **({} if sinks is None else {"sinks": sinks}))
         return attention(view, self.query, self.key, value, self.attention_mask, **self.kwargs)
 
     def is_plain(self) -> bool:
@@ -272,6 +261,12 @@ class EchoRecords:
         self._records[module.layer_idx] = kept
         return found
 
+    def below(self, layer: int) -> "EchoRecords":
+        """New records with those of the layers below one."""
+        records = EchoRecords(self._decode)
+        records._records = {each: record for each, record in self._records.items() if each < layer}
+        return records
+
     def keep(self, layer: int, record: AttentionRecord | AttentionWeights) -> None:
         """Keep a record of elsewhere as that of a source layer."""
         self._records[layer] = record
@@ -297,7 +292,7 @@ def _not_plain_error(layer: int, record: AttentionRecord) -> str:
 def _give_records(
     config: EchoAttConfig, module: nn.Module, args: tuple, kwargs: dict[str, Any]
 ) -> tuple[tuple, dict[str, Any]]:
-    return args, kwargs | {"echo_records": EchoRecords(config.echo_decode)}
+    return args, {"echo_records": EchoRecords(config.echo_decode)} | kwargs
 
 
 def record_attention(
@@ -330,7 +325,7 @@ def record_attention(
             f"EchoAtt does not support the family {module.config.model_type!r} yet: its layers do not hand keyword "
             "arguments on to their attention."
         )
-    implementation = module.config.config._attn_implementation
+    implementation = module.config.viewed._attn_implementation
     return echo_records.record(AttentionRecord(implementation, query, key, attention_mask, kwargs), module, value)
 
 
@@ -483,7 +478,7 @@ def _unsupported_reason(attention: nn.Module) -> str | None:
     return None
 
 
-def _fused_modules(attention: nn.Module) -> list[str]:
+def find_fused_modules(attention: nn.Module) -> list[str]:
     """Names of the projections that make several things at once, one of which an echo layer keeps."""
     names = [name for name in FUSED_MODULES if hasattr(attention, name)]
     if "q_proj" in names and attention.q_proj.out_features != 2 * count_query_features(attention):
@@ -516,24 +511,9 @@ def count_value_features(attention: nn.Module) -> int:
     """
     if hasattr(attention, "v_proj"):
         return attention.v_proj.out_features
-    fused = getattr(attention, _fused_modules(attention)[0])
+    fused = getattr(attention, find_fused_modules(attention)[0])
     features = fused.nf if isinstance(fused, Conv1D) else fused.out_features
     return (features - count_query_features(attention)) // 2
-
-
-def _part_of_heads(rows: torch.Tensor, attention: nn.Module, parts: int) -> torch.Tensor:
-    """The last of `parts` equal parts of each head."""
-    return rows.unflatten(0, (-1, parts, _head_dim(attention)))[:, -1].flatten(0, 1)
-
-
-def _kept_parameters(attention: nn.Module, name: str) -> dict[str, torch.Tensor]:
-    """Weight `(features, hidden size)` and bias of what an echo layer keeps of the fused projection `name`."""
-    projection = getattr(attention, name)
-    _, keep = FUSED_MODULES[name]
-    return {
-        key: keep(tensor.t() if isinstance(projection, Conv1D) else tensor, attention)
-        for key, tensor in projection.named_parameters()
-    }
 
 
 def _eager_attention(module: nn.Module) -> Callable | None:
@@ -552,7 +532,7 @@ def _share_attention(model: PreTrainedModel, config: EchoAttConfig) -> None:
     attentions = find_attention_modules(model, [*config.source_layers, *config.echo_layers])
     for layer in config.source_layers:
         attentions[layer].eager_attention = _eager_attention(attentions[layer])
-        attentions[layer].config = SourceConfig(config.text_config)
+        attentions[layer].config = View(config.text_config, _attn_implementation=RECORD_ATTENTION)
     for layer in config.echo_layers:
         attention, source = attentions[layer], attentions[config.echo_sources[layer]]
         _check_same_heads(attention, source)
@@ -565,8 +545,8 @@ def _extend_tp_plan(model: PreTrainedModel) -> None:
     kept = {}
     for rule, style in model.tp_plan.items():
         path, _, name = rule.rpartition(".")
-        if name in FUSED_MODULES and f"{path}.{FUSED_MODULES[name][0]}" in names:
-            kept[f"{path}.{FUSED_MODULES[name][0]}"] = style
+        if f"{path}.{FUSED_MODULES.get(name)}" in names:
+            kept[f"{path}.{FUSED_MODULES[name]}"] = style
     model.tp_plan.update(kept)
 
 
@@ -581,14 +561,12 @@ def _make_echo(attention: nn.Module, source: int) -> None:
     attention.echo_dropout = getattr(attention, "residual_dropout", 0.0)
     if hasattr(attention, "resid_dropout"):
         attention.echo_dropout = attention.resid_dropout.p
-    for name in _fused_modules(attention):
-        kept = _kept_parameters(attention, name)
-        features, hidden_size = kept["weight"].shape
-        setattr(
-            attention,
-            FUSED_MODULES[name][0],
-            nn.Linear(hidden_size, features, "bias" in kept, device=kept["weight"].device, dtype=kept["weight"].dtype),
-        )
+    for name in find_fused_modules(attention):
+        fused, kept = getattr(attention, name), FUSED_MODULES[name]
+        inputs = fused.nx if isinstance(fused, Conv1D) else fused.in_features
+        features = count_value_features(attention) if kept == "v_proj" else count_query_features(attention)
+        like = {"device": fused.weight.device, "dtype": fused.weight.dtype}
+        setattr(attention, kept, nn.Linear(inputs, features, fused.bias is not None, **like))
         delattr(attention, name)
     gates = [name for name in _GATE_MODULES if getattr(attention, name, None) is not None]
     attention.echo_gate = gates[0] if gates else None
@@ -645,9 +623,15 @@ class EchoAttPreTrainedModel(PreTrainedModel):
         for name in _GENERATION_TRAITS:
             if hasattr(model, name):
                 setattr(self, name, getattr(model, name))
-        # The family decides which implementation is its default.
+        # The family decides which implementations are its defaults.
         self.config._attn_implementation = model.config._attn_implementation
+        self.config._experts_implementation = model.config._experts_implementation
         return model
+
+    # What transformers else finds out by looking for a decorator in this file.
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        return True
 
     @classmethod
     def is_custom_code(cls) -> bool:
@@ -774,6 +758,9 @@ class EchoAttForCausalLM(EchoAttPreTrainedModel, GenerationMixin):
     def __init__(self, config: EchoAttConfig):
         super().__init__(config)
         self.language_model = self._share(AutoModelForCausalLM.from_config(config.text_config))
+        # PEFT asks the outermost model for the weights that are tied.
+        tied = self.language_model._tied_weights_keys or {}
+        self._tied_weights_keys = {f"language_model.{key}": f"language_model.{tied[key]}" for key in tied}
         self.post_init()
 
     @classmethod
@@ -801,12 +788,18 @@ class EchoAttForCausalLM(EchoAttPreTrainedModel, GenerationMixin):
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        token_type_ids: torch.LongTensor | None = None,
         **kwargs,
     ) -> CausalLMOutputWithPast:
         """
         As the forward pass of the base family: `input_ids` and `labels` `(B, T)`, labels of -100 are not predicted,
-        `attention_mask` `(B, S)` with 1 = keep; logits `(B, T, V)`.
+        `attention_mask` `(B, S)` with 1 = keep; logits `(B, T, V)`. `token_type_ids` are for the families that have them.
         """
+        if (
+            token_type_ids is not None
+            and "token_type_ids" in inspect.signature(self.language_model.forward).parameters
+        ):
+            kwargs["token_type_ids"] = token_type_ids
         return self.language_model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -819,6 +812,7 @@ class EchoAttForCausalLM(EchoAttPreTrainedModel, GenerationMixin):
             **self._family_kwargs(kwargs),
         )
 
+    @functools.wraps(GenerationMixin.prepare_inputs_for_generation, assigned=())  # generation reads the signature
     def prepare_inputs_for_generation(self, *args, **kwargs) -> dict[str, Any]:
         """As the base family does it. See [`~GenerationMixin.prepare_inputs_for_generation`]."""
         return self.language_model.prepare_inputs_for_generation(*args, **kwargs)
@@ -833,6 +827,17 @@ class EchoAttForCausalLM(EchoAttPreTrainedModel, GenerationMixin):
 
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.language_model.set_input_embeddings(value)
+
+    @property
+    def lm_head(self) -> nn.Module:
+        """`nn.Module`: the family's head, under the name that trainers look for."""
+        return self.get_output_embeddings()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "lm_head":  # a module would not go to a setter
+            self.set_output_embeddings(value)
+        else:
+            super().__setattr__(name, value)
 
     def get_output_embeddings(self) -> nn.Module:
         return self.language_model.get_output_embeddings()
@@ -883,14 +888,25 @@ class EchoAttForTokenClassification(GenericForTokenClassification, EchoAttPreTra
 
 
 _AUTO_MAP = {"AutoConfig": "configuration_echoatt.EchoAttConfig"}
-for _auto_class, _model_class in (
-    ("AutoModel", EchoAttModel),
-    ("AutoModelForCausalLM", EchoAttForCausalLM),
-    ("AutoModelForSequenceClassification", EchoAttForSequenceClassification),
-    ("AutoModelForTokenClassification", EchoAttForTokenClassification),
+for _auto_class, _model_class, _class_names in (
+    ("AutoModel", EchoAttModel, modeling_auto.MODEL_MAPPING_NAMES),
+    ("AutoModelForCausalLM", EchoAttForCausalLM, modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES),
+    (
+        "AutoModelForSequenceClassification",
+        EchoAttForSequenceClassification,
+        modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+    ),
+    (
+        "AutoModelForTokenClassification",
+        EchoAttForTokenClassification,
+        modeling_auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
+    ),
 ):
     _model_class.register_for_auto_class(_auto_class)
     _AUTO_MAP[_auto_class] = f"modeling_echoatt.{_model_class.__name__}"
+    # Trainers and pipelines go by the names of classes: without its own a student's labels are not shifted where they are
+    # smoothed, and it learns to copy its input.
+    _class_names.setdefault(EchoAttConfig.model_type, _model_class.__name__)
 
 __all__ = [
     "EchoAttForCausalLM",

@@ -1,7 +1,8 @@
 """What a run is made of. One description of every setting, for Python, the command line and `report.json`."""
 
 import json
-from dataclasses import MISSING, asdict, dataclass, field
+from collections.abc import Iterable
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from importlib.util import find_spec
 from typing import Any
 
@@ -28,11 +29,70 @@ STDLIB = "stdlib"
 DIVERGENCES = ("forward", "reverse", "jensen_shannon")
 """Names of the divergences of a student's predictions from its teacher's."""
 
+HIDDEN_DISTANCES = ("relative", "squared")
+"""Names of the distances of a student's hidden states from its teacher's."""
+
+HIDDEN_LAYERS = ("all", "blocks")
+"""Names of the layers whose hidden states are compared, where they are not listed."""
+
 
 def check_divergence(name: str) -> None:
     """Check the name of a divergence. Raises `ValueError` if it is none."""
-    if name not in DIVERGENCES:
-        raise ValueError(f"divergence is {name!r}; it must be one of {', '.join(map(repr, DIVERGENCES))}.")
+    _check_choice("divergence", name, DIVERGENCES)
+
+
+def check_hidden_distance(name: str) -> None:
+    """Check the name of a distance of hidden states. Raises `ValueError` if it is none."""
+    _check_choice("hidden_distance", name, HIDDEN_DISTANCES)
+
+
+def parse_layers(text: str) -> list[int] | None:
+    """
+    The layers that `hidden_layers` lists, such as `"3,7"`, `None` if it is a name of `HIDDEN_LAYERS`.
+
+    Raises:
+        `ValueError`: it is neither.
+    """
+    if text in HIDDEN_LAYERS:
+        return None
+    try:
+        layers = [int(part) for part in text.split(",")]
+    except ValueError:
+        layers = []
+    if not layers or min(layers) < 0:
+        raise ValueError(
+            f"hidden_layers is {text!r}; it must be 'all', 'blocks' (the last layer of each), or indices of layers such as 3,7."
+        )
+    return layers
+
+
+RECIPES = {
+    "default": {
+        "learning_rate": 1e-3,
+        "kl_weight": 1.0,
+        "divergence": "forward",
+        "hard_label_weight": 0.0,
+        "hidden_weight": 0.0,
+        "hidden_layers": "all",
+        "hidden_distance": "relative",
+        "warmup_steps": 20,
+        "stage2_steps": lambda settings: settings.steps // 6,
+    },
+    # The EchoAtt paper's, section 3.2 and table 6. Its 2048 tokens a row and 1024 rows a step are the user's to choose.
+    "paper": {
+        "learning_rate": 1e-4,
+        "stage2_learning_rate": lambda settings: settings.learning_rate,
+        "kl_weight": 0.25,
+        "divergence": "reverse",
+        "hard_label_weight": 0.5,
+        "hidden_weight": 0.25,
+        "hidden_layers": "blocks",
+        "hidden_distance": "squared",
+        "warmup_steps": 0.005,
+        "stage2_steps": lambda settings: settings.steps // 5,  # a quarter of stage 1
+    },
+}
+"""Named sets of defaults of [`DistillationSettings`]: values, or functions of the settings before them."""
 
 
 MAY_CHANGE_ON_RESUME = (
@@ -111,44 +171,84 @@ class PlanSettings:
     plan: str = setting(
         "effect",
         "'effect' (searched: what changes the predictions least), 'similarity' (the blocks whose attention is most "
-        "similar), 'blocks' (the paper's rule), source indices such as 0,1,1,1,4, or a .json file that `echoatt plan` "
-        "wrote.",
+        "similar), 'paper' (the layers most similar to all others, by the EchoAtt paper's rule; its printed lists for "
+        "TinyLlama-1.1B at 0.23, 0.41 and 0.77 and LLaMA-160m at 0.33), 'spread' (evenly spread blocks, nothing is "
+        "measured; also called 'blocks'), source indices such as 0,1,1,1,4, or a .json file that `echoatt plan` wrote.",
     )
-    ratio: float = setting(0.41, "Sharing ratio, echo layers / layers, for 'effect', 'similarity' and 'blocks'.")
+    ratio: float = setting(
+        0.41, "Sharing ratio, echo layers / layers, for all rules. With 'paper' and a block size it is not used."
+    )
     threshold: float | None = setting(
         None, "With 'similarity': least similarity of an echo to its source, in place of the ratio."
     )
     protected_layers: int = setting(
-        1, "Layers at either end that do not echo, for 'effect', 'similarity' and 'blocks'."
+        1, "Layers at either end that do not echo, for all rules but 'paper', which finds them itself."
     )
     block_size: int | None = setting(
-        None, "Most layers in a block, its source included, for 'effect' and 'similarity'; their number for 'blocks'."
+        None,
+        "Most layers in a block, its source included, for 'effect' and 'similarity'; their number for 'spread' and 'paper'.",
     )
     search_rows: int = setting(8, "With 'effect': rows on which a plan is measured.")
     search_width: int = setting(8, "With 'effect': candidates measured for each echo layer but the first.")
 
     def __post_init__(self):
         _check_at_least_one(self, "search_rows", "search_width")
+        if self.plan == "blocks":
+            object.__setattr__(self, "plan", "spread")
+
+
+def recipe_setting(name: str, text: str) -> Any:
+    """A field whose default is that of the recipe, which the help text tells."""
+    values = {recipe: known[name] for recipe, known in RECIPES.items() if not callable(known.get(name, len))}
+    told = ", ".join(f"{value} by {recipe!r}" for recipe, value in values.items())
+    return setting(None, f"{text} If not given, {told}." if told else text)
 
 
 @dataclass(frozen=True)
 class DistillationSettings:
-    """How to distil, see [`EchoAttTrainingArguments`]. Each field's `metadata["help"]` says what it is for."""
+    """
+    How to distil, see [`EchoAttTrainingArguments`]. Each field's `metadata["help"]` says what it is for. What is `None` is
+    filled in from the recipe.
+    """
 
-    steps: int = setting(300, "Steps of both stages: from the teacher, then on the text alone.")
-    stage2_steps: int | None = setting(None, "How many of the steps are stage 2; a sixth if not given.")
-    learning_rate: float = setting(1e-3, "Peak learning rate of stage 1; adapters need another than weights.")
-    stage2_learning_rate: float | None = setting(
-        None, "Peak learning rate of stage 2; a tenth of the learning rate if not given."
+    recipe: str = setting(
+        "default",
+        "Defaults of what is not given: 'default', or 'paper', that of the EchoAtt paper: hidden states at the end of each "
+        "block, KL(student || teacher) and the teacher's first choice, then a quarter as many steps on the text.",
     )
-    kl_weight: float = setting(1.0, "Weight of the divergence from the teacher's predictions in stage 1.")
-    divergence: str = setting(
-        "forward",
+    steps: int = setting(300, "Steps of both stages: from the teacher, then on the text alone.")
+    stage2_steps: int | None = recipe_setting(
+        "stage2_steps", "How many of the steps are stage 2; a sixth if not given, a fifth by 'paper'."
+    )
+    learning_rate: float | None = recipe_setting(
+        "learning_rate", "Peak learning rate of stage 1; adapters need another than weights."
+    )
+    stage2_learning_rate: float | None = recipe_setting(
+        "stage2_learning_rate",
+        "Peak learning rate of stage 2; a tenth of the learning rate if not given, all of it by 'paper'.",
+    )
+    kl_weight: float | None = recipe_setting(
+        "kl_weight", "Weight of the divergence from the teacher's predictions in stage 1."
+    )
+    divergence: str | None = recipe_setting(
+        "divergence",
         "Which divergence: 'forward' (KL(teacher || student)), 'reverse' (KL(student || teacher)) or 'jensen_shannon'.",
     )
     kl_temperature: float = setting(1.0, "Temperature of the divergence.")
-    ce_weight: float = setting(0.0, "Weight of the cross-entropy in stage 1.")
-    hidden_weight: float = setting(0.0, "Weight of the distance of hidden states in stage 1.")
+    hard_label_weight: float | None = recipe_setting(
+        "hard_label_weight", "Weight of the cross-entropy of the teacher's likeliest token in stage 1."
+    )
+    ce_weight: float = setting(0.0, "Weight of the cross-entropy of the text in stage 1.")
+    hidden_weight: float | None = recipe_setting(
+        "hidden_weight", "Weight of the distance of hidden states in stage 1."
+    )
+    hidden_layers: str | None = recipe_setting(
+        "hidden_layers", "Whose hidden states: 'all', 'blocks' (the last layer of each), or layers such as 3,7."
+    )
+    hidden_distance: str | None = recipe_setting(
+        "hidden_distance",
+        "Which distance: 'relative' (squared, over the teacher's squared length) or 'squared' (the mean over features).",
+    )
     attention_weight: float = setting(
         0.0, "Weight of the distance of the attention outputs of echo layers in stage 1."
     )
@@ -159,7 +259,9 @@ class DistillationSettings:
     )
     batch_size: int = setting(8, "Rows in a step, over all accumulation steps and processes.")
     accumulation_steps: int = setting(1, "Micro-batches in a step.")
-    warmup_steps: int = setting(20, "Steps in which the learning rate rises, in each stage.")
+    warmup_steps: float | None = recipe_setting(
+        "warmup_steps", "Steps in which the learning rate rises, in each stage; below 1, the share of its steps."
+    )
     weight_decay: float = setting(0.0, "Weight decay of AdamW.")
     save_steps: int = setting(200, "Steps between checkpoints.")
     eval_steps: int = setting(0, "Steps between evaluations of the loss on held-out rows; 0 for none on the way.")
@@ -175,12 +277,17 @@ class DistillationSettings:
 
     def __post_init__(self):
         _check_at_least_one(self, "steps", "batch_size", "accumulation_steps", "save_steps")
+        _check_choice("recipe", self.recipe, RECIPES)
+        for settings_field in fields(self):
+            name, value = settings_field.name, RECIPES[self.recipe].get(settings_field.name)
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value(self) if callable(value) else value)
         check_divergence(self.divergence)
+        check_hidden_distance(self.hidden_distance)
+        parse_layers(self.hidden_layers)
         for name in ("eval_steps", "lora_rank"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be 0 or more.")
-        if self.stage2_steps is None:
-            object.__setattr__(self, "stage2_steps", self.steps // 6)
         if not 0 <= self.stage2_steps <= self.steps:
             raise ValueError(f"stage2_steps is {self.stage2_steps}; it must be from 0 to steps, {self.steps}.")
         if self.use_liger_kernel and find_spec("liger_kernel") is None:
@@ -352,3 +459,8 @@ def _check_at_least_one(settings, *names: str) -> None:
     for name in names:
         if getattr(settings, name) < 1:
             raise ValueError(f"{name} is {getattr(settings, name)}; it must be at least 1.")
+
+
+def _check_choice(name: str, value: str, choices: Iterable[str]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(map(repr, choices))}.")

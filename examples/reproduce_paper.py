@@ -19,7 +19,7 @@ A small real model, with text and tasks in local files:
 
 Methods, at each ratio:
 
-- `none`: the paper's blocks of consecutive layers with copied weights, without any training;
+- `none`: evenly spread blocks of consecutive layers with copied weights, without any training;
 - `cross-entropy`: the same student, trained on the text alone;
 - `paper`: the same student, distilled in the paper's two stages, the second a sixth of the steps;
 - `ours untrained`, `ours`: plan searched by effect, heads aligned, output projections refitted; without training and with
@@ -60,7 +60,7 @@ from echoatt_hf.analysis.similarity import AttentionSimilarity, measure_on_rows
 from echoatt_hf.baselines.kv_sharing import share_keys_values
 from echoatt_hf.baselines.layer_dropping import check_same_model, choose_layers_to_drop, drop_layers
 from echoatt_hf.baselines.random_plans import draw_plan
-from echoatt_hf.conversion.refit import hold_out
+from echoatt_hf.conversion.tuning import hold_out
 from echoatt_hf.distillation.two_stages import train_two_stages
 from echoatt_hf.models.devices import default_device
 from echoatt_hf.models.loading import load_config, load_model, load_tokenizer
@@ -281,7 +281,7 @@ class Study:
         if not file.exists():
             similarity = measure_on_rows(self.teacher, self.calibration_rows, progress=True)
             self._claim(Path("analysis"))
-            write_whole(file, similarity.to_json())
+            similarity.save(file)
         return AttentionSimilarity.from_json(file)
 
     def check(self, runs: Iterable[Run]) -> None:

@@ -5,14 +5,16 @@ import re
 import shlex
 
 import pytest
-from conftest import make_teacher, plan_of
+from conftest import make_teacher, plan_of, write_workplace
 from huggingface_hub import ModelCard
 
 from echoatt_hf import CompressionSettings, DistillationSettings, EchoAttForCausalLM, PlanSettings, convert
 from echoatt_hf.benchmark.report import format_benchmark, write_benchmark
 from echoatt_hf.benchmark.speed import run_benchmark
 from echoatt_hf.cli import app as cli
+from echoatt_hf.conversion.convert import ConversionReport
 from echoatt_hf.publishing.card import TEMPLATE, find_gaps, has_own_text, make_card
+from echoatt_hf.publishing.metadata import LICENSES, find_metadata_faults
 from echoatt_hf.settings import BenchmarkSettings, CalibrationSettings, DataSettings
 
 
@@ -96,6 +98,122 @@ def test_what_was_inherited_and_dropped_is_said_of_a_converted_student(folder):
     write(folder, "conversion.json", report.to_dict())
     card = make_card(folder)
     assert str(report) in card and "q_proj" in card and f"{student.num_parameters():,}" in card
+
+
+CONVERSION = {
+    "echo_sources": [0, 1, 1, 1, 4, 5],
+    "copied": ["a"],
+    "cut": [],
+    "dropped": ["b.weight"],
+    "teacher_parameters": 20,
+    "student_parameters": 10,
+    "teacher_kv_bytes_per_token": 8,
+    "student_kv_bytes_per_token": 4,
+    "kl": {"copied": 0.5, "aligned": 0.25},
+    "aligned": {"2": [0, 1]},
+    "refitted": {},
+    "teacher": {"name": "org/first", "repository": "org/first", "revision": "b" * 40},
+}
+
+
+@pytest.mark.parametrize("place", ["report.json", "conversion.json"])
+def test_base_model_is_what_the_student_was_converted_from(folder, place):
+    if place == "report.json":
+        write(folder, "report.json", report_of(conversion=CONVERSION))
+    else:
+        write(folder, "report.json", report_of())
+        write(folder, "conversion.json", CONVERSION)
+    card = make_card(folder)
+    assert ModelCard(card).data.base_model == "org/first"
+    assert f"made from\n[org/first](https://huggingface.co/org/first), revision `{'b' * 40}`, by" in card
+    assert "Its teacher in distillation was another model, [org/teacher](https://huggingface.co/org/teacher)" in card
+    assert "0.5000 → 0.2500 heads aligned" in card and "The heads of echo layers were aligned" in card
+    write(folder, "report.json", report_of(conversion=CONVERSION, teacher=CONVERSION["teacher"]))
+    assert "another model" not in make_card(folder)
+    assert ModelCard(make_card(folder, base_model="org/given")).data.base_model == "org/given"
+
+
+def test_a_revision_that_is_not_known_is_not_named(folder):
+    write(folder, "report.json", {"teacher": {"name": "org/teacher", "repository": "org/teacher"}})
+    card = make_card(folder)
+    assert "(https://huggingface.co/org/teacher) by `echoatt_hf`." in card and "revision ``" not in card
+
+
+def test_one_name_is_a_list_of_one(folder):
+    data = ModelCard(make_card(folder, datasets="org/rows", tags="mine")).data
+    assert data.datasets == ["org/rows"] and data.tags[-1] == "mine"
+
+
+def test_command_convert_writes_a_card(tmp_path):
+    from typer.testing import CliRunner
+
+    output = tmp_path / "student"
+    plan = ",".join(map(str, [*range(10), 9, 11]))
+    command = ["convert", "builtin", "--plan", plan, "--no-align", "--no-refit", "--output", str(output)]
+    assert CliRunner().invoke(cli.app, command).exit_code == 0
+    card, data = (output / "README.md").read_text(), ModelCard.load(output / "README.md").data
+    assert data.license == "apache-2.0" and find_gaps(card) == []
+    assert "made from the built-in teacher of echoatt_hf" in card and 'name = "student"' in card
+    assert "was not trained" in card and json.loads((output / "conversion.json").read_text())["teacher"]["license"]
+
+
+def test_what_conversion_measured_outlives_a_separate_distill(tmp_path):
+    from typer.testing import CliRunner
+
+    tokenizer = write_workplace(tmp_path, [f"Some words, number {number}. " * 20 for number in range(20)])
+    for name in ("teacher", "other"):
+        make_teacher(num_hidden_layers=4, vocab_size=300).save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+    teacher, other, student, output = (str(tmp_path / name) for name in ("teacher", "other", "student", "output"))
+    data = ["--data", str(tmp_path / "text"), "--row-length", "16"]
+    plan = ["--plan", "0,1,1,3", "--no-align", "--calibration-rows", "8"]
+    steps = [
+        "--steps",
+        "1",
+        "--stage2-steps",
+        "0",
+        "--warmup-steps",
+        "0",
+        "--batch-size",
+        "2",
+        "--evaluation-rows",
+        "2",
+    ]
+    for command in (
+        ["convert", teacher, *plan, *data, "--output", student],
+        ["distill", student, "--teacher", other, *data, *steps, "--output", output],
+    ):
+        ran = CliRunner().invoke(cli.app, command)
+        assert ran.exit_code == 0, ran.output
+    measured = json.loads((tmp_path / "student" / "conversion.json").read_text())
+    assert {*measured["kl"]} == {"copied", "refitted"} and measured["teacher"] == {"name": "teacher"}
+    assert json.loads((tmp_path / "output" / "report.json").read_text())["conversion"] == measured
+    card = (tmp_path / "output" / "README.md").read_text()
+    assert str(ConversionReport(**measured)) in card and "It was made from teacher by" in card
+    assert "Its teacher in distillation was another model, other." in card
+
+
+# Metadata
+
+
+@pytest.mark.parametrize(
+    ("data", "faulty"),
+    [
+        ({"license": "apache-2.0", "language": ["en", "code"], "datasets": ["squad", "org/rows"], "tags": ["x"]}, []),
+        ({"license": ["mit", "llama3.3"], "base_model": ["org/a", "gpt2"]}, []),
+        ({"license": "Apache-2.0"}, ["Apache-2.0"]),
+        ({"license": ["mit", "gpl-3.0-or-later"]}, ["gpl-3.0-or-later"]),
+        ({"license": {"name": "mit"}}, ["{'name': 'mit'}"]),
+        ({"language": ["en-US"], "datasets": ["a/b/c", 3], "tags": [None]}, ["en-US", "a/b/c", "3", "None"]),
+        ({"base_model": "../teacher"}, ["../teacher"]),
+    ],
+)
+def test_metadata_that_the_hub_refuses(data, faulty):
+    assert [value for value, _ in find_metadata_faults(data)] == faulty
+
+
+def test_names_of_licences_are_whole():
+    assert len(LICENSES) == 83 and {"apache-2.0", "openrail++", "llama3.1", "gemma", "other"} <= LICENSES
 
 
 def test_zero_shot_results_come_with_their_standard_errors(folder):
@@ -195,6 +313,7 @@ def test_a_card_without_marks_keeps_its_text(folder):
 def test_gaps_are_found(folder, text):
     assert find_gaps(make_card(folder).replace("## Limits", f"{text}\n\n## Limits")) != []
     assert find_gaps("```python\nf(x=None)  # {{}}\n```\n\nNone of this is a gap, and none was left.") == []
+    assert find_gaps(f"```python\nf(x=None)\n```\n\n{text}")[0][0] == 5
 
 
 def test_sections_of_the_template_have_two_marks_each():
@@ -214,8 +333,9 @@ def test_sections_of_the_template_have_two_marks_each():
             calibration=CalibrationSettings(refit=False),
             distillation=DistillationSettings(steps=50, stage2_steps=0, learning_rate=1e-4, seed=3),
         ),
+        CompressionSettings(distillation=DistillationSettings(recipe="paper", hidden_weight=0.0)),
     ],
-    ids=["defaults", "others"],
+    ids=["defaults", "others", "recipe"],
 )
 def test_the_command_in_the_card_makes_the_same_run(folder, settings, monkeypatch):
     from typer.testing import CliRunner
@@ -227,3 +347,5 @@ def test_the_command_in_the_card_makes_the_same_run(folder, settings, monkeypatc
     CliRunner().invoke(cli.app, shlex.split(command))
     assert seen == [settings]
     assert (command == "compress builtin --output student") == (settings == CompressionSettings())
+    if settings.distillation.recipe == "paper":
+        assert command == "compress builtin --recipe paper --hidden-weight 0.0 --output student"

@@ -1,4 +1,5 @@
 import copy
+import dataclasses
 import json
 import pickle
 
@@ -108,6 +109,24 @@ def test_one_layer_type_may_be_shared_across_another():
 # Delegation to text_config
 
 
+def test_without_arguments_it_is_that_of_a_llama(tmp_path):
+    config = EchoAttConfig()
+    assert fields(config.text_config) == fields(LlamaConfig())
+    assert config.echo_layers == []
+    assert fields(EchoAttConfig.from_dict(config.to_dict())) == fields(config)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_tools_see_whether_embeddings_are_tied(tied, tmp_path):
+    """PEFT reads it from the dictionary."""
+    config = make_echo_config(text_config=make_config("llama", num_hidden_layers=5, tie_word_embeddings=tied))
+    assert config.to_dict()["tie_word_embeddings"] is tied
+    config.save_pretrained(tmp_path)
+    assert AutoConfig.from_pretrained(tmp_path).text_config.tie_word_embeddings is tied
+    with pytest.raises(ValueError, match="no field 'tie_word_embeddings': it belongs to the base family"):
+        EchoAttConfig(**(config.to_dict() | {"tie_word_embeddings": not tied}))
+
+
 def test_reads_what_it_does_not_have_from_text_config():
     config = make_echo_config()
     assert config.hidden_size == config.text_config.hidden_size == 32
@@ -134,6 +153,39 @@ def test_own_fields_stay_its_own():
     assert config.text_config.problem_type is None
     assert config.text_config.architectures is None
     assert config.model_type == "echoatt"
+
+
+# What transformers writes into configurations without declaring it, too.
+UNDECLARED = ["auto_map", "custom_pipelines", "quantization_config"]
+
+
+@pytest.mark.parametrize("name", [*(field.name for field in dataclasses.fields(PreTrainedConfig)), *UNDECLARED])
+def test_what_every_configuration_has_is_not_handed_down(name):
+    """Nor taken from the family's: each of the two configurations has its own."""
+    config = make_echo_config()
+    of_family, own = object(), object()
+    config.text_config.__dict__[name] = of_family
+    assert getattr(config, name, None) is not of_family
+    setattr(config, name, own)
+    assert getattr(config, name) is own
+    assert config.text_config.__dict__[name] is of_family
+
+
+def test_field_that_nobody_declares_on_both_levels(tmp_path):
+    config = make_echo_config()
+    config.revision_of_data, config.text_config.revision_of_data = "a", "b"
+    config.save_pretrained(tmp_path)
+    loaded = AutoConfig.from_pretrained(tmp_path)
+    assert (loaded.revision_of_data, loaded.text_config.revision_of_data) == ("a", "b")
+
+
+@pytest.mark.parametrize("name", ["attn_implementation", "experts_implementation"])
+@pytest.mark.parametrize("how", ["as a whole", "by part"])
+def test_implementations_are_handed_down(name, how, tmp_path):
+    value = "eager" if how == "as a whole" else {"text_config": "eager"}
+    make_echo_config().save_pretrained(tmp_path)
+    for config in (make_echo_config(**{name: value}), AutoConfig.from_pretrained(tmp_path, **{name: value})):
+        assert getattr(config.text_config, f"_{name}") == "eager"
 
 
 def test_unknown_attribute_raises():
@@ -267,7 +319,6 @@ def test_common_fields_are_allowed_at_top_level(name, value):
 @pytest.mark.parametrize(
     ("text_config", "message"),
     [
-        (None, "text_config is None; give the configuration of the base model"),
         ("llama", "text_config is 'llama'; give the configuration of the base model"),
         ({"hidden_size": 32}, "text_config has no 'model_type': name the base family"),
         ({"model_type": "no-such-family"}, "no-such-family"),
@@ -277,7 +328,7 @@ def test_common_fields_are_allowed_at_top_level(name, value):
         (make_echo_config(), "text_config is an EchoAttConfig"),
         (make_echo_config().to_dict(), "text_config is an EchoAttConfig"),
     ],
-    ids=["missing", "string", "no-model-type", "unknown-model-type", "t5", "vit", "bert", "nested", "nested-dict"],
+    ids=["string", "no-model-type", "unknown-model-type", "t5", "vit", "bert", "nested", "nested-dict"],
 )
 def test_bad_text_config(text_config, message):
     with pytest.raises(ValueError, match=message):

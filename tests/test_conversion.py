@@ -5,7 +5,9 @@ import json
 
 import pytest
 import torch
-from conftest import make_batch, make_teacher, plan_of
+from accelerate import cpu_offload
+from conftest import FP32_TOLERANCE, make_batch, make_teacher, plan_of
+from peft import LoraConfig, get_peft_model
 from transformers import (
     AutoModelForCausalLM,
     DynamicCache,
@@ -16,6 +18,7 @@ from transformers import (
     StaticCache,
 )
 from transformers.cache_utils import QuantoQuantizedLayer
+from transformers.models.llama import modeling_llama
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaPreTrainedModel
 
 from echoatt_hf import (
@@ -221,10 +224,166 @@ def test_teacher_on_the_meta_device():
     assert len(report.dropped) == 18
 
 
-def test_teacher_spread_over_devices_is_refused(tiny_teacher):
-    tiny_teacher.hf_device_map = {"model.layers.0": "cpu", "": "disk"}
-    with pytest.raises(ValueError, match=r"spread over several devices \(cpu, disk\): load it on one"):
-        convert(tiny_teacher, [0, 1, 1, 1, 4])
+def test_teacher_spread_over_devices(tiny_teacher, monkeypatch):
+    """Each weight stays on its device. The meta device stands for a second one, on which accelerate cannot run a model."""
+    maps = []
+    monkeypatch.setattr(
+        "echoatt_hf.conversion.student.dispatch_model", lambda model, devices, **options: maps.append(devices)
+    )
+    devices = {f"model.layers.{layer}": "cpu" if layer < 3 else "meta" for layer in range(5)}
+    devices |= {"model.embed_tokens": "cpu", "model.rotary_emb": "cpu", "model.norm": "meta", "lm_head": "meta"}
+    tiny_teacher.model.layers[3:].to("meta")
+    tiny_teacher.model.norm.to("meta")
+    tiny_teacher.lm_head = torch.nn.Linear(32, 97, bias=False, device="meta")
+    tiny_teacher.hf_device_map = devices
+    student, _ = convert(tiny_teacher, [0, 1, 1, 1, 4])
+    assert maps == [{f"language_model.{name}": device for name, device in devices.items()}]
+    expected = {name: value.device for name, value in tiny_teacher.named_parameters()}
+    for name, value in student.language_model.named_parameters():
+        assert value.device == expected[name], name
+
+
+# What is assumed of the teacher
+
+
+def untie(model):
+    """As adapters of the head leave it that were merged."""
+    head = model.get_output_embeddings()
+    head.weight = torch.nn.Parameter(head.weight.detach() + torch.randn_like(head.weight))
+
+
+@pytest.mark.parametrize("family", ["llama", "phi", "gpt2", "gpt_neox"])
+def test_embeddings_that_are_not_tied_as_the_configuration_says(family, tmp_path):
+    teacher = make_teacher(family, tie_word_embeddings=True)
+    untie(teacher)
+    batch = make_batch()
+    student, _ = convert(teacher, range(6))
+    student.save_pretrained(tmp_path)
+    for model in (student, AutoModelForCausalLM.from_pretrained(tmp_path)):
+        torch.testing.assert_close(model(**batch).logits, teacher(**batch).logits, **FP32_TOLERANCE)
+        assert model.config.tie_word_embeddings is False
+    assert teacher.config.tie_word_embeddings is True
+
+
+def test_embeddings_that_were_tied_by_hand(tmp_path):
+    teacher = make_teacher("llama", tie_word_embeddings=False)
+    teacher.lm_head.weight = teacher.model.embed_tokens.weight
+    student, report = convert(teacher, range(6))
+    assert report.student_parameters == report.teacher_parameters == student.num_parameters()
+    student.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert loaded.get_output_embeddings().weight is loaded.get_input_embeddings().weight
+    batch = make_batch()
+    torch.testing.assert_close(loaded(**batch).logits, teacher(**batch).logits, **FP32_TOLERANCE)
+
+
+def test_teacher_with_code_of_its_own_is_refused():
+    """What neither its family nor its weights say is seen in its logits."""
+    teacher = make_teacher("llama")
+    teacher.model.layers[0].mlp.register_forward_hook(lambda module, args, output: output * 1.5)
+    with pytest.raises(ValueError, match=r"a student without echo layers has other logits, by \d+\.\d%"):
+        convert(teacher, plan_of("llama"))
+
+
+def capped_eager_attention(module, query, key, value, attention_mask, scaling, **kwargs):
+    """Eager attention with a cap of scores that the call does not show."""
+    repeats = query.shape[1] // key.shape[1]
+    key, value = (states.repeat_interleave(repeats, 1) for states in (key, value))
+    scores = 0.1 * torch.tanh(query @ key.transpose(2, 3) * scaling / 0.1)
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    weights = scores.softmax(-1)
+    return (weights @ value).transpose(1, 2).contiguous(), weights
+
+
+def test_family_whose_decoding_is_more_than_weights_is_refused(monkeypatch):
+    monkeypatch.setattr(modeling_llama, "eager_attention_forward", capped_eager_attention)
+    with pytest.raises(ValueError, match=r"'llama' yet: .* a token by weights, differs from layer \d by"):
+        convert(make_teacher("llama", "eager"), plan_of("llama"))
+
+
+def test_family_whose_eager_weights_are_not_all_is_refused(monkeypatch):
+    def attend(*args, **kwargs):
+        output, weights = capped_eager_attention(*args, **kwargs)
+        return output, weights.square()
+
+    monkeypatch.setattr(modeling_llama, "eager_attention_forward", attend)
+    with pytest.raises(ValueError, match=r"'llama' yet: .* a prompt by weights, differs from layer \d by"):
+        convert(make_teacher("llama", "eager"), plan_of("llama"))
+
+
+def test_code_of_the_repository_of_a_teacher(tmp_path):
+    """As of Phi-3 on the Hub: the student has its own code, not that of its teacher."""
+    teacher = make_teacher("llama")
+    teacher.config.auto_map = {"AutoModelForCausalLM": "modeling_teacher.TeacherForCausalLM"}
+    student, _ = convert(teacher, plan_of("llama"))
+    student.save_pretrained(tmp_path)
+    content = json.loads((tmp_path / "config.json").read_text())
+    assert content["auto_map"]["AutoModelForCausalLM"] == "modeling_echoatt.EchoAttForCausalLM"
+    assert "auto_map" not in content["text_config"]
+    assert teacher.config.auto_map == {"AutoModelForCausalLM": "modeling_teacher.TeacherForCausalLM"}
+
+
+def test_logits_of_minus_infinity():
+    """A head that suppresses the padding of the vocabulary."""
+    teacher = make_teacher("phi")
+    with torch.no_grad():
+        teacher.lm_head.bias[-8:] = -torch.inf
+    student, _ = convert(teacher, range(6))
+    batch = make_batch()
+    torch.testing.assert_close(student(**batch).logits, teacher(**batch).logits, **FP32_TOLERANCE)
+
+
+def with_nan(teacher):
+    with torch.no_grad():
+        teacher.model.layers[2].mlp.up_proj.weight[3, 4] = torch.nan
+    return teacher
+
+
+def with_adapters(teacher):
+    teacher.add_adapter(LoraConfig(target_modules=["q_proj"]))
+    return teacher
+
+
+def in_integers(teacher):
+    weight = teacher.model.layers[0].mlp.up_proj.weight
+    teacher.model.layers[0].mlp.up_proj.weight = torch.nn.Parameter(weight.to(torch.int8), requires_grad=False)
+    return teacher
+
+
+class QuantizedTensor(torch.Tensor):
+    """As torchao's and quanto's, a tensor of another class."""
+
+
+def in_another_class(teacher):
+    for layer in teacher.model.layers:
+        layer.mlp.up_proj.weight = torch.nn.Parameter(layer.mlp.up_proj.weight.data.as_subclass(QuantizedTensor))
+    return teacher
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (with_nan, r"weights that are NaN, in 'model\.layers\.2\.mlp\.up_proj\.weight'"),
+        (with_adapters, "has adapters in it: merge them"),
+        (
+            lambda teacher: get_peft_model(teacher, LoraConfig()),
+            r"is a PeftModel: give `teacher\.merge_and_unload\(\)`",
+        ),
+        (torch.compile, r"is a OptimizedModule: .*here `teacher\._orig_mod`"),
+        (torch.nn.DataParallel, r"is a DataParallel: .*here `teacher\.module`"),
+        (lambda teacher: (teacher, None), "is a tuple: give a causal language model"),
+        (lambda teacher: cpu_offload(teacher, "cpu"), "weights of the teacher are offloaded"),
+        (in_integers, r"is quantized \(model\.layers\.0\.mlp\.up_proj\.weight is a Tensor of torch\.int8\)"),
+        (in_another_class, r"is quantized \(model\.layers\.0\.mlp\.up_proj\.weight is a QuantizedTensor"),
+    ],
+    ids=["nan", "adapters", "peft", "compiled", "wrapped", "tuple", "offloaded", "int8", "torchao"],
+)
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # peft asks for it
+def test_teacher_that_is_no_plain_model_is_refused(tiny_teacher, change, message):
+    with pytest.raises((ValueError, TypeError), match=message) as error:
+        convert(change(tiny_teacher), [0, 1, 1, 1, 4])
+    assert "\n" not in str(error.value)
 
 
 def test_plan_without_echoes_drops_nothing(tiny_teacher):

@@ -1131,5 +1131,5 @@ def test_weights_that_are_no_numbers_are_named(lively_teacher, lively_student, t
     layer = (lively_teacher if role == "teacher" else lively_student.language_model).model.layers[2]
     with torch.no_grad():
         layer.mlp.up_proj.weight[3, 3] = math.nan
-    with pytest.raises(ValueError, match=rf"{role} has weights that are NaN, the first in '.*layers.2.mlp.up_proj"):
+    with pytest.raises(ValueError, match=rf"{role} has weights that are NaN, in '.*layers.2.mlp.up_proj"):
         make_trainer(lively_student, lively_teacher, tmp_path)

@@ -10,6 +10,7 @@ import sys
 import textwrap
 from pathlib import Path
 
+import peft
 import pytest
 import torch
 import transformers
@@ -17,6 +18,8 @@ from accelerate import dispatch_model, infer_auto_device_map
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from conftest import FP32_TOLERANCE, make_batch, make_config, make_teacher, plan_of, process_environment
 from families import DIVERSE
+from peft import LoraConfig, get_peft_model
+from peft.utils.other import _get_module_names_tied_with_embedding
 from torch import nn
 from torch._dynamo.utils import counters
 from transformers import (
@@ -35,6 +38,8 @@ from transformers import (
     QuantoConfig,
     StaticCache,
     TorchAoConfig,
+    Trainer,
+    TrainingArguments,
     convert_and_export_with_cache,
 )
 from transformers.cache_utils import Cache, QuantizedLayer
@@ -50,7 +55,10 @@ from echoatt_hf.modeling_echoatt import AttentionRecord, EchoRecords
 
 
 # torch's own, under torch.compile
-pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning"),  # peft asks for it
+]
 
 HEADS = {
     EchoAttModel: AutoModel,
@@ -791,3 +799,120 @@ def test_drafts_of_a_real_student_are_accepted(stories260k):
             counts += torch.tensor(count)
         rates.append(float(counts[1] / counts[0]))
     assert 0.2 < rates[0] < rates[1] < 0.9
+
+
+# What goes by the name of a class or a type of model
+
+
+@pytest.mark.parametrize("wrapped", [False, True], ids=["", "adapters"])
+def test_smoothed_labels_are_shifted(wrapped, tmp_path):
+    """The plain Trainer shifts them for the classes it knows: a student trained without learned to copy its input."""
+    student, batch = make_student("llama", **SMALL, plan=SMALL_PLAN), make_batch(2, 8)
+    model = get_peft_model(student, LoraConfig()) if wrapped else student
+    options = {"label_smoothing_factor": 0.1, "report_to": "none", "use_cpu": True, "disable_tqdm": True}
+    trainer = Trainer(model=model, args=TrainingArguments(str(tmp_path), **options))
+    model.eval()
+    inputs = {**batch, "labels": batch["input_ids"]}
+    with torch.no_grad():
+        loss = trainer.compute_loss(trainer.model, dict(inputs)).item()
+        logits = student(**batch).logits[:, :-1].flatten(0, 1)
+    expected = nn.functional.cross_entropy(logits, batch["input_ids"][:, 1:].flatten(), label_smoothing=0.1)
+    assert loss == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_code_of_a_checkpoint_makes_its_classes_known_too():
+    """Where the plugin is not installed it is the exported file that enters them."""
+    code = Path(sys.modules[EchoAttForCausalLM.__module__].__file__).read_text()
+    assert "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES" in code and "registration" not in code
+    for model_class, auto_class in HEADS.items():
+        assert model_class.__name__ in auto_class._model_mapping._model_mapping.values()
+
+
+def test_every_method_of_peft_knows_what_to_adapt():
+    tables = [
+        table
+        for name, table in vars(peft.utils.constants).items()
+        if name.startswith("TRANSFORMERS_MODELS_TO_") and name.endswith("_MODULES_MAPPING")
+    ]
+    assert len(tables) > 20
+    assert all(table["echoatt"] for table in tables)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox", "phi"])
+@pytest.mark.parametrize("method", ["LoraConfig", "IA3Config", "LNTuningConfig", "VeraConfig", "HiraConfig"])
+def test_methods_of_peft_adapt_every_layer(family, method):
+    student = make_student(family)
+    model = get_peft_model(student, getattr(peft, method)(task_type="CAUSAL_LM"))
+    layers = {int(found[1]) for name, value in model.named_parameters() if value.requires_grad
+              and (found := re.search(r"\.(?:h|layers)\.(\d+)\.", name))}  # fmt: skip
+    # VeRA has its large matrices once, of the shapes of one family's projections.
+    assert layers == set(range(student.config.num_hidden_layers))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_peft_sees_whether_embeddings_are_tied(tied):
+    """Trainable tokens of tied embeddings are merged into both."""
+    student, batch = make_student("llama", tie_word_embeddings=tied), make_batch(2, 8)
+    assert _get_module_names_tied_with_embedding(student) == (["language_model.lm_head"] if tied else [])
+    model = get_peft_model(student, LoraConfig(target_modules=["v_proj"], trainable_token_indices=[5, 6, 7]))
+    with torch.no_grad():
+        for name, value in model.named_parameters():
+            if "trainable_tokens" in name:
+                value.add_(torch.randn_like(value))
+        expected = model(**batch).logits
+        merged = model.merge_and_unload()
+        assert (merged.get_output_embeddings().weight is merged.get_input_embeddings().weight) is tied
+        torch.testing.assert_close(merged(**batch).logits, expected, **FP32_TOLERANCE)
+
+
+def test_tied_adapters_of_embeddings_are_kept_tied():
+    model = get_peft_model(
+        make_student("llama", tie_word_embeddings=True),
+        LoraConfig(target_modules=["v_proj"], modules_to_save=["embed_tokens"], ensure_weight_tying=True),
+    )
+    assert model.base_model.model.lm_head.weight is model.get_input_embeddings().weight
+
+
+@pytest.mark.parametrize("family", DIVERSE)
+def test_generation_from_embeddings(family):
+    student, batch = make_student(family), make_batch(2, 7)
+    options = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False}
+    embeddings = student.get_input_embeddings()(batch["input_ids"])
+    found = student.generate(inputs_embeds=embeddings, attention_mask=batch["attention_mask"], **options)
+    assert torch.equal(found, student.generate(**batch, **options)[:, 7:])
+
+
+def test_types_of_tokens():
+    """Families that have them get them, others, whose tokenizers may still make them, do not."""
+    batch = make_batch(2, 7)
+    batch["token_type_ids"] = torch.full_like(batch["input_ids"], 9)
+    teacher = make_teacher("gpt2")
+    student = EchoAttForCausalLM.from_teacher(teacher, range(6))
+    torch.testing.assert_close(student(**batch).logits, teacher(**batch).logits, **FP32_TOLERANCE)
+    options = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
+    assert torch.equal(student.generate(**batch, **options), teacher.generate(**batch, **options))
+    llama = make_student("llama")
+    assert torch.equal(llama(**batch).logits, llama(batch["input_ids"], batch["attention_mask"]).logits)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt_neox"])
+def test_head_under_the_name_that_trainers_look_for(family):
+    student = make_student(family, tie_word_embeddings=False)
+    names = [name for name, _ in student.named_parameters()]
+    assert student.lm_head is student.get_output_embeddings()
+    head = copy.deepcopy(student.lm_head).double()
+    student.lm_head = head
+    assert student.language_model.get_output_embeddings() is student.lm_head is head
+    assert [name for name, _ in student.named_parameters()] == names
+
+
+@pytest.mark.parametrize("implementation", ["eager", "grouped_mm", "batched_mm"])
+def test_implementation_of_experts(implementation, tmp_path):
+    student = saved_student(tmp_path, "mixtral")
+    batch = make_batch(2, 7)
+    expected = student(**batch).logits
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, experts_implementation=implementation)
+    student.set_experts_implementation(implementation)
+    for model in (loaded, student):
+        assert model.config.text_config._experts_implementation == implementation
+        torch.testing.assert_close(model(**batch).logits, expected, **FP32_TOLERANCE)

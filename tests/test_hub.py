@@ -3,6 +3,7 @@
 import importlib
 import json
 import os
+import pickle
 import shutil
 import signal
 import subprocess
@@ -13,15 +14,16 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import FP32_TOLERANCE, make_teacher, process_environment, train_byte_level_bpe
-from hub_server import TOKEN, USER
+from hub_server import TOKEN, USER, HubError
 from huggingface_hub import HfApi, ModelCard, constants
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import echoatt_hf
-from echoatt_hf import DataSettings, builtin_teacher_path, convert, push_student
+from echoatt_hf import DataSettings, builtin_teacher_path, convert, load_model, load_tokenizer, push_student
 from echoatt_hf.cli import app as cli
-from echoatt_hf.outputs.provenance import describe_data, describe_teacher
+from echoatt_hf.models.loading import load_config
+from echoatt_hf.outputs.provenance import describe_conversion, describe_data, describe_teacher
 from echoatt_hf.publishing import push as publishing
 from echoatt_hf.publishing.callbacks import CODE_FILES
 from echoatt_hf.publishing.card import find_gaps, write_model_card
@@ -150,6 +152,7 @@ def load_in_clean_process(hub, home, revision="main", token=TOKEN, repository=RE
 def test_pushed_student_loads_where_the_plugin_is_not(online, folder, run, logits, tmp_path):
     (folder / "training_args.bin").write_bytes(b"a pickle")
     (folder / "checkpoint-5").mkdir()
+    (folder / "checkpoint-5" / "model.safetensors").write_bytes(b"weights")
     pushed = run(folder, REPOSITORY, "--private", "--license", "mit", "--commit-message", "My student")
     assert pushed.exit_code == 0, pushed.stderr
     assert "left out: checkpoint-5/, training_args.bin" in pushed.stdout
@@ -185,7 +188,8 @@ def test_card_on_the_hub_names_the_repository_and_the_licence(online, folder, qu
 def test_dry_run_lists_what_would_be_sent_and_sends_nothing(online, folder, run, quick):
     listed = run(folder, REPOSITORY, "--license", "mit", "--dry-run")
     assert listed.exit_code == 0, listed.stderr
-    assert online.repositories == {} and not any(line.startswith(("PUT", "POST")) for line in online.requests)
+    assert online.repositories == {}
+    assert [line for line in online.requests if line.startswith(("PUT", "POST"))] == ["POST /api/validate-yaml"]
     rows = [line.split() for line in listed.stdout.splitlines()[:-1]]
     published = push_student(folder, REPOSITORY, license="mit")
     sent = {name: file for name, file in files_of(online).items() if name != ".gitattributes"}
@@ -193,6 +197,52 @@ def test_dry_run_lists_what_would_be_sent_and_sends_nothing(online, folder, run,
     for name, size, sha256 in rows:
         assert int(size.replace(",", "")) == len(sent[name].content) == published.files[name][0]
         assert sent[name].sha256.startswith(sha256) and len(sha256) == 12
+
+
+SENT = [
+    "LICENSE",
+    "NOTICE",
+    "USE_POLICY.md",
+    "tekken.json",
+    "additional_chat_templates/tool_use.jinja",
+    "figures/a.txt",
+]
+LEFT_OUT = {
+    **dict.fromkeys(("training_args.bin", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json")),
+    **dict.fromkeys(
+        ("run.log", "rows.jsonl", "rows.jsonl.gz", ".env", "id_rsa", "figures/.DS_Store", "figures/a.pkl")
+    ),
+    **{
+        "checkpoint-5/model.safetensors": "checkpoint-5/",
+        "runs/x/events.out.tfevents.1": "runs/",
+        ".git/config": ".git/",
+    },
+}
+
+
+def test_everything_is_sent_but_what_is_named(online, folder, quick):
+    for name in [*SENT, *LEFT_OUT]:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("text")
+    for name in ("tokenizer.model", "spiece.model", "tokenizer.model.v3"):  # of sentencepiece, which are no texts
+        (folder / name).write_bytes(b"\n\x0e\n\x05<unk>\x15\xff")
+    published = push_student(folder, REPOSITORY, license="mit")
+    sent = {*SENT, "tokenizer.model", "spiece.model", "tokenizer.model.v3"}
+    assert {*files_of(online)} == {*published.files, ".gitattributes"} == WHOLE | sent | {".gitattributes"}
+    assert sorted(published.left_out) == sorted(shown or name for name, shown in LEFT_OUT.items())
+
+
+def test_weights_of_before_are_deleted_wherever_they_were(online, folder, quick):
+    push_student(folder, REPOSITORY, license="mit")
+    repository = online.repositories[REPOSITORY]
+    files = dict(repository.find("main").files)
+    kind = type(files["README.md"])
+    old = ["pytorch_model.bin", "model.safetensors.index.json", "old/model.safetensors"]
+    repository.commit("main", "older", files | {name: kind(b"old", True) for name in [*old, "notes.txt"]})
+    before = len(repository.history())
+    push_student(folder, REPOSITORY)
+    assert {*files_of(online)} == WHOLE | {".gitattributes", "notes.txt"}
+    assert len(repository.history()) == before + 1  # one commit
 
 
 def test_branch_and_pull_request(online, folder, quick):
@@ -244,24 +294,129 @@ def test_licence_and_language_of_the_teacher(online, folder, quick):
     assert (data.license, data.language, data.base_model) == ("apache-2.0", "de", f"{USER}/teacher")
 
 
-def test_teacher_is_named_with_its_repository_and_commit(online, tmp_path):
+@pytest.fixture
+def teacher_on_hub(online, saved, tmp_path):
+    """A repository with a teacher of two commits: the first one is the branch `old`."""
     api = HfApi(endpoint=online.url, token=TOKEN)
-    api.create_repo(f"{USER}/teacher")
-    make_teacher().save_pretrained(tmp_path / "local")
-    made = api.upload_folder(repo_id=f"{USER}/teacher", folder_path=tmp_path / "local")
-    api.hf_hub_download(f"{USER}/teacher", "config.json")
+    api.create_repo(f"{USER}/teacher", private=True)
+    for layers in (2, 5):
+        local = tmp_path / f"teacher-{layers}"
+        make_teacher(num_hidden_layers=layers, vocab_size=300).save_pretrained(local)
+        for file in saved.glob("tokenizer*"):
+            shutil.copy(file, local)
+        api.upload_folder(repo_id=f"{USER}/teacher", folder_path=local)
+        if layers == 2:
+            api.create_branch(f"{USER}/teacher", branch="old")
+    return f"{USER}/teacher"
+
+
+def test_teacher_is_named_with_its_repository_and_commit(online, teacher_on_hub, tmp_path):
+    repository = online.repositories[teacher_on_hub]
+    for name, revision in ((teacher_on_hub, "main"), (f"{teacher_on_hub}@old", "old")):
+        expected = {"name": teacher_on_hub, "repository": teacher_on_hub, "revision": repository.find(revision).oid}
+        assert describe_teacher(load_model(name)) == expected
     teacher = make_teacher()
     assert describe_teacher(teacher) == {}
     for name, expected in {
-        f"{USER}/teacher": {"name": f"{USER}/teacher", "repository": f"{USER}/teacher"},
+        teacher_on_hub: {"name": teacher_on_hub, "repository": teacher_on_hub},
         f"{USER}/unknown": {"name": "unknown"},
-        str(tmp_path / "local"): {"name": "local"},
+        str(tmp_path / "teacher-2"): {"name": "teacher-2"},
         str(builtin_teacher_path()): {"name": "the built-in teacher of echoatt_hf", "license": "apache-2.0"},
     }.items():
         teacher.name_or_path = name
         assert describe_teacher(teacher) == expected
-        known = {"revision": made.oid} if "repository" in expected else {}
-        assert describe_teacher(teacher, "main") == expected | known
+
+
+# Models of the Hub
+
+
+def test_revision_of_a_model_is_part_of_its_name(online, teacher_on_hub, tmp_path, monkeypatch):
+    oid = online.repositories[teacher_on_hub].find("old").oid
+    for revision, layers in (("old", 2), (oid, 2), ("main", 5)):
+        model = load_model(f"{teacher_on_hub}@{revision}")
+        assert model.config.num_hidden_layers == layers
+        assert load_config(f"{teacher_on_hub}@{revision}").num_hidden_layers == layers
+        assert model.name_or_path == teacher_on_hub  # of which PEFT and others make a repository
+        assert load_tokenizer(f"{teacher_on_hub}@{revision}", model)("Once")["input_ids"]
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "teacher-2").rename(tmp_path / "mine@home")
+    assert load_config("mine@home").num_hidden_layers == 2  # a folder that is there
+
+
+def gate(handler, name, to_write=False):
+    raise HubError(403, "GatedRepo", f"Access to model {name} is restricted. Ask for it.")
+
+
+def limit(handler, name, to_write=False):
+    raise HubError(429, "", "Too many requests")
+
+
+def fail(handler, name, to_write=False):
+    raise HubError(500, "", "Internal error")
+
+
+BAD_TOKEN = "hf_" + "x" * 34
+REFUSED_MODELS = {
+    "gated": ("{name}", gate, TOKEN, "gated. Accept its terms at {url}/{name} with the account of your token"),
+    "gated, no token": ("{name}", gate, None, "with your account, and log in with `hf auth login`"),
+    "private": ("{name}", None, None, "no public repository 'alice/teacher'. .* if it is private, log in"),
+    "missing": (f"{USER}/nothing", None, TOKEN, "no repository 'alice/nothing' that your token may read"),
+    "bad token": (
+        "{name}",
+        None,
+        BAD_TOKEN,
+        "the Hub does not know the token .401.. Make one at {url}/settings/tokens",
+    ),
+    "revision": ("{name}@nowhere", None, TOKEN, "no branch, tag or commit 'nowhere'. See {url}/{name}/tree/main"),
+    "no revision": ("{name}@", None, TOKEN, "give owner/name@revision"),
+    "limit": ("{name}", limit, TOKEN, "takes no more requests for now .429: Too many requests"),
+    "trouble": ("{name}", fail, TOKEN, "the Hub is in trouble .500: Internal error"),
+    "address": ("https://huggingface.co/{name}", None, TOKEN, "is an address: give the repository as owner/name"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED_MODELS)
+def test_model_of_the_hub_that_is_refused(case, online, teacher_on_hub, monkeypatch):
+    name, handle, token, message = REFUSED_MODELS[case]
+    if handle is not None:
+        monkeypatch.setattr("hub_server._Handler._repository", handle)
+    if token is None:
+        monkeypatch.delenv("HF_TOKEN")
+        monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", "nowhere")
+    else:
+        monkeypatch.setenv("HF_TOKEN", token)
+    places = {"name": teacher_on_hub, "url": online.url}
+    with pytest.raises(FileNotFoundError, match=message.format(**places)) as error:
+        load_model(name.format(**places))
+    assert "\n" not in str(error.value) and BAD_TOKEN not in str(error.value)
+
+
+def test_hub_that_is_not_there_and_hub_that_is_not_asked(online, teacher_on_hub, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(FileNotFoundError, match="HF_HUB_OFFLINE keeps the Hub from being asked"):
+        load_model(teacher_on_hub)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    nobody = "http://127.0.0.1:9"
+    monkeypatch.setattr(constants, "ENDPOINT", nobody)
+    monkeypatch.setattr(
+        constants, "HUGGINGFACE_CO_URL_TEMPLATE", f"{nobody}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+    )
+    with pytest.raises(FileNotFoundError, match=f"not in the cache, and {nobody} cannot be reached"):
+        load_model(teacher_on_hub)
+
+
+def test_conversion_is_known_of_a_student_of_the_hub(online, folder, quick, tmp_path):
+    push_student(folder, REPOSITORY, license="mit")
+    expected = json.loads((folder / "conversion.json").read_text())
+    assert describe_conversion(REPOSITORY) == describe_conversion(f"{REPOSITORY}@main") == expected
+    (folder / "report.json").write_text(json.dumps({"conversion": {"kl": {"copied": 7.0}}}))
+    assert describe_conversion(folder) == expected
+    (folder / "conversion.json").unlink()
+    assert describe_conversion(str(folder)) == {"kl": {"copied": 7.0}}  # a student of `echoatt compress`
+    assert describe_conversion(tmp_path / "gone") == describe_conversion("") == {}
+    (folder / "report.json").write_text("{")
+    with pytest.raises(ValueError, match="report.json of .* is not JSON"):
+        describe_conversion(folder)
 
 
 def test_data_is_named_without_its_place(tmp_path):
@@ -269,6 +424,7 @@ def test_data_is_named_without_its_place(tmp_path):
     described = describe_data(DataSettings(data=[str(tmp_path / "mine.txt"), "org/rows"]))
     assert described == {"names": ["mine.txt", "org/rows"], "repositories": ["org/rows"]}
     assert describe_data(DataSettings())["language"] == "code"
+    assert describe_data(DataSettings(data="org/rows")) == describe_data(DataSettings(data=["org/rows"]))
 
 
 KILLED = """
@@ -332,24 +488,42 @@ REFUSED = {
     "no folder": (shutil.rmtree, "no config.json", None),
     "a gap in the card": (
         lambda folder: write_card(folder, "More information needed\n"),
-        "leaves something open",
+        "README.md, line 95, holds something that is left open, 'More information needed'",
         None,
     ),
     "None in the card": (lambda folder: write_card(folder, "by None\n"), "'None'", None),
-    "a path in the card": (lambda folder: write_card(folder, "in /home/bob/x\n"), "the path '/home/bob'", None),
-    "a path in a report": (
-        lambda folder: (folder / "sharing_plan.json").write_text('{"from": "C:\\\\Users\\\\bob\\\\x"}'),
-        "sharing_plan.json holds the path",
+    "the home folder": (
+        lambda folder: write_card(folder, "in <HOME/x>\n"),
+        "holds the path of the home folder, 'HOME/x'",
+        None,
+    ),
+    "a path after a line break of JSON": (
+        lambda folder: (folder / "sharing_plan.json").write_text(json.dumps({"from": "\n" + str(Path.cwd() / "x")})),
+        "sharing_plan.json, line 1, holds the path of the working folder",
+        None,
+    ),
+    "the cache": (
+        lambda folder: write_card(folder, f"from {constants.HF_HUB_CACHE}.\n"),
+        "holds the path of the cache",
         None,
     ),
     "a token": (
-        lambda folder: (folder / "results.json").write_text(f'{{"with": "hf_{"x" * 30}"}}'),
-        "what looks like a token",
+        lambda folder: (folder / "results.json").write_text(f'{{\n"with": "hf_{"x" * 30}"}}'),
+        "results.json, line 2, holds what looks like a token, 'hf_xxxxx…'",
+        None,
+    ),
+    "a key": (
+        lambda folder: (folder / "NOTICE").write_text("-----BEGIN OPENSSH PRIVATE KEY-----"),
+        "NOTICE, line 1, holds what looks like a token",
+        None,
+    ),
+    "a token in the weights": (
+        lambda folder: save_file({"x": torch.ones(1)}, folder / "other.safetensors", {"by": "sk-" + "a1B2" * 12}),
+        "other.safetensors holds what looks like a token, 'sk-a1B2a…'",
         None,
     ),
     "its own token": (lambda folder: write_card(folder, TOKEN), "the token of the Hub", None),
     "its own path": (lambda folder: write_card(folder, str(folder)), "its own path", None),
-    "the user": (lambda folder: write_card(folder, "made by carol"), "the name of the user, 'carol'", None),
     "weights that are no safetensors": (
         lambda folder: (folder / "model.safetensors").write_bytes(b"\x80\x04pickle"),
         "is not safetensors",
@@ -362,7 +536,57 @@ REFUSED = {
     ),
     "a text that is none": (
         lambda folder: (folder / "results.json").write_bytes(b"\xff\xfe\x00"),
-        "results.json is not a text",
+        "results.json holds what is neither text, weights nor a picture, 'fffe00'",
+        None,
+    ),
+    "a pickle of another name": (
+        lambda folder: (folder / "spiece.model").write_bytes(pickle.dumps({})),
+        "spiece.model holds what is neither text",
+        None,
+    ),
+    "metadata that are not YAML": (
+        lambda folder: (folder / "README.md").write_text("---\nlicense: [mit\n---\n# Mine\n"),
+        "The metadata of README.md cannot be read",
+        None,
+    ),
+    "metadata with a tab": (
+        lambda folder: (folder / "README.md").write_text("---\nlicense:\tmit\n---\n# Mine\n"),
+        "The metadata of README.md cannot be read",
+        None,
+    ),
+    "metadata that are a list": (
+        lambda folder: (folder / "README.md").write_text("---\n- mit\n---\n# Mine\n"),
+        "The metadata of README.md cannot be read",
+        None,
+    ),
+    "a card in another encoding": (
+        lambda folder: (folder / "README.md").write_bytes("---\nlicense: mit\n---\n# Modèle\n".encode("latin-1")),
+        "README.md is not UTF-8 text (byte 26)",
+        None,
+    ),
+    "a licence of no name": (
+        lambda folder: None,
+        "README.md, line 3, holds its license, which is none of the names that the Hub knows (did you mean 'apache-2.0'",
+        [REPOSITORY, "--license", "Apache 2.0"],
+    ),
+    "a licence in the card": (
+        lambda folder: (folder / "README.md").write_text("---\nlicense:\n- mit\n- gpl-3.0-or-later\n---\n# Mine\n"),
+        "holds its license, which is none of the names that the Hub knows (did you mean 'gpl-3.0'",
+        [],
+    ),
+    "a language of no name": (
+        lambda folder: (folder / "README.md").write_text("---\nlicense: mit\nlanguage: English\n---\n# Mine\n"),
+        "line 2, holds its language, which is no code of ISO 639 such as 'en'",
+        [],
+    ),
+    "a base model that is a path": (
+        lambda folder: (folder / "README.md").write_text("---\nlicense: mit\nbase_model: ./a/b/c\n---\n# Mine\n"),
+        "holds its base_model, which is no name of a repository",
+        [],
+    ),
+    "no architectures": (
+        lambda folder: change_config(folder, architectures=None),
+        "names the architectures None, where one of EchoAttForCausalLM",
         None,
     ),
     "no auto_map": (lambda folder: change_config(folder, auto_map=None), "no auto_map", None),
@@ -377,23 +601,83 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_refused_in_one_line_before_anything_is_sent(case, online, folder, quick, run, monkeypatch):
-    monkeypatch.setattr("getpass.getuser", lambda: "carol")
+def test_refused_in_one_line_before_anything_is_sent(case, online, folder, quick, run, monkeypatch, tmp_path):
+    home = tmp_path / "home" / "carol"
+    monkeypatch.setenv("HOME", str(home))
     spoil, message, arguments = REFUSED[case]
     spoil(folder)
+    for name in ("README.md",) if (folder / "README.md").exists() else ():
+        text = (folder / name).read_bytes()
+        (folder / name).write_bytes(text.replace(b"HOME", str(home).encode()))
     if not arguments:
         arguments = [REPOSITORY, *([] if arguments == [] else ["--license", "mit"])]
     refused = run(folder, *arguments)
     assert refused.exit_code == 2, refused.output
     [line] = refused.stderr.strip().splitlines()
-    assert line.startswith("echoatt: error: ") and message in line
+    assert line.startswith("echoatt: error: ") and message.replace("HOME", str(home)) in line
     assert TOKEN not in line and online.repositories == {}
     assert not any(line.startswith(("PUT", "POST")) for line in online.requests)
 
 
-def test_user_who_owns_the_repository_may_be_named(online, folder, quick, monkeypatch):
-    monkeypatch.setattr("getpass.getuser", lambda: USER)
-    write_card(folder, f"by {USER}")
+HONEST = {
+    "the path of somebody's container": "It reads /data/train and writes /opt/app, /mnt/data and /home/user/x.",
+    "hyphens": "task-specific-and-language-agnostic-distillation, sk-learn-like-estimators-of-any-kind-whatsoever",
+    "a longer token's letters": "xhf_" + "x" * 30,
+    "neighbours of the home folder": "/somewhere{home} {home}s {home}-2 https://x.org{home}/y",
+    "code": "```python\nf(x=None)  # TODO\n```",
+}
+
+
+@pytest.mark.parametrize("case", HONEST)
+def test_honest_users_may_write_what_they_like(case, online, folder, quick, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/carol")
+    for name in ("LOGNAME", "USER"):  # which are words of every card
+        monkeypatch.setenv(name, "student")
+    text = HONEST[case].replace("{home}", "/home/carol")
+    write_card(folder, f"\n{text}\n")
+    (folder / "chat_template.jinja").write_text(f"{{{{ messages }}}} {text.replace('{', '(')}")
+    published = push_student(folder, REPOSITORY, license="mit", dry_run=True)
+    assert published.commit is None and "chat_template.jinja" in published.files
+
+
+def test_a_user_without_a_name_and_a_home(online, folder, quick, monkeypatch):
+    """As in a container that runs under any number."""
+    for name in ("LOGNAME", "USER", "LNAME", "USERNAME", "HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("pwd.getpwuid", lambda uid: {}[uid])
+    assert push_student(folder, REPOSITORY, license="mit", dry_run=True).commit is None
+
+
+def test_findings_are_let_through_one_by_one(online, folder, quick, run, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/carol")
+    write_card(folder, "\nNone of it is in /home/carol/[x].\nTODO\n")
+    (folder / "NOTICE").write_text("Kept in /home/carol/y")
+    allowed = []
+    for name, shown in {
+        "README.md:TODO": "README.md:TODO",
+        "NOTICE:/home/carol/y": "NOTICE:/home/carol/y",
+        "README.md:/home/carol/[x].": "'README.md:/home/carol/[[]x].'",
+    }.items():
+        refused = run(folder, REPOSITORY, "--license", "mit", "--dry-run", *allowed)
+        file, _, text = name.partition(":")
+        assert refused.exit_code == 2 and f"--allow {shown}." in refused.stderr and repr(text) in refused.stderr
+        allowed += ["--allow", shown.strip("'")]
+    assert (
+        run(folder, REPOSITORY, "--license", "mit", "--dry-run", *allowed[:-2], "--allow", "*:/home/*").exit_code == 0
+    )
+    assert run(folder, REPOSITORY, "--license", "mit", "--dry-run", "--allow", "README.md:*").exit_code == 2
+    patterns = [part for part in allowed if part != "--allow"]
+    assert push_student(folder, REPOSITORY, license="mit", allow=patterns).commit is not None
+
+
+def test_dry_run_asks_the_hub_about_the_metadata(online, folder, quick, monkeypatch):
+    def refuse(handler):
+        handler._send(400, {"errors": [{"message": '"license" is too new'}], "warnings": []})
+
+    monkeypatch.setattr("hub_server._Handler.validate_yaml", refuse)
+    with pytest.raises(ValueError, match="The Hub does not take the metadata of README.md.*too new"):
+        push_student(folder, REPOSITORY, license="mit", dry_run=True)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert push_student(folder, REPOSITORY, license="mit", dry_run=True).commit is None
 
 
@@ -403,6 +687,14 @@ def test_without_a_tokenizer_it_does_not_load(online, folder, run):
         file.unlink()
     refused = run(folder, REPOSITORY, "--license", "mit", "--dry-run")
     assert refused.exit_code == 2 and "does not load where echoatt_hf is not installed" in refused.stderr
+
+
+def test_weights_that_do_not_load_are_a_mistake_of_the_user(online, folder, run):
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
+    index = {"metadata": {}, "weight_map": {"lm_head.weight": "model-00002-of-00002.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    refused = run(folder, REPOSITORY, "--license", "mit", "--dry-run")
+    assert refused.exit_code == 2 and "The folder does not load" in refused.stderr
 
 
 @pytest.mark.slow
@@ -424,11 +716,21 @@ def test_other_outputs_in_the_clean_process_are_noticed(online, folder, monkeypa
 
 def test_no_answer_or_no_right_is_one_line(online, folder, quick, run, monkeypatch):
     refused = run(folder, "bob/student", "--license", "mit")
-    assert refused.exit_code == 2 and "403" in refused.stderr and "can be repeated" in refused.stderr
+    assert refused.exit_code == 2 and "can be repeated" in refused.stderr
+    assert "the token has no right to that (403: You don't have the rights" in refused.stderr
+    assert f"{online.url}/settings/tokens" in refused.stderr
+    monkeypatch.setenv("HF_TOKEN", BAD_TOKEN)
+    refused = run(folder, REPOSITORY, "--license", "mit", "--dry-run")
+    assert refused.exit_code == 2 and "the Hub does not know the token (401)" in refused.stderr
     monkeypatch.delenv("HF_TOKEN")
     monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", "nowhere")
     refused = run(folder, REPOSITORY, "--license", "mit")
-    assert refused.exit_code == 2 and "401" in refused.stderr and online.repositories == {}
+    assert refused.exit_code == 2 and "401" in refused.stderr and "hf auth login" in refused.stderr
+    assert online.repositories == {}
+    with monkeypatch.context() as patch:
+        patch.setattr("hub_server._Handler._repository", gate)
+        refused = run(folder, REPOSITORY, "--license", "mit")
+    assert refused.exit_code == 2 and len(refused.stderr.strip().splitlines()) == 1
 
 
 # `push_to_hub` of models and trainers

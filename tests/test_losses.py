@@ -18,11 +18,16 @@ from echoatt_hf.distillation.adapters import add_lora
 from echoatt_hf.distillation.head_losses import compute_losses
 from echoatt_hf.distillation.losses import (
     DIVERGENCES,
+    HardLabelLoss,
+    KeptLogits,
     LogitLosses,
     NextTokenLoss,
     TeacherDivergence,
     chunked_loss,
+    hard_labels_from_stored,
+    keep_top,
     relative_distance,
+    squared_distance,
     target_mask,
 )
 from echoatt_hf.models.heads import OutputHead
@@ -133,6 +138,46 @@ def test_relative_distance_equals_loop():
     assert actual.item() == pytest.approx(expected / 2 / 4, rel=1e-5)
 
 
+def test_squared_distance_equals_loop():
+    generator = torch.Generator().manual_seed(1)
+    _, _, labels = random_batch()
+    students, teachers = torch.randn(2, 2, 3, 7, 5, generator=generator)
+    expected = 0.0
+    for student, teacher in zip(students, teachers, strict=True):
+        for b, t in positions_with_target(labels):
+            expected += sum((student[b, t, d] - teacher[b, t, d]).item() ** 2 for d in range(5)) / 5
+    actual = squared_distance(list(students), list(teachers), labels, 4)
+    assert actual.item() == pytest.approx(expected / 2 / 4, rel=1e-5)
+
+
+@pytest.mark.parametrize("is_stored", [False, True], ids=["live", "stored"])
+def test_hard_label_loss_equals_loop(is_stored):
+    """The cross-entropy of what the teacher finds likeliest, not of the text."""
+    student, teacher, labels = random_batch()
+    places = positions_with_target(labels)
+    expected = -sum(F.log_softmax(student[b, t], -1)[int(teacher[b, t].argmax())] for b, t in places) / 5
+    loss = HardLabelLoss(lambda tokens: teacher.flatten(0, 1)[tokens])
+    if is_stored:
+        loss = hard_labels_from_stored(keep_top(teacher, 3)[1])
+    found = LogitLosses({"hard_label": loss}, {}, labels, 5).parts(student.flatten(0, 1))
+    assert found.item() == pytest.approx(expected.item(), abs=1e-5)
+    on_text = LogitLosses({"ce": NextTokenLoss(labels)}, {}, labels, 5).parts(student.flatten(0, 1))
+    assert abs(on_text.item() - expected.item()) > 0.1
+
+
+def test_two_losses_of_a_chunk_ask_the_teacher_once():
+    asked = []
+
+    def logits_of(tokens):
+        asked.append(tokens)
+        return torch.zeros(tokens.stop - tokens.start, VOCAB)
+
+    kept = KeptLogits(logits_of)
+    for tokens in (slice(0, 4), slice(0, 4), slice(4, 6), slice(4, 6), slice(0, 4)):
+        assert len(kept(tokens)) == tokens.stop - tokens.start
+    assert asked == [slice(0, 4), slice(4, 6), slice(0, 4)]
+
+
 def test_relative_distance_leaves_out_padding_without_length():
     _, _, labels = random_batch()
     student, teacher = torch.ones(3, 7, 5, requires_grad=True), torch.ones(3, 7, 5)
@@ -161,7 +206,7 @@ def test_all_masked_batch_is_zero_with_finite_gradients(loss):
 # In chunks.
 
 
-@pytest.mark.parametrize("name", [*DIVERGENCES, "ce"])
+@pytest.mark.parametrize("name", [*DIVERGENCES, "ce", "hard_label"])
 def test_gradients_of_chunks_are_those_of_finite_differences(name, chunks_of):
     """Also with a bias, a cap, and tokens that the chunks do not divide."""
     chunks_of(2, vocab_size=6)
@@ -169,7 +214,9 @@ def test_gradients_of_chunks_are_those_of_finite_differences(name, chunks_of):
     labels = torch.tensor([[1, 2, -100, 5], [3, 0, 4, -100]])
     teacher = torch.randn(8, 6, generator=generator, dtype=torch.float64)
     loss = NextTokenLoss(labels)
-    if name != "ce":
+    if name == "hard_label":
+        loss = HardLabelLoss(lambda tokens: teacher[tokens])
+    elif name != "ce":
         loss = TeacherDivergence(name, lambda tokens: teacher[tokens], 1.5)
     of_batch = LogitLosses({"loss": loss}, {"loss": 0.7}, labels, 3)
 

@@ -587,7 +587,7 @@ def test_copies_of_a_model(how):
         for parameter in twin.parameters():
             parameter.zero_()
     assert student.config._attn_implementation == "sdpa"
-    assert attentions_of(student)[1].config.config._attn_implementation == "sdpa"
+    assert attentions_of(student)[1].config.viewed._attn_implementation == "sdpa"
     assert torch.equal(student(**batch).logits, logits)
 
 

@@ -7,7 +7,14 @@ import pytest
 import torch
 from conftest import make_batch, make_teacher
 
-from echoatt_hf import EchoAttForCausalLM, evaluate_model, measure_attention_similarity, search_plan
+from echoatt_hf import (
+    AttentionSimilarity,
+    EchoAttForCausalLM,
+    evaluate_model,
+    measure_attention_similarity,
+    plan_like_paper,
+    search_plan,
+)
 from echoatt_hf.search import effect as search_module
 
 
@@ -69,16 +76,40 @@ def test_what_is_forgotten_is_tuned_again(llama, rows, monkeypatch):
     """Memory is bounded, and the plan does not depend on it."""
     teacher, similarity = llama
     whole = search_plan(teacher, rows, similarity, ratio=0.43, width=4)
-    monkeypatch.setattr(search_module, "KEPT_SOURCES", 0)
-    assert search_plan(teacher, rows, similarity, ratio=0.43, width=4) == whole
+    monkeypatch.setattr(search_module, "_shortlist", lambda expected, plans: [])
+    found = search_plan(teacher, rows, similarity, ratio=0.43, width=4)
+    assert found.plan == whole.plan and found.kl == pytest.approx(whole.kl, rel=1e-3)
+
+
+def test_a_pass_that_begins_at_a_layer_is_the_whole_one(llama, rows, monkeypatch):
+    teacher, similarity = llama
+    whole = search_plan(teacher, rows, similarity, ratio=0.43, width=4)
+    monkeypatch.setattr(search_module, "find_layers", lambda model: None)
+    found = search_plan(teacher, rows, similarity, ratio=0.43, width=4)
+    assert found.plan == whole.plan and found.kl == pytest.approx(whole.kl, rel=1e-4)
+    for one, other in zip(found.rounds, whole.rounds, strict=True):
+        assert one["kl"] == pytest.approx(other["kl"], rel=1e-4)
 
 
 def test_width_bounds_the_cost(llama, rows):
     teacher, similarity = llama
     found = search_plan(teacher, rows, similarity, ratio=0.43, width=2, **UNTUNED)
-    pairs = 1 + 2 + 3 + 4 + 5
-    assert found.forwards <= pairs + 2 * 2 + 2  # two more rounds, two other rules
+    assert found.forwards <= 3 * 2 + 3  # three rounds, three other rules
     assert f"{found.forwards} forwards of 64 tokens" in str(found)
+
+
+def test_other_rules_are_candidates(llama, rows):
+    """The paper's too, unless it breaks what was asked for."""
+    teacher, similarity = llama
+    found = search_plan(teacher, rows, similarity, ratio=0.29, width=1, protected_layers=0, **UNTUNED)
+    plan = plan_like_paper(similarity.flattened.tolist(), 0.29)
+    assert found.kl["paper"] == pytest.approx(kl_of(teacher, plan, rows[12:]), rel=1e-4)
+    assert [*found.kl] == ["effect", "similarity", "paper", "spread"]
+    bounded = search_plan(teacher, rows, similarity, ratio=0.15, width=1, protected_layers=2, **UNTUNED)
+    allowed = all(2 <= echo < 5 for echo in plan_like_paper(similarity.flattened.tolist(), 0.15).echo_layers)
+    assert ("paper" in bounded.kl) == allowed
+    old = AttentionSimilarity(similarity.heads, similarity.rows)
+    assert "paper" not in search_plan(teacher, rows, old, ratio=0.29, width=1, protected_layers=0, **UNTUNED).kl
 
 
 @pytest.mark.parametrize("protected", [0, 1, 2])
@@ -108,7 +139,7 @@ def test_echoes_have_the_type_of_their_source(rows):
 
 def test_what_was_measured_is_not_measured_again(llama, rows, tmp_path, monkeypatch):
     teacher, similarity = llama
-    options = {"ratio": 0.43, "width": 3, "state": tmp_path / "measured.json", **UNTUNED}
+    options = {"ratio": 0.43, "width": 5, "state": tmp_path / "measured.json", **UNTUNED}
     whole = search_plan(teacher, rows, similarity, **{**options, "state": None})
     measure, measured = search_module._Measure._measure, []
 

@@ -115,7 +115,7 @@ def test_from_json_of_something_else(tmp_path, text):
 
 
 @pytest.mark.parametrize(("ratio", "echoes"), [(0.23, 5), (0.41, 9), (0.77, 17)])
-def test_ratios_of_the_paper(ratio, echoes):
+def test_ratios_of_22_layers(ratio, echoes):
     plan = SharingPlan.from_ratio(22, ratio)
     assert len(plan.echo_layers) == echoes
     assert {0, 21} <= set(plan.plain_layers)

@@ -4,7 +4,9 @@ import weakref
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import make_batch, make_teacher
+from safetensors.torch import save
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -12,7 +14,10 @@ from transformers.models.llama.modeling_llama import LlamaAttention
 
 from echoatt_hf import EchoAttForCausalLM, plan_from_similarity
 from echoatt_hf.analysis import similarity
+from echoatt_hf.analysis.figure import plot_similarity
 from echoatt_hf.analysis.similarity import AttentionSimilarity, measure_attention_similarity
+from echoatt_hf.planning.from_settings import make_plan
+from echoatt_hf.settings import PlanSettings
 
 
 # Different lengths, no padding, padding on the left, on the right, and a row of one token, which says nothing.
@@ -23,23 +28,37 @@ BATCHES = [
 ]
 
 
-def similarity_by_loops(model, batches) -> tuple[torch.Tensor, int]:
-    """Mean cosine of attention rows, from the weights that the model returns, a row at a time in float64."""
+def weights_of(model, batches):
+    """For each row of the batches its attention weights `(L, H, N, N)`, float64, of its N tokens, as the model returns them."""
     model = copy.deepcopy(model).eval()
     model.set_attn_implementation("eager")
-    total, rows = 0.0, 0
     for batch in batches:
         with torch.no_grad():
             attentions = model(**batch, use_cache=False, output_attentions=True).attentions
         weights = torch.stack(attentions).double()  # (L, B, H, T, S)
-        for row, mask in enumerate(batch["attention_mask"].tolist()):
-            tokens = [position for position, keep in enumerate(mask) if keep]
-            for position in tokens[1:]:
-                heads = weights[:, row, :, position]  # (L, H, S)
-                heads = heads / heads.norm(dim=-1, keepdim=True)
-                total = total + torch.einsum("igs,jhs->ijgh", heads, heads)
-                rows += 1
+        for row, mask in enumerate(batch["attention_mask"].bool()):
+            yield weights[:, row][:, :, mask][..., mask]
+
+
+def similarity_by_loops(model, batches) -> tuple[torch.Tensor, int]:
+    """Mean cosine of attention rows, a row at a time in float64."""
+    total, rows = 0.0, 0
+    for weights in weights_of(model, batches):
+        for position in range(1, weights.shape[2]):
+            heads = weights[:, :, position]  # (L, H, S)
+            heads = heads / heads.norm(dim=-1, keepdim=True)
+            total = total + torch.einsum("igs,jhs->ijgh", heads, heads)
+            rows += 1
     return total / rows, rows
+
+
+def flattened_by_loops(model, batches) -> tuple[torch.Tensor, int]:
+    """The paper's similarity: the cosine of whole attention tensors, a pair of layers and a sample at a time."""
+    samples = [weights for weights in weights_of(model, batches) if weights.shape[2] > 1]
+    found = [
+        [[float(F.cosine_similarity(a.flatten(), b.flatten(), 0)) for a in each] for b in each] for each in samples
+    ]
+    return torch.tensor(found, dtype=torch.float64).mean(0), len(samples)
 
 
 @pytest.fixture(scope="module")
@@ -50,9 +69,15 @@ def measured():
 # What is measured
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral", "qwen3", "gemma3_text", "phi"])
-def test_equals_slow_reference(family):
-    model = make_teacher(family)
+@pytest.mark.parametrize(
+    "block_bytes", [similarity.BLOCK_BYTES, 4 * 24 * 13 * 2, 1], ids=["one-block", "two-rows", "rows"]
+)
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen3", "gemma3_text", "phi", "gpt2", "gpt_oss", "opt"])
+def test_equals_slow_reference(family, block_bytes, monkeypatch):
+    """Also where windows and sinks are, and in blocks of any number of queries."""
+    monkeypatch.setattr(similarity, "BLOCK_BYTES", block_bytes)
+    monkeypatch.setattr(similarity, "PRODUCT_ROWS", 7)  # which does not divide the 24 heads
+    model = make_teacher(family, None)  # gpt_oss has no sdpa
     found = measure_attention_similarity(model, BATCHES)
     expected, rows = similarity_by_loops(model, BATCHES)
     assert found.heads.shape == (6, 6, 4, 4)
@@ -62,6 +87,20 @@ def test_equals_slow_reference(family):
     same_heads = torch.stack([expected[:, :, head, head] for head in range(4)]).mean(0)
     torch.testing.assert_close(found.layers, same_heads, rtol=1e-5, atol=1e-6)
     assert expected.std() > 0.01  # the layers do differ
+    flattened, samples = flattened_by_loops(model, BATCHES)
+    torch.testing.assert_close(found.flattened, flattened, rtol=1e-5, atol=1e-6)
+    assert found.samples == samples == 2 + 2 + 2
+    assert (flattened - same_heads).abs().max() > 0.01  # which are two measures
+
+
+def test_documents_of_a_row():
+    """Each query sees its own document alone; the row is one sample."""
+    model = make_teacher("llama")
+    batch = {"input_ids": BATCHES[0]["input_ids"], "position_ids": torch.tensor([[*range(4), *range(5)]] * 2)}
+    apart = [{"input_ids": part} for part in batch["input_ids"].split([4, 5], dim=1)]
+    found, expected = measure_attention_similarity(model, [batch]), measure_attention_similarity(model, apart)
+    assert found.rows == expected.rows == 14 and (found.samples, expected.samples) == (2, 4)
+    torch.testing.assert_close(found.heads, expected.heads, rtol=1e-5, atol=1e-6)
 
 
 def test_hybrid_measures_its_attention_layers():
@@ -126,12 +165,22 @@ def test_nothing_to_compare(tiny_teacher, batches):
         measure_attention_similarity(tiny_teacher, batches)
 
 
-def test_layers_with_different_heads(tiny_teacher):
+def test_layers_with_different_heads():
+    """They cannot share: what is known is how layers of one number of heads attend."""
+    tiny_teacher = make_teacher("llama", "eager", num_hidden_layers=5)
     config = copy.deepcopy(tiny_teacher.config)
-    config.num_attention_heads = 2
-    tiny_teacher.model.layers[3].self_attn = LlamaAttention(config, layer_idx=3)
-    with pytest.raises(ValueError, match=r"different numbers of heads \(\[2, 4\]\)"):
-        measure_attention_similarity(tiny_teacher, BATCHES)
+    config.num_attention_heads, config.head_dim = 2, tiny_teacher.config.hidden_size // 4
+    for layer in (1, 3):
+        tiny_teacher.model.layers[layer].self_attn = LlamaAttention(config, layer_idx=layer)
+    found = measure_attention_similarity(tiny_teacher.eval(), BATCHES)
+    assert found.num_heads == (4, 2, 4, 2, 4)
+    torch.testing.assert_close(found.layers.diagonal(), torch.ones(5, dtype=torch.float64))
+    torch.testing.assert_close(found.flattened.diagonal(), torch.ones(5, dtype=torch.float64))
+    alike = torch.tensor([[(one + other) % 2 == 0 for one in range(5)] for other in range(5)])
+    for measure in (found.layers, found.flattened):
+        assert (measure[~alike] == 0).all() and (measure[alike] > 0).all()
+    assert found.between(1, 3).shape == (2, 2) and found.between(0, 2).shape == (4, 4)
+    assert float(found.between(1, 3).diagonal().mean()) == pytest.approx(float(found.layers[1, 3]))
 
 
 # The model afterwards
@@ -223,28 +272,29 @@ class LargeTensors(TorchDispatchMode):
         return result
 
 
-def test_at_most_three_attention_matrices_at_a_time(tiny_teacher, monkeypatch):
-    alive, most = weakref.WeakSet(), 0
-    compute = similarity.compute_attention_weights
+def test_weights_of_a_layer_are_made_once_a_batch(tiny_teacher, monkeypatch):
+    compute, made = similarity.compute_attention_weights, []
 
     def counting(*args):
-        nonlocal most
         weights = compute(*args)
-        alive.add(weights)
-        most = max(most, len(alive))
+        made.append(weights.shape[1])
         return weights
 
     monkeypatch.setattr(similarity, "compute_attention_weights", counting)
-    measure_attention_similarity(tiny_teacher, BATCHES)
-    assert 1 <= most <= 3
+    found = measure_attention_similarity(tiny_teacher, BATCHES)
+    assert sum(made) == 5 * (
+        found.rows + found.samples
+    )  # the first query of each sample is not compared, but flattened
 
 
-def test_memory_does_not_grow_with_depth_and_batches():
+def test_memory_does_not_grow_with_depth_and_batches(monkeypatch):
     """Tensors as large as an attention matrix `(B, H, T, S)`, by whatever part of the code they are made."""
+    size = 2 * 4 * 64 * 64
+    monkeypatch.setattr(similarity, "BLOCK_BYTES", 2 * size)
     most = []
     for layers, count in ((3, 1), (6, 1), (3, 4)):
         model = make_teacher("llama", num_hidden_layers=layers, intermediate_size=32)
-        with LargeTensors(2 * 4 * 64 * 64) as tensors:
+        with LargeTensors(size) as tensors:
             measure_attention_similarity(model, (make_batch(2, 64, seed=seed) for seed in range(count)))
         most.append(tensors.most)
     assert 1 <= most[0] == most[1] == most[2]
@@ -253,30 +303,66 @@ def test_memory_does_not_grow_with_depth_and_batches():
 # Files
 
 
-def test_json_round_trip(measured, tmp_path):
+def test_round_trip(measured, tmp_path):
     path = tmp_path / "similarity.json"
-    path.write_text(measured.to_json(), encoding="utf-8")
+    measured.save(path)
     loaded = AttentionSimilarity.from_json(path)
-    assert loaded.rows == measured.rows
-    torch.testing.assert_close(loaded.heads, measured.heads, rtol=0, atol=5.1e-7)
+    assert (loaded.rows, loaded.samples, loaded.num_heads) == (measured.rows, measured.samples, None)
+    torch.testing.assert_close(loaded.heads, measured.heads, rtol=0, atol=1e-7)
     torch.testing.assert_close(loaded.layers, measured.layers, rtol=0, atol=5.1e-7)
-    content = json.loads(measured.to_json())
-    assert content["measure"] == "mean cosine similarity of attention rows"
-    torch.testing.assert_close(
-        torch.tensor(content["layers"], dtype=torch.float64), loaded.layers, rtol=0, atol=1.1e-6
-    )
+    torch.testing.assert_close(loaded.flattened, measured.flattened, rtol=0, atol=5.1e-7)
+    content = json.loads(path.read_text())
+    assert "single attention rows" in content["measures"]["layers"]
+    assert "flattened over heads and both positions" in content["measures"]["flattened"]
+    (tmp_path / "similarity.safetensors").unlink()
+    alone = AttentionSimilarity.from_json(path)
+    torch.testing.assert_close(alone.layers, loaded.layers)
+    with pytest.raises(ValueError, match="similarity of heads is not known: keep similarity.safetensors beside"):
+        alone.between(0, 1)
+
+
+def test_file_of_an_earlier_version(measured, tmp_path):
+    """It has the heads in the JSON itself, and the mean of rows alone."""
+    path = tmp_path / "similarity.json"
+    old = {"measure": "mean cosine similarity of attention rows", "rows": 45, "layers": measured.layers.tolist()}
+    path.write_text(json.dumps(old | {"heads": measured.heads.tolist()}))
+    loaded = AttentionSimilarity.from_json(path)
+    torch.testing.assert_close(loaded.heads, measured.heads)
+    torch.testing.assert_close(loaded.layers, measured.layers)
+    assert loaded.flattened is None
+    loaded.plot(tmp_path / "figure.png")
+    with pytest.raises(ValueError, match="earlier version lacks: run `echoatt analyze` again"):
+        make_plan(PlanSettings(plan="paper"), make_teacher("llama", num_hidden_layers=5).config, loaded)
+
+
+def test_file_of_a_large_model_is_small(tmp_path):
+    """80 layers of 64 heads."""
+    size, generator = 80, torch.Generator().manual_seed(0)
+    matrix = torch.rand(size, size, generator=generator, dtype=torch.float64)
+    found = AttentionSimilarity(torch.zeros(1).expand(size, size, 64, 64), 8176, matrix, matrix, 16)
+    assert len(found.to_json()) < 5e6
+    assert torch.equal(torch.tensor(json.loads(found.to_json())["layers"]), matrix.mul(1e6).round().div(1e6).float())
 
 
 @pytest.mark.parametrize(
     "text",
-    ["not json", "{}", "[1]", '{"heads": [[1.0]], "rows": 3}', '{"heads": "a", "rows": 3}', '{"heads": [[[[1.0]]]]}'],
-    ids=["text", "empty", "list", "two-dimensions", "string", "no-rows"],
-)
+    ["not json", "{}", "[1]", '{"heads": [[1.0]], "rows": 3}', '{"heads": "a", "rows": 3}', '{"heads": [[[[1.0]]]]}',
+     '{"layers": [1.0], "rows": 3}'],
+    ids=["text", "empty", "list", "two-dimensions", "string", "no-rows", "one-dimension"],
+)  # fmt: skip
 def test_from_json_of_something_else(tmp_path, text):
     path = tmp_path / "plan.json"
     path.write_text(text)
     with pytest.raises(ValueError, match="plan.json' is not a similarity file"):
         AttentionSimilarity.from_json(path)
+
+
+@pytest.mark.parametrize("content", [b"cut off", save({"heads": torch.zeros(3, 4, 4)})], ids=["cut-off", "another"])
+def test_heads_of_something_else(measured, tmp_path, content):
+    measured.save(tmp_path / "similarity.json")
+    (tmp_path / "similarity.safetensors").write_bytes(content)
+    with pytest.raises(ValueError, match="similarity.json' is not a similarity file"):
+        AttentionSimilarity.from_json(tmp_path / "similarity.json")
 
 
 def test_plot_writes_a_png(measured, tmp_path):
@@ -294,6 +380,14 @@ def test_plot_writes_a_png(measured, tmp_path):
 
     assert red_pixels(plain) == 0
     assert red_pixels(framed) > 100
+
+
+def test_plot_of_many_layers_is_no_larger_than_a_screen(tmp_path):
+    from matplotlib import image
+
+    plot_similarity([[1 / (1 + abs(i - j)) for i in range(80)] for j in range(80)], tmp_path / "many.png", "made up")
+    height, width, _ = image.imread(tmp_path / "many.png").shape
+    assert width < 2000 and height < 2600
 
 
 # A trained model

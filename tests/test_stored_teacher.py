@@ -12,7 +12,14 @@ from processes import run_python
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from echoatt_hf import EchoAttForCausalLM, StoredTeacher, collate_rows, write_stored_teacher
-from echoatt_hf.distillation.losses import divergence_from_stored, forward_kl, keep_top, merge_rest
+from echoatt_hf.distillation.losses import (
+    HardLabelLoss,
+    divergence_from_stored,
+    forward_kl,
+    hard_labels_from_stored,
+    keep_top,
+    merge_rest,
+)
 from echoatt_hf.distillation.trainer import EchoAttTrainer, EchoAttTrainingArguments
 from echoatt_hf.models.checks import hash_tokenizer, hash_weights
 
@@ -415,6 +422,14 @@ def test_padding_of_a_vocabulary_is_cut(size, divergence):
             "jensen_shannon": ((p * (p / middle).log()).sum() + (q * (q / middle).log()).sum()) / 2,
         }[divergence]
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_hard_labels_are_tokens_that_the_student_has():
+    teacher = torch.tensor([[[0.0, 1.0, 2.0, 5.0], [4.0, 1.0, 2.0, 3.0]]])
+    student = torch.randn(2, 3)
+    expected = torch.nn.functional.cross_entropy(student, torch.tensor([2, 0]), reduction="none")
+    for loss in (hard_labels_from_stored(keep_top(teacher, 3)[1]), HardLabelLoss(lambda tokens: teacher[0, tokens])):
+        assert torch.equal(loss(student, slice(None)), expected)
 
 
 def test_workers_of_a_data_loader_read_the_store(tmp_path, store, teacher):

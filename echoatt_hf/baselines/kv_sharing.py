@@ -9,7 +9,7 @@ from torch import nn
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from ..modeling_echoatt import SourceConfig, find_attention_modules
+from ..modeling_echoatt import View, find_attention_modules, view_attention
 
 
 __all__ = ["share_keys_values"]
@@ -22,14 +22,6 @@ class KeysAndValues:
 
     def __init__(self):
         self.by_layer: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-
-
-class SharingConfig(SourceConfig):
-    """View of the configuration that a layer's attention sees: all of it, but attention goes through the sharing."""
-
-    def __init__(self, config: Any):
-        super().__init__(config)
-        self._attn_implementation = SHARE_KEYS_VALUES
 
 
 class NoProjection(nn.Module):
@@ -56,7 +48,7 @@ def attend_with_shared(
     **kwargs,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Attention function: remember keys and values of a source, or take those of the source, after rotary embedding."""
-    config = module.config.config
+    config = module.config.viewed
     if shared is None:
         raise ValueError(f"The family {config.model_type!r} does not hand keyword arguments on to its attention.")
     if module.key_value_source == module.layer_idx:
@@ -64,7 +56,7 @@ def attend_with_shared(
     key, value = shared.by_layer[module.key_value_source]
     eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
     attention = ALL_ATTENTION_FUNCTIONS.get_interface(config._attn_implementation, eager)
-    return attention(module, query, key, value, attention_mask, **kwargs)
+    return attention(view_attention(module), query, key, value, attention_mask, **kwargs)
 
 
 AttentionInterface.register(SHARE_KEYS_VALUES, attend_with_shared)
@@ -95,7 +87,8 @@ def share_keys_values(model: PreTrainedModel, sources: Sequence[int]) -> PreTrai
                 f"Layer {attention.layer_idx} cannot use the keys of layer {source.layer_idx}: their heads differ."
             )
     for layer, attention in attentions.items():
-        attention.config, attention.key_value_source = SharingConfig(attention.config), sources[layer]
+        attention.config = View(attention.config, _attn_implementation=SHARE_KEYS_VALUES)
+        attention.key_value_source = sources[layer]
         if layer != sources[layer]:
             attention.k_proj, attention.v_proj = (
                 NoProjection(each.out_features) for each in (attention.k_proj, attention.v_proj)

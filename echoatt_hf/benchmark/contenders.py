@@ -89,7 +89,7 @@ def _make_config(settings: BenchmarkSettings, teacher: str) -> PreTrainedConfig:
 def _read_plan(student: str, config: PreTrainedConfig) -> list[int] | None:
     """The plan that `student` says, or `None` where it names a model."""
     try:
-        settings = PlanSettings(plan="blocks", ratio=float(student))
+        settings = PlanSettings(plan="spread", ratio=float(student))
     except ValueError:
         if not student.endswith(".json") and "," not in student:
             return None

@@ -60,7 +60,7 @@ def run_benchmark(
             A named shape, `"builtin"`, a folder, or a repository of the Hub.
         student (`str`, *optional*, defaults to `"0.41"`):
             A folder or repository of a student, source indices such as `"0,1,1,1,4"`, a plan's `.json` file, or the
-            sharing ratio of the paper's blocks.
+            sharing ratio of evenly spread blocks.
         progress (`bool`, *optional*, defaults to `False`):
             Show a progress bar.
 

@@ -42,7 +42,9 @@ EXPECTED_ERRORS = (ValueError, OSError, FloatingPointError, MemoryError)
 # What several processes do together. All else is the work of one.
 DIVIDED_COMMANDS = ("distill", "evaluate")
 
-Teacher = Annotated[str, typer.Argument(help="'builtin', a folder, or a repository of the Hub.")]
+Teacher = Annotated[
+    str, typer.Argument(help="'builtin', a folder, or a repository of the Hub: owner/name or owner/name@revision.")
+]
 Output = Annotated[Path, typer.Option(help="What to write.", show_default=False)]
 Similarity = Annotated[
     Path | None,
@@ -161,10 +163,10 @@ def analyze(
     calibration_rows: Annotated[int, typer.Option(help="Rows on which similarity is measured.")] = 48,
     overwrite: Overwrite = False,
 ) -> None:
-    """Measure how similarly the layers of a model attend: similarity.json and a heat map, similarity.png."""
+    """Measure how similarly the layers of a model attend: similarity.json, .safetensors for heads, and a figure, .png."""
     from ..analysis.similarity import measure_on_rows
     from ..models.loading import load_model, load_tokenizer
-    from ..outputs.files import check_output_folder, whole_folder, write_whole
+    from ..outputs.files import check_output_folder, whole_folder
     from ..pipeline.preparation import load_calibration_rows
 
     check_output_folder(output, overwrite)
@@ -174,7 +176,7 @@ def analyze(
     rows = load_calibration_rows(settings, load_tokenizer(teacher, model), model)
     similarity = measure_on_rows(model, rows, progress=True)
     with whole_folder(output, overwrite) as folder:
-        write_whole(folder / "similarity.json", similarity.to_json())
+        similarity.save(folder / "similarity.json")
         similarity.plot(folder / "similarity.png")
     layers = similarity.layers
     print("layer  most similar earlier layer")
@@ -230,6 +232,7 @@ def convert(
     from ..outputs.files import check_output_folder, whole_folder, write_whole
     from ..pipeline.preparation import convert_teacher
     from ..planning.sharing import SharingPlan
+    from ..publishing.card import write_model_card
 
     check_output_folder(output, overwrite)
     settings = CompressionSettings(teacher=teacher, plan=plan, calibration=calibration, data=data)
@@ -239,6 +242,7 @@ def convert(
         tokenizer.save_pretrained(folder)
         write_whole(folder / "sharing_plan.json", SharingPlan(report.echo_sources).to_json())
         write_whole(folder / "conversion.json", json.dumps(report.to_dict(), indent=2) + "\n")
+        write_model_card(folder, name=output.resolve().name)
     print(f"{report}\n\nwritten to {output}")
 
 
@@ -387,7 +391,7 @@ def benchmark(
     student_or_plan: Annotated[
         str,
         typer.Argument(
-            help="A student, source indices such as 0,1,1,1,4, a plan's .json file, or the ratio of the paper's blocks."
+            help="A student, source indices such as 0,1,1,1,4, a plan's .json file, or the ratio of evenly spread blocks."
         ),
     ] = "0.41",
     output: Annotated[Path | None, typer.Option(help="Folder for benchmark.json, .md and .png.")] = None,
@@ -434,6 +438,13 @@ def push(
         str | None, typer.Option(help="Licence, by the Hub's name; if not given, that of the card or of the teacher.")
     ] = None,
     commit_message: Annotated[str, typer.Option(help="Title of the commit.")] = "Upload EchoAtt student",
+    allow: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="FILE:TEXT that a check of the texts finds, to be sent all the same; * stands for anything. May be repeated.",
+            metavar="PATTERN",
+        ),
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything and list what would be sent.")] = False,
 ) -> None:
     """Publish a student on the Hub, in one commit, after checks of all that is sent."""
@@ -448,6 +459,7 @@ def push(
             create_pr=create_pr,
             license=license,
             commit_message=commit_message,
+            allow=allow or (),
             dry_run=dry_run,
         )
     )

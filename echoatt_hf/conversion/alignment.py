@@ -35,13 +35,13 @@ def align_heads(student: EchoAttForCausalLM, similarity: AttentionSimilarity) ->
         `ValueError`: the similarity is that of another model.
     """
     sources = student.config.echo_sources
-    if len(similarity.heads) != len(sources):
+    if len(similarity.layers) != len(sources):
         raise ValueError(
-            f"The similarity is of {len(similarity.heads)} layers and the student has {len(sources)}: measure it on "
+            f"The similarity is of {len(similarity.layers)} layers and the student has {len(sources)}: measure it on "
             "the teacher of this student."
         )
     return {
-        layer: align_layer(attention, similarity.heads[sources[layer], layer])
+        layer: align_layer(attention, similarity.between(sources[layer], layer))
         for layer, attention in find_echoes(student).items()
     }
 

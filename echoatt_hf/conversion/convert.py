@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 
 from transformers import PreTrainedModel
 
@@ -9,9 +10,10 @@ from ..analysis.similarity import AttentionSimilarity, measure_on_rows
 from ..modeling_echoatt import FUSED_MODULES, EchoAttForCausalLM
 from ..models.inference import compare_predictions
 from ..models.sizes import count_kv_bytes_per_token
+from ..outputs.provenance import describe_teacher
 from ..planning.sharing import SharingPlan
-from .alignment import align_heads, find_echoes, get_parameters, set_parameters
-from .refit import hold_out, refit_outputs
+from .alignment import find_echoes, get_parameters, set_parameters
+from .tuning import hold_out, tune_student
 
 
 __all__ = ["ConversionReport", "convert"]
@@ -30,11 +32,12 @@ class ConversionReport:
         teacher_parameters, student_parameters (`int`): number of parameters, tied ones counted once.
         teacher_kv_bytes_per_token, student_kv_bytes_per_token (`int`): bytes of KV cache for each token.
         kl (`dict[str, float]`): KL(teacher || student) on calibration rows held out, in nats per token: `"copied"`, and
-            `"aligned"` and `"refitted"` if they were tried. Each was kept if it lowered it.
+            `"tuned"` if the echo layers were tuned, which is kept if it lowers it.
         aligned (`dict[int, list[int]]`): for each echo layer whose heads were aligned, the head of the teacher that is now
             in each place.
         refitted (`dict[int, float]`): for each echo layer, if they were refitted, the squared error of the attention
             output that is left, as a share of what it was before.
+        teacher (`dict[str, str]`): the teacher, see [`describe_teacher`].
     """
 
     echo_sources: list[int]
@@ -48,6 +51,7 @@ class ConversionReport:
     kl: dict[str, float] = field(default_factory=dict)
     aligned: dict[int, list[int]] = field(default_factory=dict)
     refitted: dict[int, float] = field(default_factory=dict)
+    teacher: dict[str, str] = field(default_factory=dict)
 
     def to_dict(self) -> dict:
         """The report as JSON can hold it."""
@@ -68,13 +72,12 @@ class ConversionReport:
         )
 
     def _describe_tuning(self) -> list[str]:
-        names = {"copied": "", "aligned": "heads aligned", "refitted": "outputs refitted"}
-        kept = {"copied": True, "aligned": bool(self.aligned), "refitted": bool(self.refitted)}
-        parts = [
-            f"{value:.4f} {names[name]}{'' if kept[name] else ' (not kept)'}".rstrip()
-            for name, value in self.kl.items()
-        ]
-        return [f"KL           {' → '.join(parts)} nats per token"] if parts else []
+        if "tuned" not in self.kl:
+            return [f"KL           {value:.4f} nats per token" for value in self.kl.values()]
+        counts = {"aligned": len(self.aligned), "refitted": len(self.refitted)}
+        layers = ", ".join(f"{count} {name}" for name, count in counts.items() if count)
+        kept = f"of its echo layers {layers}" if layers else "not kept"
+        return [f"KL           {self.kl['copied']:.4f} → {self.kl['tuned']:.4f} tuned ({kept}), nats per token"]
 
 
 def convert(
@@ -121,7 +124,7 @@ def convert(
         `ValueError`: the teacher is not a plain decoder language model, the plan does not fit it, or there is only one
             row.
     """
-    if not isinstance(teacher, PreTrainedModel):
+    if isinstance(teacher, (str, Path)):
         from ..models.loading import load_model
 
         teacher = load_model(teacher)
@@ -143,6 +146,7 @@ def convert(
         student_parameters=student.num_parameters(),
         teacher_kv_bytes_per_token=count_kv_bytes_per_token(teacher),
         student_kv_bytes_per_token=count_kv_bytes_per_token(student),
+        teacher=describe_teacher(teacher),
         **tuning,
     )
     return student, report
@@ -157,37 +161,33 @@ def _tune(
     refit: bool,
     progress: bool,
 ) -> dict[str, dict]:
-    """Align and refit, and keep what helps. Returns what the report says of it."""
+    """Tune the echo layers, and keep it if it helps. Returns what the report says of it."""
     train, held_out = hold_out(rows)
-    echoes = find_echoes(student)
-
-    def measure() -> float:
-        return compare_predictions(student, held_out, teacher).kl
-
-    levers = {}
-    if align:
-        levers["aligned"] = lambda: align_heads(
-            student, similarity or measure_on_rows(teacher, rows, progress=progress)
-        )
-    if refit:
-        levers["refitted"] = lambda: refit_outputs(student, teacher, train, held_out, progress=progress)
-    tuning = {"kl": {"copied": measure()}}
-    for name, change in levers.items():
-        before = {layer: get_parameters(echo) for layer, echo in echoes.items()}
-        least, facts = min(tuning["kl"].values()), change()
-        tuning["kl"][name] = measure()
-        if tuning["kl"][name] < least:
-            tuning[name] = facts
-        else:
-            for layer, parameters in before.items():
-                set_parameters(echoes[layer], parameters)
-    return tuning
+    before = {layer: get_parameters(echo) for layer, echo in find_echoes(student).items()}
+    kl = {"copied": compare_predictions(student, held_out, teacher).kl}
+    if not (align or refit):
+        return {"kl": kl}
+    if align and similarity is None:
+        similarity = measure_on_rows(teacher, rows, progress=progress)
+    tuned = tune_student(
+        student, teacher, train, held_out, similarity if align else None, refit=refit, progress=progress
+    )
+    kl["tuned"] = compare_predictions(student, held_out, teacher).kl
+    if not kl["tuned"] < kl["copied"]:
+        for layer, echo in find_echoes(student).items():
+            set_parameters(echo, before[layer])
+        return {"kl": kl}
+    return {
+        "kl": kl,
+        "aligned": {layer: each.order for layer, each in tuned.items() if each.order is not None},
+        "refitted": {layer: each.share for layer, each in tuned.items() if each.share < 1},
+    }
 
 
 def _name_of_kept(name: str) -> str:
     """Name of the parameter that an echo layer keeps of a fused one."""
     *path, module, parameter = name.split(".")
-    return ".".join([*path, FUSED_MODULES.get(module, (module,))[0], parameter])
+    return ".".join([*path, FUSED_MODULES.get(module, module), parameter])
 
 
 def _name_modules(parameters: list[str]) -> str:

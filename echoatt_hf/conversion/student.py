@@ -1,13 +1,17 @@
 """A student that inherits the weights of its teacher."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import torch
-from transformers import (
-    PreTrainedModel,
-)
+from accelerate import dispatch_model
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.pytorch_utils import Conv1D
 
 from ..configuration_echoatt import EchoAttConfig
 from ..modeling_echoatt import (
@@ -16,10 +20,12 @@ from ..modeling_echoatt import (
     EchoAttForCausalLM,
     EchoAttPreTrainedModel,
     EchoRecords,
-    _fused_modules,
-    _kept_parameters,
+    count_value_features,
     find_attention_modules,
+    find_fused_modules,
 )
+from ..models.checks import check_no_nan
+from ..models.inference import inference
 from ..models.loading import load_model
 from ..models.recording import recording
 
@@ -46,17 +52,31 @@ def make_student(
             teacher on its device before: who moves later makes a copy.
 
     Returns:
-        [`EchoAttForCausalLM`]: the student, in evaluation mode, on the teacher's device and in its dtypes.
+        [`EchoAttForCausalLM`]: the student, in evaluation mode, each weight on the device and in the dtype that it has in
+        the teacher.
 
     Raises:
+        `TypeError`: the teacher is no model of transformers.
         `ValueError`: the teacher is not a plain decoder language model, or the plan does not fit it.
     """
-    if not isinstance(teacher, PreTrainedModel):
+    if isinstance(teacher, (str, Path)):
         teacher = load_model(teacher)
     _check_teacher(teacher)
+    student = _make_student(teacher, plan, share_weights)
+    _check_conversion(student, teacher)
+    return student
+
+
+def _make_student(teacher: PreTrainedModel, plan: Sequence[int], share_weights: bool) -> EchoAttForCausalLM:
     text_config = copy.deepcopy(teacher.config)
     text_config.architectures = None
     text_config.name_or_path = ""  # a path of this machine would end up in the student's config.json
+    if hasattr(text_config, "auto_map"):
+        del text_config.auto_map  # code of the teacher's repository, which the student does not have
+    # What is so, not what the configuration says: merged adapters of the head leave it untied, and users tie by hand.
+    embeddings, head = teacher.get_input_embeddings(), teacher.get_output_embeddings()
+    if teacher._tied_weights_keys and head is not None:
+        text_config.tie_word_embeddings = head.weight is embeddings.weight
     config = EchoAttConfig(
         text_config=text_config,
         echo_sources=list(plan),
@@ -67,7 +87,7 @@ def make_student(
         student = EchoAttForCausalLM._from_config(config)
         _check_initialization(student)
     student.language_model.load_state_dict(_inherited_state(student, teacher, share_weights), strict=True, assign=True)
-    buffers = dict(teacher.named_buffers())
+    buffers = dict(teacher.named_buffers(remove_duplicate=False))
     for name, buffer in student.language_model.named_buffers():
         if buffer.is_meta:  # not part of the state, such as rotary frequencies
             parent, _, leaf = name.rpartition(".")
@@ -81,7 +101,10 @@ def make_student(
     if teacher.generation_config is not None:
         student.generation_config = copy.deepcopy(teacher.generation_config)
     student.requires_grad_(not share_weights).eval()
-    _check_conversion(student, teacher)
+    devices = getattr(teacher, "hf_device_map", {})
+    if len({*devices.values()}) > 1:  # the student is spread as its teacher is
+        devices = {f"language_model.{name}": device for name, device in devices.items()}
+        dispatch_model(student, devices, skip_keys=list(student._skip_keys_device_placement))
     return student
 
 
@@ -99,11 +122,26 @@ def _inherited_state(
     names = {module: name for name, module in teacher.named_modules()}
     attentions = find_attention_modules(teacher) if student.config.echo_layers else {}
     for attention in (attentions[layer] for layer in student.config.echo_layers):
-        for fused in _fused_modules(attention):
+        for fused in find_fused_modules(attention):
             for key, tensor in _kept_parameters(attention, fused).items():
                 kept = tensor.detach() if share_weights else tensor.detach().clone()
-                state[f"{names[attention]}.{FUSED_MODULES[fused][0]}.{key}"] = kept.contiguous()
+                state[f"{names[attention]}.{FUSED_MODULES[fused]}.{key}"] = kept.contiguous()
     return state
+
+
+def _kept_parameters(attention: nn.Module, name: str) -> dict[str, torch.Tensor]:
+    """Weight `(features, hidden size)` and bias of what an echo layer keeps of the fused projection `name`."""
+    projection = getattr(attention, name)
+    kept = {}
+    for key, tensor in projection.named_parameters():
+        rows = tensor.t() if isinstance(projection, Conv1D) else tensor  # (features, ...)
+        if name in ("qkv_proj", "c_attn"):
+            kept[key] = rows[-count_value_features(attention) :]
+        else:  # for each head its query, key and value, or its query and gate
+            head_dim = attention.head_dim if hasattr(attention, "head_dim") else attention.head_size
+            parts = 3 if name == "query_key_value" else 2
+            kept[key] = rows.unflatten(0, (-1, parts, head_dim))[:, -1].flatten(0, 1)
+    return kept
 
 
 def _check_initialization(student: EchoAttForCausalLM) -> None:
@@ -121,97 +159,157 @@ def _check_initialization(student: EchoAttForCausalLM) -> None:
 
 def _check_conversion(student: EchoAttForCausalLM, teacher: PreTrainedModel) -> None:
     """
-    Check on a few random tokens that echo layers do what the family's do, whatever that is.
+    Check on a few random tokens that the student does what the family does, whatever that is.
 
-    Families differ in ways that their modules do not show. But an echo of a layer's own attention must give what the
-    layer gives, in every family.
+    Families differ in ways that their modules do not show. But without echo layers a student must be its teacher, and an
+    echo of a layer's own attention must give what the layer gives: for a prompt and for a token after it, by replay and by
+    the attention weights.
     """
-    try:
-        layer, error = _worst_echo(student, teacher) if student.config.echo_layers else (0, 0.0)
-    except (RuntimeError, TypeError, ValueError) as exception:
-        if _error_of_forward(teacher) is not None:  # a teacher that fails too fails for its own reasons
+    family = student.config.text_config.model_type
+    tolerance = 1e-3 if torch.finfo(teacher.dtype).eps < 1e-6 else 5e-2
+    if any(parameter.is_meta for parameter in teacher.parameters()):
+        return
+    with inference(teacher):
+        if _error_of_decoding(teacher) is not None:  # it fails for its own reasons
             return
-        if isinstance(exception, ValueError):
-            raise
-        reason = str(exception).strip().splitlines()
+        try:
+            error = _error_of_logits(teacher)
+            errors = dict(_errors_of_echoes(student, teacher)) if student.config.echo_layers else {}
+        except (RuntimeError, TypeError) as exception:
+            reason = str(exception).strip().splitlines()
+            raise ValueError(
+                f"EchoAtt does not support the family {family!r} yet: its converted model fails "
+                f"({type(exception).__name__}: {reason[0] if reason else 'no reason given'})."
+            ) from exception
+    if error > tolerance:
         raise ValueError(
-            f"EchoAtt does not support the family {student.config.text_config.model_type!r} yet: its converted model "
-            f"fails ({type(exception).__name__}: {reason[0] if reason else 'no reason given'})."
-        ) from exception
-    if error > (1e-3 if torch.finfo(teacher.dtype).eps < 1e-6 else 5e-2):
+            f"The teacher is more than the family {family!r} and its weights: a student without echo layers has other "
+            f"logits, by {error:.1%}. Give the model as it is loaded, without hooks and code of its own."
+        )
+    which = max(errors, key=errors.get, default=None)
+    if which is not None and errors[which] > tolerance:
+        layer, how = which
         raise ValueError(
-            f"EchoAtt does not support the family {student.config.text_config.model_type!r} yet: its attention does more "
-            f"than an echo layer takes over. An echo of its own attention differs from layer {layer} by {error:.1%}."
+            f"EchoAtt does not support the family {family!r} yet: its attention does more than an echo layer takes over. "
+            f"An echo of its own attention, {how}, differs from layer {layer} by {errors[which]:.1%}."
         )
 
 
-@torch.no_grad()
-def _worst_echo(student: EchoAttForCausalLM, teacher: PreTrainedModel) -> tuple[int, float]:
-    """The layer whose output an echo of its own attention misses by most, and by how much of the output's norm."""
-    config = student.config
+def _random_tokens(model: PreTrainedModel) -> tuple[torch.Tensor, torch.Tensor]:
+    """A prompt of four tokens and one to follow it."""
     generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(config.vocab_size, (1, 4), generator=generator).to(teacher.device)
-    student(input_ids=tokens, use_cache=False)
+    tokens = torch.randint(model.config.vocab_size, (1, 5), generator=generator)
+    return tokens.to(model.get_input_embeddings().weight.device).split((4, 1), dim=1)
 
-    calls = {}
+
+def _relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """Distance in units of the norm; infinite where one is finite and the other is not."""
+    found, is_finite = found.to(expected.device), expected.isfinite()
+    if not torch.equal(is_finite, found.isfinite()):
+        return float("inf")
+    found, expected = found[is_finite].float(), expected[is_finite].float()
+    return ((found - expected).norm() / expected.norm().clamp_min(1e-12)).item()
+
+
+def _error_of_logits(teacher: PreTrainedModel) -> float:
+    """How far the logits of a student without echo layers are from those of its teacher."""
+    twin = _make_student(teacher, range(teacher.config.num_hidden_layers), share_weights=True)
+    prompt, _ = _random_tokens(teacher)
+    found, expected = (model(input_ids=prompt, use_cache=False).logits for model in (twin, teacher))
+    return _relative_error(found, expected)
+
+
+def _errors_of_echoes(
+    student: EchoAttForCausalLM, teacher: PreTrainedModel
+) -> Iterator[tuple[tuple[int, str], float]]:
+    """By layer and way of decoding how far an echo of the layer's own attention is from the layer."""
+    config = student.config
+    prompt, token = _random_tokens(teacher)
+    attentions, echoes = (find_attention_modules(model) for model in (teacher, student.language_model))
+    student(input_ids=prompt, use_cache=False)
+    calls = []
 
     def remember(module, args, kwargs, output):
-        calls[module.layer_idx] = (args, kwargs, output[0])
+        calls.append((module, args, kwargs, output[0]))
 
-    attentions, echoes = (find_attention_modules(model) for model in (teacher, student.language_model))
-    hooks = [attentions[layer].register_forward_hook(remember, with_kwargs=True) for layer in config.echo_layers]
-    training = [module for module in teacher.modules() if module.training]
-    records = EchoRecords()
+    cache = None
+    caches = {how: DynamicCache(config=config) for how in ("replay", "weights")}
+    for tokens, step in ((prompt, "a prompt"), (token, "a token")):
+        calls.clear()
+        hooks = [attentions[layer].register_forward_hook(remember, with_kwargs=True) for layer in config.echo_layers]
+        records, by_weights = EchoRecords("replay"), EchoRecords("auto")
+        try:
+            with recording(attentions.values()):
+                cache = teacher(
+                    input_ids=tokens, past_key_values=cache, use_cache=True, echo_records=records
+                ).past_key_values
+                for attention in attentions.values():
+                    call = records.get(attention.layer_idx, next(attention.parameters()).device)
+                    by_weights.record(call, attention, call.key)  # the values do not matter
+        finally:
+            for hook in hooks:
+                hook.remove()
+        for attention, args, kwargs, expected in calls:
+            layer = attention.layer_idx
+            for how, found_in in (("replay", records), ("weights", by_weights)):
+                own = EchoRecords()
+                own.keep(config.echo_sources[layer], found_in.get(layer, expected.device))
+                kwargs = {name: caches[how] if isinstance(value, Cache) else value for name, value in kwargs.items()}
+                found, _ = echoes[layer](*args, **(kwargs | {"echo_records": own}))
+                yield (layer, f"{step} by {how}"), _relative_error(found, expected)
+
+
+def _error_of_decoding(model: PreTrainedModel) -> Exception | None:
+    """What a model raises in a prompt and a token after it."""
+    prompt, token = _random_tokens(model)
     try:
-        with recording(attentions.values()):
-            teacher.eval()(input_ids=tokens, use_cache=False, echo_records=records)
-    finally:
-        for hook in hooks:
-            hook.remove()
-        for module in training:
-            module.training = True
-
-    errors = {}
-    for layer, (args, kwargs, expected) in calls.items():
-        own = EchoRecords()
-        own.keep(config.echo_sources[layer], records.get(layer, expected.device))
-        found, _ = echoes[layer](*args, **{**kwargs, "echo_records": own})
-        if not expected.is_meta and expected.isfinite().all():
-            error = (found - expected).float().norm() / expected.float().norm().clamp_min(1e-12)
-            errors[layer] = error.nan_to_num(nan=float("inf")).item()
-    worst = max(errors, key=errors.get, default=config.echo_layers[0])
-    return worst, errors.get(worst, 0.0)
-
-
-@torch.no_grad()
-def _error_of_forward(model: PreTrainedModel) -> Exception | None:
-    try:
-        model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=model.device), use_cache=False)
+        cache = model(input_ids=prompt, use_cache=True).past_key_values
+        model(input_ids=token, past_key_values=cache, use_cache=True)
     except (RuntimeError, TypeError, ValueError) as error:
         return error
     return None
 
 
 def _check_teacher(teacher: PreTrainedModel) -> None:
+    """Refuse by name what is no plain model in memory: its weights could be missing, divided or something else."""
     if isinstance(teacher, EchoAttPreTrainedModel):
         raise ValueError("The teacher is already an EchoAtt student: convert the model it was made from.")
+    if isinstance(teacher, PeftModel):
+        raise ValueError("The teacher is a PeftModel: give `teacher.merge_and_unload()`.")
+    if not isinstance(teacher, PreTrainedModel):
+        inner = next((name for name in ("_orig_mod", "module", "model") if hasattr(teacher, name)), None)
+        raise TypeError(
+            f"The teacher is a {type(teacher).__name__}: give a causal language model of transformers, or the name or path "
+            f"of one{f', here `teacher.{inner}`' if inner else ''}."
+        )
     if not teacher.can_generate() or not hasattr(teacher, "lm_head") and teacher.get_output_embeddings() is None:
         raise ValueError(
             f"The teacher is a {type(teacher).__name__}, not a causal language model: load it with "
             "AutoModelForCausalLM.from_pretrained."
         )
-    if getattr(teacher, "is_quantized", False):
-        raise ValueError(
-            "The teacher is quantized: convert the unquantized model, and quantize the student afterwards."
-        )
+    if any(isinstance(module, BaseTunerLayer) for module in teacher.modules()):
+        raise ValueError("The teacher has adapters in it: merge them into its weights, or load it without them.")
     if is_deepspeed_zero3_enabled():
         raise ValueError(
             "DeepSpeed's ZeRO-3 is set up, which divides the weights of every new model among processes: convert in one "
             "process, before arguments for training are made, save the student, and load it where you train."
         )
-    device_map = getattr(teacher, "hf_device_map", {})
-    if len({*device_map.values()}) > 1:
+    for name, parameter in teacher.named_parameters():
+        kind = type(parameter.data)
+        if kind.__name__ == "DTensor":
+            raise ValueError(
+                "The teacher is sharded over processes: convert in one process, with a teacher loaded whole."
+            )
+        if getattr(teacher, "is_quantized", False) or kind is not torch.Tensor or not parameter.is_floating_point():
+            raise ValueError(
+                f"The teacher is quantized ({name} is a {kind.__name__} of {parameter.dtype}): convert the unquantized "
+                "model, and quantize the student afterwards."
+            )
+    if any(
+        hasattr(module, "_hf_hook") and any(parameter.is_meta for parameter in module.parameters(recurse=False))
+        for module in teacher.modules()
+    ):
         raise ValueError(
-            f"The teacher is spread over several devices ({', '.join(sorted(map(str, {*device_map.values()})))}): load it "
-            "on one, and spread the student afterwards."
+            "The weights of the teacher are offloaded, to the CPU or a disk: load it on devices that hold it."
         )
+    check_no_nan(teacher, "teacher")

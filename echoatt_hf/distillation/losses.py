@@ -13,23 +13,29 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from ..settings import DIVERGENCES
+from ..settings import DIVERGENCES, HIDDEN_DISTANCES
 
 
 __all__ = [
     "DIVERGENCES",
+    "HIDDEN_DISTANCES",
+    "HardLabelLoss",
+    "KeptLogits",
     "LogitLosses",
     "NextTokenLoss",
     "TeacherDivergence",
     "chunked_loss",
     "divergence_from_stored",
     "forward_kl",
+    "hard_labels_from_stored",
+    "hidden_distance",
     "jensen_shannon",
     "keep_top",
     "merge_rest",
     "next_tokens",
     "relative_distance",
     "reverse_kl",
+    "squared_distance",
     "target_mask",
 ]
 
@@ -163,6 +169,69 @@ def divergence_from_stored(
             logits = F.pad(_upcast(logits), (0, vocab_size - logits.shape[-1]), value=_NO_PROBABILITY)
         # Rounded to 16 bits they do not add up to 1 any more.
         return _DIVERGENCES[divergence](merge_rest(logits, ids), _log_probs(expected))
+
+    return loss
+
+
+class KeptLogits:
+    """
+    A teacher's logits, kept for the tokens that were asked for last: of a chunk that several losses look at they are made
+    once.
+
+    Args:
+        teacher_logits (`Callable`): tokens of the flattened batch, as a slice -> the teacher's logits `(N, V)`.
+    """
+
+    def __init__(self, teacher_logits: Callable[[slice], torch.Tensor]):
+        self._teacher_logits, self._tokens, self._logits = teacher_logits, None, None
+
+    def __call__(self, tokens: slice) -> torch.Tensor:
+        if tokens != self._tokens:
+            self._logits = None  # which goes before the next ones come
+            self._tokens, self._logits = tokens, self._teacher_logits(tokens)
+        return self._logits
+
+
+@dataclass(frozen=True)
+class HardLabelLoss:
+    """
+    A loss of tokens: the cross-entropy of the token that the teacher finds likeliest.
+
+    Called with logits `(N, V)` and the slice of tokens they are of, it returns `(N,)`, in nats.
+
+    Args:
+        teacher_logits (`Callable`): tokens of the flattened batch, as a slice -> the teacher's logits `(N, V)`.
+
+    Source: arXiv 2409.14595, section 3.2 (hard labels).
+    """
+
+    teacher_logits: Callable[[slice], torch.Tensor]
+
+    def __call__(self, logits: torch.Tensor, tokens: slice) -> torch.Tensor:
+        with torch.no_grad():
+            expected = self.teacher_logits(tokens)
+            common = min(logits.shape[-1], expected.shape[-1])  # the rest is padding
+            expected = expected[..., :common].argmax(-1).to(logits.device)
+        return F.cross_entropy(_upcast(logits[..., :common]), expected, reduction="none")
+
+
+def hard_labels_from_stored(token_ids: torch.Tensor) -> TokenLoss:
+    """
+    A loss of tokens: that of [`HardLabelLoss`], from what a stored teacher kept, which has the likeliest token first.
+
+    Args:
+        token_ids (`torch.Tensor` of shape `(B, T, k)`, int64): the tokens that were kept.
+
+    Returns:
+        `Callable`: logits `(N, V)` and the slice of tokens they are of -> `(N,)`, in nats.
+    """
+    token_ids = token_ids.flatten(0, 1)
+
+    def loss(logits: torch.Tensor, tokens: slice) -> torch.Tensor:
+        ids = token_ids[tokens].to(logits.device)
+        # The first one that the student has: with one tokenizer what it lacks is padding.
+        place = (ids < logits.shape[-1]).int().argmax(-1, keepdim=True)
+        return F.cross_entropy(_upcast(logits), ids.gather(-1, place)[:, 0], reduction="none")
 
     return loss
 
@@ -379,12 +448,53 @@ def relative_distance(
     Returns:
         `torch.Tensor`: scalar, without unit, per token.
     """
+    return _mean_over_layers(_relative_distances, student_states, teacher_states, labels, num_tokens)
+
+
+def squared_distance(
+    student_states: Sequence[torch.Tensor],
+    teacher_states: Sequence[torch.Tensor],
+    labels: torch.Tensor,
+    num_tokens: torch.Tensor | int,
+) -> torch.Tensor:
+    """
+    Squared distance of states, the mean over layers, and over features, so that a wide model does not weigh it more than
+    others.
+
+    Args:
+        student_states, teacher_states, labels, num_tokens: as in [`relative_distance`].
+
+    Returns:
+        `torch.Tensor`: scalar, in squared units of the states, per token.
+
+    Source: arXiv 2409.14595, section 3.2 (intermediate loss), where it is not said whether features are summed.
+    """
+    return _mean_over_layers(_squared_distances, student_states, teacher_states, labels, num_tokens)
+
+
+hidden_distance = dict(zip(HIDDEN_DISTANCES, (relative_distance, squared_distance), strict=True))
+"""Distances of hidden states by name."""
+
+
+def _relative_distances(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+    squared_length = teacher.square().sum(-1).clamp_min(torch.finfo(torch.float32).tiny)
+    return (student - teacher).square().sum(-1) / squared_length
+
+
+def _squared_distances(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+    return (student - teacher).square().mean(-1)
+
+
+def _mean_over_layers(
+    distances: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    student_states: Sequence[torch.Tensor],
+    teacher_states: Sequence[torch.Tensor],
+    labels: torch.Tensor,
+    num_tokens: torch.Tensor | int,
+) -> torch.Tensor:
     mask = target_mask(labels)
     total = student_states[0].new_zeros((), dtype=torch.float32)
     for student, teacher in zip(student_states, teacher_states, strict=True):
-        expected = teacher.float()
-        squared_length = expected.square().sum(-1).clamp_min(torch.finfo(torch.float32).tiny)
-        distance = (student.float() - expected).square().sum(-1) / squared_length
         # Filled, not multiplied: where a row is padding the teacher's state may have no length.
-        total = total + distance.masked_fill(~mask, 0.0).sum()
+        total = total + distances(student.float(), teacher.float()).masked_fill(~mask, 0.0).sum()
     return total / len(student_states) / num_tokens

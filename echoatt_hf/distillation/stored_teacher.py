@@ -15,7 +15,7 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..models.checks import check_weights, find_tokenizer, hash_tokenizer, hash_weights
+from ..models.checks import check_no_nan, find_tokenizer, hash_tokenizer, hash_weights
 from ..models.devices import explained_memory_errors, processes
 from ..models.inference import inference
 from ..outputs.files import hash_file, write_whole
@@ -180,7 +180,7 @@ def write_stored_teacher(
     first = next(iterator, None)
     if first is None:
         raise ValueError("There are no rows to store: give text that fills at least one row.")
-    check_weights(teacher, "teacher")
+    check_no_nan(teacher, "teacher")
     vocab_size = teacher.config.get_text_config().vocab_size
     if not 1 <= top_k < vocab_size:
         raise ValueError(f"top_k is {top_k}; it must be from 1 to {vocab_size - 1}, one less than the vocabulary has.")

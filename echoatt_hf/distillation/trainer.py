@@ -12,22 +12,40 @@ from accelerate.utils import fsdp2_prepare_model
 from accelerate.utils.constants import FSDP_MODEL_NAME
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments, get_scheduler
+from transformers import (
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainingArguments,
+    get_scheduler,
+)
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.pytorch_utils import id_tensor_storage
 from transformers.trainer_utils import get_last_checkpoint
 
 from ..modeling_echoatt import EchoAttPreTrainedModel, find_attention_modules
-from ..models.checks import check_same_tokenizer, check_weights
+from ..models.checks import check_no_nan, check_same_tokenizer
 from ..models.heads import OutputHead
-from ..settings import DIVERGENCES, check_divergence, default_of
+from ..settings import (
+    DIVERGENCES,
+    HIDDEN_DISTANCES,
+    check_divergence,
+    check_hidden_distance,
+    default_of,
+    parse_layers,
+)
 from ..text.rows import STORED_COLUMNS
 from .head_losses import compute_losses
 from .losses import (
+    HardLabelLoss,
+    KeptLogits,
     LogitLosses,
     NextTokenLoss,
     TeacherDivergence,
     divergence_from_stored,
+    hard_labels_from_stored,
+    hidden_distance,
     relative_distance,
     target_mask,
 )
@@ -42,7 +60,7 @@ _UNUSED = {
     "compute_loss_func": "the losses are those of the weights in EchoAttTrainingArguments; override compute_loss for another",
 }
 
-_WEIGHTS = ("kl_weight", "ce_weight", "hidden_weight", "attention_weight")
+_WEIGHTS = ("kl_weight", "hard_label_weight", "ce_weight", "hidden_weight", "attention_weight")
 
 
 @dataclass
@@ -74,12 +92,20 @@ class EchoAttTrainingArguments(TrainingArguments):
             `"jensen_shannon"`, between the two.
         kl_temperature (`float`, *optional*, defaults to 1.0):
             Temperature of both distributions in the divergence, and of nothing else.
+        hard_label_weight (`float`, *optional*, defaults to 0.0):
+            Weight of the cross-entropy of the token that the teacher finds likeliest, at each position.
         ce_weight (`float`, *optional*, defaults to 0.0):
             Weight of the cross-entropy of the text. Raise it where the text is better than the teacher. While training,
             `label_smoothing_factor` applies to the cross-entropy of both stages, and the router loss of a mixture of
             experts that is configured to have one (`output_router_logits`) is part of it.
         hidden_weight (`float`, *optional*, defaults to 0.0):
-            Weight of the relative squared distance between the hidden states of matching layers.
+            Weight of the distance between the hidden states of matching layers.
+        hidden_layers (`str` or sequence of `int`, *optional*, defaults to `"all"`):
+            Whose outputs are compared: those of `"all"` layers, of the last layer of each of the `"blocks"` of layers
+            that share, or of layers such as `[3, 7]` or `"3,7"`.
+        hidden_distance (`str`, *optional*, defaults to `"relative"`):
+            Which one: `"relative"`, the squared distance over the squared length of the teacher's state, or `"squared"`,
+            the squared distance as it is, the mean over features.
         attention_weight (`float`, *optional*, defaults to 0.0):
             Weight of the relative squared distance between what the attention of echo layers adds, after its output
             projection, and what the teacher's adds in the same layers. Try 0.1; more harmed one of the two students
@@ -88,6 +114,10 @@ class EchoAttTrainingArguments(TrainingArguments):
     Raises:
         `ValueError`: a number is out of range, `max_steps` or `num_train_epochs` is given, as the stages say how long to
             train, or `parallelism_config` divides rows or layers, which these losses are not made for.
+
+    The recipe of the EchoAtt paper is `kl_weight=0.25, divergence="reverse", hard_label_weight=0.5, hidden_weight=0.25,
+    hidden_layers="blocks", hidden_distance="squared", learning_rate=1e-4, stage2_learning_rate=1e-4, warmup_steps=0.005,
+    lr_scheduler_type="cosine"`, with `stage2_steps` a quarter of `stage1_steps`; [`DistillationSettings`] has it by name.
 
     Source: arXiv 2409.14595, section 3 (distillation, then fine-tuning).
     """
@@ -102,8 +132,17 @@ class EchoAttTrainingArguments(TrainingArguments):
     )
     divergence: str = field(default="forward", metadata={"help": f"Which divergence: {', '.join(DIVERGENCES)}."})
     kl_temperature: float = field(default=1.0, metadata={"help": "Temperature of the divergence in stage 1."})
-    ce_weight: float = field(default=0.0, metadata={"help": "Weight of the cross-entropy in stage 1."})
+    hard_label_weight: float = field(
+        default=0.0, metadata={"help": "Weight of the cross-entropy of the teacher's likeliest token in stage 1."}
+    )
+    ce_weight: float = field(default=0.0, metadata={"help": "Weight of the cross-entropy of the text in stage 1."})
     hidden_weight: float = field(default=0.0, metadata={"help": "Weight of the hidden-state distance in stage 1."})
+    hidden_layers: str = field(
+        default="all", metadata={"help": "Whose hidden states: 'all', 'blocks' (the last layer of each), or 3,7."}
+    )
+    hidden_distance: str = field(
+        default="relative", metadata={"help": f"Which distance of hidden states: {', '.join(HIDDEN_DISTANCES)}."}
+    )
     attention_weight: float = field(
         default=0.0, metadata={"help": "Weight of the distance of the attention outputs of echo layers in stage 1."}
     )
@@ -119,6 +158,10 @@ class EchoAttTrainingArguments(TrainingArguments):
         if not (math.isfinite(self.kl_temperature) and self.kl_temperature > 0):
             raise ValueError(f"kl_temperature is {self.kl_temperature}; it must be above 0.")
         check_divergence(self.divergence)
+        check_hidden_distance(self.hidden_distance)
+        if not isinstance(self.hidden_layers, str):
+            self.hidden_layers = ",".join(map(str, self.hidden_layers))
+        parse_layers(self.hidden_layers)
         if self.stage1_steps > 0 and not any(getattr(self, name) for name in _WEIGHTS):
             raise ValueError(f"{', '.join(_WEIGHTS)} are all 0: stage 1 would learn nothing.")
         if self.attention_weight > 0 and (self.torch_compile or self.torch_compile_backend or self.torch_compile_mode):
@@ -160,9 +203,9 @@ class EchoAttTrainer(Trainer):
     """
     A [`~transformers.Trainer`] that distils a student from its teacher in two stages, in one `train()`.
 
-    Stage 1 minimises `kl_weight` · divergence from the teacher + `ce_weight` · cross-entropy + `hidden_weight` · distance
-    of hidden states + `attention_weight` · distance of the attention outputs of echo layers; stage 2 minimises the
-    cross-entropy of the text alone. Each part is logged. Losses are divided by the number of target tokens of the whole
+    Stage 1 minimises `kl_weight` · divergence from the teacher + `hard_label_weight` · cross-entropy of its likeliest token
+    + `ce_weight` · cross-entropy of the text + `hidden_weight` · distance of hidden states + `attention_weight` · distance of
+    the attention outputs of echo layers; stage 2 minimises the cross-entropy of the text alone. Each part is logged. Losses are divided by the number of target tokens of the whole
     batch, over all accumulation steps and processes. `eval_loss` is the cross-entropy in both stages. The teacher is
     kept frozen, in evaluation mode, and out of every checkpoint; FSDP2 and ZeRO-3 divide its weights among processes, in
     place, as they do the student's.
@@ -223,10 +266,10 @@ class EchoAttTrainer(Trainer):
             _check_stored_teacher(stored, model, teacher, args, kwargs.get("processing_class"))
         elif args.stage1_steps > 0:
             _check_teacher(model, teacher, args, kwargs.get("processing_class"))
-            check_weights(teacher, "teacher")
+            check_no_nan(teacher, "teacher")
         if model is not None:
             _check_trainable(model, teacher)
-            check_weights(model, "student")
+            check_no_nan(model, "student")
         self._router_weight = _router_weight(model)
         super().__init__(model=model, args=args, **kwargs)
         from ..publishing.callbacks import PublishingCallback
@@ -371,14 +414,21 @@ class EchoAttTrainer(Trainer):
         with_hidden = args.hidden_weight > 0
         echoes = self.model.config.echo_layers if args.attention_weight > 0 else []
         losses = {}
-        if self.teacher is not None and (args.kl_weight > 0 or with_hidden or echoes):
+        with_labels = args.hard_label_weight > 0
+        if self.teacher is not None and (args.kl_weight > 0 or with_labels or with_hidden or echoes):
             with torch.no_grad(), _attention_outputs(self.teacher, echoes) as teacher_attended:
                 teacher_logits, teacher_outputs = self._ask_teacher(inputs, output_hidden_states=with_hidden)
+        if self.teacher is not None and with_labels and args.kl_weight > 0:
+            teacher_logits = KeptLogits(teacher_logits)
         if args.kl_weight > 0:
             if self.teacher is None:
                 losses["kl"] = divergence_from_stored(args.divergence, *_stored_parts(stored), self._stored_vocab_size)
             else:
                 losses["kl"] = TeacherDivergence(args.divergence, teacher_logits, args.kl_temperature)
+        if with_labels and self.teacher is None:
+            losses["hard_label"] = hard_labels_from_stored(_stored_parts(stored)[0])
+        elif with_labels:
+            losses["hard_label"] = HardLabelLoss(teacher_logits)
         # Where states are all that counts, DDP still waits for a gradient of what makes the logits of them: zero.
         if args.ce_weight > 0 or not losses:
             losses["ce"] = self._next_token_loss(model, labels)
@@ -392,8 +442,9 @@ class EchoAttTrainer(Trainer):
                 output_hidden_states=with_hidden,
             )
         if with_hidden:  # the first entry is the embeddings, which no layer has touched
-            states = outputs.hidden_states[1:], teacher_outputs.hidden_states[1:]
-            parts["hidden"] = relative_distance(*states, labels.to(loss.device), num_tokens)
+            layers = find_hidden_layers(args.hidden_layers, self.model.config)
+            states = [[each.hidden_states[layer + 1] for layer in layers] for each in (outputs, teacher_outputs)]
+            parts["hidden"] = hidden_distance[args.hidden_distance](*states, labels.to(loss.device), num_tokens)
         if echoes:
             states = [[found[layer] for layer in echoes] for found in (attended, teacher_attended)]
             parts["attention"] = relative_distance(*states, labels.to(loss.device), num_tokens)
@@ -599,6 +650,38 @@ def _check_teacher(
         )
     if args.attention_weight > 0:
         find_attention_modules(teacher, echoes)
+    if args.hidden_weight > 0:
+        find_hidden_layers(args.hidden_layers, student.config)
+
+
+def find_hidden_layers(name: str, config: PreTrainedConfig) -> list[int]:
+    """
+    The layers whose hidden states `hidden_layers` of [`EchoAttTrainingArguments`] names.
+
+    Args:
+        name (`str`): as there.
+        config (`PreTrainedConfig`): configuration of the student.
+
+    Raises:
+        `ValueError`: the student has not these layers, or no blocks.
+    """
+    count, sources = config.get_text_config().num_hidden_layers, getattr(config, "echo_sources", None)
+    if name == "all":
+        return list(range(count))
+    layers = parse_layers(name)
+    if layers is None:
+        last = {source: layer for layer, source in enumerate(sources or []) if layer != source}
+        layers = sorted(last.values())
+    if not layers:
+        raise ValueError(
+            "hidden_layers is 'blocks', but the student has no layers that share: set it to 'all', set hidden_weight to 0, or "
+            "give a student whose plan has some."
+        )
+    if max(layers) >= count:
+        raise ValueError(
+            f"hidden_layers is {name!r}, but the student has {count} layers: give indices up to {count - 1}."
+        )
+    return layers
 
 
 def _check_stored_teacher(

@@ -117,7 +117,7 @@ def make_training_arguments(settings: DistillationSettings, output_dir: Path) ->
         raise ValueError(
             f"batch_size is {batch_size}, which {number} processes with accumulation_steps {accumulation_steps} do not divide."
         )
-    del values["steps"], values["lora_rank"]
+    del values["recipe"], values["steps"], values["lora_rank"]
     values[CHECKPOINTING] = values.pop("gradient_checkpointing")
     values["eval_steps"] = settings.eval_steps or None
     # What `accelerate launch` was told counts, and with DeepSpeed the two must agree.

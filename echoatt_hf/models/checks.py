@@ -10,12 +10,12 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 
-__all__ = ["check_same_tokenizer", "check_weights", "find_tokenizer", "hash_tokenizer", "hash_weights"]
+__all__ = ["check_no_nan", "check_same_tokenizer", "find_tokenizer", "hash_tokenizer", "hash_weights"]
 
 logger = logging.getLogger(__name__)
 
 
-def check_weights(model: nn.Module, role: str) -> None:
+def check_no_nan(model: nn.Module, role: str) -> None:
     """
     Check that the weights of a model are numbers.
 
@@ -24,13 +24,13 @@ def check_weights(model: nn.Module, role: str) -> None:
         role (`str`): what the message calls it, such as `"teacher"`.
 
     Raises:
-        `ValueError`: some are NaN; the message names the first such parameter.
+        `ValueError`: some are NaN; the message names a parameter.
     """
     for name, value in model.named_parameters():
         value = value.to_local() if isinstance(value, DTensor) else value
         if value.is_floating_point() and value.element_size() > 1 and not value.is_meta and value.isnan().any():
             raise ValueError(
-                f"The {role} has weights that are NaN, the first in {name!r}: its checkpoint is damaged, or its training "
+                f"The {role} has weights that are NaN, in {name!r}: its checkpoint is damaged, or its training "
                 "diverged. Give a sound one."
             )
 

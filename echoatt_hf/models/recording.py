@@ -2,11 +2,12 @@
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from torch import nn
 
-from ..modeling_echoatt import EchoAttention, EchoRecords, SourceConfig, _eager_attention
+from ..modeling_echoatt import RECORD_ATTENTION, AttentionRecord, EchoAttention, View, _eager_attention
 
 
 __all__ = ["compute_attention_weights", "recording"]
@@ -26,11 +27,11 @@ def recording(attentions: Iterable[nn.Module]) -> Iterator[None]:
     attentions = list(attentions)
     configs = [attention.config for attention in attentions]
     for attention in attentions:
-        if isinstance(attention, EchoAttention) or isinstance(attention.config, SourceConfig):
+        if isinstance(attention, EchoAttention) or isinstance(attention.config, View):
             raise ValueError("The model is already an EchoAtt student: give the model it was made from.")
     for attention in attentions:
         attention.eager_attention = _eager_attention(attention)
-        attention.config = SourceConfig(attention.config)
+        attention.config = View(attention.config, _attn_implementation=RECORD_ATTENTION)
     try:
         yield
     finally:
@@ -39,18 +40,30 @@ def recording(attentions: Iterable[nn.Module]) -> Iterator[None]:
             del attention.eager_attention
 
 
-def compute_attention_weights(attention: nn.Module, records: EchoRecords) -> torch.Tensor:
+def compute_attention_weights(
+    attention: nn.Module, record: AttentionRecord, sample: int, rows: slice | torch.Tensor, columns: slice
+) -> torch.Tensor:
     """
-    Attention weights of a layer, from its recorded eager call.
+    Some attention weights of a layer, from its recorded eager call.
 
     Args:
         attention (`nn.Module`):
-            Attention module of the layer.
-        records (`EchoRecords`):
-            Records of a forward pass in eager mode under [`recording`].
+            Attention module of the layer, under [`recording`].
+        record (`AttentionRecord`):
+            Its call in eager mode.
+        sample (`int`):
+            Row of the batch.
+        rows (`slice` or `torch.Tensor` of shape `(R,)`, int64):
+            Positions of queries. Of a slice nothing is copied.
+        columns (`slice`):
+            Positions of keys, all that these queries attend to.
 
     Returns:
-        `torch.Tensor` of shape `(B, H, T, S)`.
+        `torch.Tensor` of shape `(H, R, S)`: for each query the weights of these keys.
     """
-    record = records.get(attention.layer_idx, next(attention.parameters()).device)
-    return record.attend(attention, record.key[..., :1])[1]
+    mask, one = record.attention_mask, slice(sample, sample + 1)
+    if mask is not None:  # (B or 1, H or 1, T, S)
+        mask = mask[one if len(mask) > 1 else slice(None)][:, :, rows, columns]
+    key = record.key[one, :, columns]  # (1, H_kv, S, D)
+    part = replace(record, query=record.query[one, :, rows], key=key, attention_mask=mask)
+    return part.attend(attention, key[..., :0])[1][0]  # no values are needed

@@ -11,12 +11,12 @@ from transformers import PreTrainedModel
 from transformers.utils import CONFIG_NAME
 
 from ..configuration_echoatt import ECHOATT_VERSION
-from ..models.loading import builtin_teacher_path
+from ..models.loading import builtin_teacher_path, load_json
 from ..settings import DataSettings
 from ..text.documents import STDLIB
 
 
-__all__ = ["describe_data", "describe_environment", "describe_teacher", "without_paths"]
+__all__ = ["describe_conversion", "describe_data", "describe_environment", "describe_teacher", "without_paths"]
 
 
 def describe_environment() -> dict[str, str]:
@@ -49,16 +49,15 @@ def _commit() -> str:
     return result.stdout.strip()
 
 
-def describe_teacher(teacher: PreTrainedModel, revision: str | None = None) -> dict[str, str]:
+def describe_teacher(teacher: PreTrainedModel) -> dict[str, str]:
     """
     What a report says of a teacher.
 
     Args:
         teacher (`PreTrainedModel`): the teacher.
-        revision (`str`, *optional*): the branch it was loaded from, whose commit is looked up in the cache of the Hub.
 
     Returns:
-        `dict`: its `name`; of one from the Hub, its `repository` and, if the branch is known, its `revision`; of the
+        `dict`: its `name`; of one from the Hub, its `repository` and, if the commit is known, its `revision`; of the
         built-in one, its `license`. Empty of one that was made in memory.
     """
     name = teacher.name_or_path
@@ -66,24 +65,40 @@ def describe_teacher(teacher: PreTrainedModel, revision: str | None = None) -> d
         return {"name": "the built-in teacher of echoatt_hf", "license": "apache-2.0"}
     if Path(name).exists():
         return {"name": Path(name).resolve().name} if name else {}
-    cached = try_to_load_from_cache(name, CONFIG_NAME, revision=revision)
-    if not isinstance(cached, str):
+    commit = getattr(teacher, "loaded_commit", None)  # of what `load_model` loaded
+    if commit is None and not isinstance(try_to_load_from_cache(name, CONFIG_NAME), str):
         return {"name": Path(name).name}
-    commit = {"revision": Path(cached).parent.name} if revision else {}
-    return {"name": name, "repository": name, **commit}
+    return {"name": name, "repository": name} | ({"revision": commit} if commit else {})
+
+
+def describe_conversion(student: str | Path) -> dict:
+    """
+    What is known of how a student was converted, from the files beside it.
+
+    Args:
+        student (`str` or `Path`): its folder or repository, as for [`load_model`].
+
+    Returns:
+        `dict`: what a [`ConversionReport`] says, as `echoatt convert` or `echoatt compress` wrote it; empty if nothing is known.
+    """
+    try:
+        return load_json(student, "conversion.json") or load_json(student, "report.json").get("conversion", {})
+    except OSError:  # made in memory, or its folder is gone
+        return {}
 
 
 def describe_data(settings: DataSettings) -> dict:
     """What a report says of the text: `names` of its parts, `repositories` of the Hub, and the `language` where it is known."""
     names, repositories = [], []
-    for name in settings.data:
+    data = [settings.data] if isinstance(settings.data, str) else settings.data
+    for name in data:
         is_local = Path(name).expanduser().exists()
         if name != STDLIB and not is_local:
             repositories.append(name)
         stdlib = f"the standard library of Python {platform.python_version()}"
         names.append(stdlib if name == STDLIB else Path(name).name if is_local else name)
     described = {"names": names, "repositories": repositories}
-    return described | ({"language": "code"} if settings.data == [STDLIB] else {})
+    return described | ({"language": "code"} if data == [STDLIB] else {})
 
 
 def without_paths(settings: dict) -> dict:

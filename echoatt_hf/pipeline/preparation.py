@@ -13,7 +13,7 @@ from ..modeling_echoatt import EchoAttForCausalLM
 from ..models.devices import default_device
 from ..models.inference import inference
 from ..models.loading import load_config, load_model, load_tokenizer
-from ..planning.from_settings import _check_rule, make_plan
+from ..planning.from_settings import _check_rule, make_plan, needs_similarity
 from ..planning.sharing import SharingPlan
 from ..search.effect import PlanSearch, make_space, search_plan
 from ..settings import CalibrationSettings, CompressionSettings, DataSettings, PlanSettings
@@ -157,9 +157,10 @@ def plan_teacher(
         `tuple`: [`SharingPlan`], and [`PlanSearch`] if there was a search.
     """
     measured = AttentionSimilarity.from_json(similarity) if similarity is not None else None
-    if not _needs_text(settings.plan, measured):
-        return make_plan(settings.plan, load_config(settings.teacher), measured), None
-    check_plan(settings.plan, load_config(settings.teacher))
+    config = load_config(settings.teacher)
+    if not _needs_text(settings.plan, config, measured):
+        return make_plan(settings.plan, config, measured), None
+    check_plan(settings.plan, config)
     teacher = load_model(settings.teacher).to(default_device())
     rows = load_calibration_rows(settings, load_tokenizer(settings.teacher, teacher), teacher)
     measured = measured or measure_on_rows(teacher, rows, progress=True)
@@ -180,20 +181,22 @@ def convert_teacher(
         `tuple`: the student, [`ConversionReport`], and the tokenizer.
     """
     calibration = settings.calibration
-    check_plan(settings.plan, load_config(settings.teacher))
+    config = load_config(settings.teacher)
+    check_plan(settings.plan, config)
     measured = AttentionSimilarity.from_json(similarity) if similarity is not None else None
+    needs_text = _needs_text(settings.plan, config, measured)
     teacher = load_model(settings.teacher, dtype="auto").to(default_device())
     tokenizer, rows = load_tokenizer(settings.teacher, teacher), None
-    if calibration.align or calibration.refit or _needs_text(settings.plan, measured):
+    if calibration.align or calibration.refit or needs_text:
         rows = load_calibration_rows(settings, tokenizer, teacher)
-    if measured is None and (calibration.align or _needs_text(settings.plan, measured)):
+    if measured is None and (calibration.align or needs_text):
         measured = measure_on_rows(teacher, rows, progress=True)
     plan, _ = choose_plan(settings.plan, calibration, teacher, rows, measured, progress=True)
     return *convert_tuned(teacher, plan, rows, measured, calibration), tokenizer
 
 
-def _needs_text(settings: PlanSettings, measured: AttentionSimilarity | None) -> bool:
-    return settings.plan == "effect" or settings.plan == "similarity" and measured is None
+def _needs_text(settings: PlanSettings, config: PreTrainedConfig, measured: AttentionSimilarity | None) -> bool:
+    return settings.plan == "effect" or measured is None and needs_similarity(settings, config)
 
 
 def convert_tuned(
@@ -241,7 +244,7 @@ def choose_plan(
         rows (`list[dict]`, *optional*):
             Calibration rows, needed for the plan `"effect"`.
         similarity ([`AttentionSimilarity`], *optional*):
-            Of the teacher, needed for the plans `"effect"` and `"similarity"`.
+            Of the teacher, needed for the plans `"effect"`, `"similarity"` and `"paper"`.
         state (`Path`, *optional*):
             File that keeps what a search has measured.
         progress (`bool`, *optional*, defaults to `False`):
@@ -280,6 +283,7 @@ def check_plan(settings: PlanSettings, config: PreTrainedConfig) -> None:
         make_space(config, settings.ratio, settings.protected_layers, settings.block_size)
         return
     num_layers = config.get_text_config().num_hidden_layers
-    alike = AttentionSimilarity(torch.ones(num_layers, num_layers, 1, 1), 1)
+    alike = torch.ones(num_layers, num_layers)
+    alike = AttentionSimilarity(None, 1, alike, alike)
     threshold = min(settings.threshold, 1.0) if settings.threshold is not None else None
     make_plan(replace(settings, threshold=threshold), config, alike)

@@ -24,7 +24,13 @@ from ..models.devices import check_one_process, default_device, processes
 from ..models.loading import load_model, load_tokenizer
 from ..models.sizes import count_kv_bytes_per_token
 from ..outputs.files import write_whole
-from ..outputs.provenance import describe_data, describe_environment, describe_teacher, without_paths
+from ..outputs.provenance import (
+    describe_conversion,
+    describe_data,
+    describe_environment,
+    describe_teacher,
+    without_paths,
+)
 from ..planning.sharing import SharingPlan
 from ..publishing.card import write_model_card
 from ..settings import CompressionSettings, DataSettings, StoreSettings, StudentSettings
@@ -49,7 +55,7 @@ def compress(
             What to make.
         output (`str` or `Path`):
             Folder for the student: model, tokenizer, model card, `report.json`, `sharing_plan.json`,
-            `similarity.json` and the heat map `similarity.png`.
+            `similarity.json`, without the heads, and the figure `similarity.png`.
         overwrite (`bool`, *optional*, defaults to `False`):
             Replace an output folder that is not empty, and an unfinished run.
         resume (`bool`, *optional*, defaults to `False`):
@@ -74,7 +80,7 @@ def compress(
         rows = list(train_rows.take(settings.calibration.calibration_rows))
         similarity_file = work / "similarity.json"
         if not similarity_file.exists():
-            write_whole(similarity_file, measure_on_rows(teacher, rows, progress=True).to_json())
+            measure_on_rows(teacher, rows, progress=True).save(similarity_file)
         similarity = AttentionSimilarity.from_json(similarity_file)
         student, facts = _convert_once(work, settings, teacher, rows, similarity)
         plan = SharingPlan(student.config.echo_sources)
@@ -160,7 +166,7 @@ def store_teacher(
             shard_rows=store.shard_rows,
             batch_size=store.batch_size,
             about={
-                "teacher": describe_teacher(teacher, "main"),
+                "teacher": describe_teacher(teacher),
                 "text": describe_data(settings.data),
                 "data": without_paths(asdict(settings.data)),
             },
@@ -214,6 +220,7 @@ def distill(settings: StudentSettings, output: str | Path, *, overwrite: bool = 
             if original is not None and processes().is_local_main_process:
                 stored.check_teacher(original)
             train_rows, held_out_rows = stored, stored.held_out_rows
+        facts["conversion"] = describe_conversion(settings.student)
         return _train_and_write(work, models, train_rows, held_out_rows, settings, facts)
 
 
@@ -265,7 +272,7 @@ def _train_and_write(
     )
     report = {
         "settings": without_paths(asdict(settings)),
-        "teacher": describe_teacher(models.teacher, "main") if models.teacher is not None else {},
+        "teacher": describe_teacher(models.teacher) if models.teacher is not None else {},
         "data": describe_data(settings.data),
         "plan": SharingPlan(models.student.config.echo_sources).to_dict(),
         **facts,

@@ -4,6 +4,7 @@ from transformers import PreTrainedConfig
 
 from ..analysis.similarity import AttentionSimilarity
 from ..settings import PlanSettings
+from .paper import plan_like_paper, published_plan
 from .rules import plan_from_similarity
 from .sharing import SharingPlan
 
@@ -23,7 +24,7 @@ def make_plan(
         config (`PreTrainedConfig`):
             Configuration of the teacher.
         similarity ([`AttentionSimilarity`], *optional*):
-            Needed for the plan `"similarity"`.
+            Needed for the plans `"similarity"` and `"paper"`, see [`needs_similarity`].
 
     Raises:
         `ValueError`: the plan cannot be read, or does not fit the model.
@@ -36,22 +37,45 @@ def make_plan(
         "block_size": settings.block_size,
         "layer_types": layer_types,
     }
+    if similarity is None and needs_similarity(settings, config):
+        raise ValueError(f"The plan {settings.plan!r} needs a measured similarity: run `echoatt analyze` first.")
+    if settings.plan == "paper":
+        return _plan_like_paper(settings, config, similarity)
     if settings.plan == "similarity":
-        if similarity is None:
-            raise ValueError("The plan 'similarity' needs a measured similarity: run `echoatt analyze` first.")
         return plan_from_similarity(
             similarity.layers.tolist(),
             ratio=settings.ratio if settings.threshold is None else None,
             threshold=settings.threshold,
             **constraints,
         )
-    if settings.plan == "blocks":
+    if settings.plan == "spread":
         return SharingPlan.from_ratio(num_layers, settings.ratio, **constraints)
     is_file = settings.plan.endswith(".json")
     sources = list(SharingPlan.from_json(settings.plan)) if is_file else parse_sources(settings.plan)
     if len(sources) != num_layers:
         raise ValueError(f"The plan has {len(sources)} layers and the model {num_layers}: give one source per layer.")
     return SharingPlan(sources, layer_types)
+
+
+def needs_similarity(settings: PlanSettings, config: PreTrainedConfig) -> bool:
+    """Whether a plan follows from a measured similarity of layers alone. The paper's own plans need none."""
+    if settings.plan == "paper":
+        return settings.block_size is not None or published_plan(config, settings.ratio) is None
+    return settings.plan == "similarity"
+
+
+def _plan_like_paper(
+    settings: PlanSettings, config: PreTrainedConfig, similarity: AttentionSimilarity | None
+) -> SharingPlan:
+    if not needs_similarity(settings, config):
+        return published_plan(config, settings.ratio)
+    if similarity.flattened is None:
+        raise ValueError(
+            "The plan 'paper' needs the paper's similarity, of flattened attention weights, which the similarity file of an "
+            "earlier version lacks: run `echoatt analyze` again."
+        )
+    size = {"ratio": settings.ratio} if settings.block_size is None else {"block_size": settings.block_size}
+    return plan_like_paper(similarity.flattened.tolist(), **size, layer_types=getattr(config, "layer_types", None))
 
 
 def _check_rule(settings: PlanSettings) -> None:
@@ -65,6 +89,6 @@ def parse_sources(text: str) -> list[int]:
         return [int(part) for part in text.split(",")]
     except ValueError:
         raise ValueError(
-            f"The plan {text!r} is not understood: give 'effect', 'similarity', 'blocks', source indices such as 0,1,1,1,4, or "
-            "a .json file."
+            f"The plan {text!r} is not understood: give 'effect', 'similarity', 'paper', 'spread', source indices such as "
+            "0,1,1,1,4, or a .json file."
         ) from None

@@ -63,7 +63,9 @@ class SharingPlan(Sequence):
         layer_types: Sequence[str] | None = None,
     ) -> "SharingPlan":
         """
-        The paper's rule: blocks of consecutive inner layers share, the first and last layers stay plain.
+        Evenly spread blocks: consecutive inner layers share, the first and last layers stay plain. The plan `"spread"`.
+
+        It needs no measurement. It is not the rule of the EchoAtt paper, which is [`plan_like_paper`].
 
         With a ratio alone, the echo layers are spread over as many blocks as fit (pairs, up to half of the inner
         layers), as even in size as possible and centred in the model. With a block size alone, as many whole blocks
@@ -73,8 +75,7 @@ class SharingPlan(Sequence):
             num_layers (`int`):
                 Layers of the model.
             ratio (`float`, *optional*):
-                Sharing ratio, echo layers / layers; rounded to whole layers. 22 layers at 0.23, 0.41 and 0.77 give
-                the paper's 5, 9 and 17 echo layers.
+                Sharing ratio, echo layers / layers; rounded to whole layers. 22 layers at 0.41 give 9 echo layers.
             block_size (`int`, *optional*):
                 Layers in a block, its source included; at least 2.
             protected_layers (`int`, *optional*, defaults to 1):
@@ -84,8 +85,6 @@ class SharingPlan(Sequence):
 
         Raises:
             `ValueError`: neither ratio nor block size is given, or they are impossible for the depth.
-
-        Source: arXiv 2409.14595, section 3 (blocks of inner layers) and section 4 (ratios).
         """
         if ratio is None and block_size is None:
             raise ValueError("Give a ratio, a block_size, or both.")
@@ -197,18 +196,24 @@ def count_echo_layers(num_layers: int, ratio: float, capacity: int) -> int:
     Raises:
         `ValueError`: the ratio is out of range, rounds to no layer, or to more than the capacity.
     """
+    wanted = check_ratio(num_layers, ratio)
+    if wanted > capacity:
+        possible = f"at most {capacity / num_layers:.3f}, {capacity} layers" if capacity else "no layer"
+        raise ValueError(
+            f"ratio {ratio} of {num_layers} layers is {wanted} echo layers, but {possible} can echo here: the first "
+            "and last layers stay plain, and every block needs a source of its type."
+        )
+    return wanted
+
+
+def check_ratio(num_layers: int, ratio: float) -> int:
+    """The number of echo layers at a sharing ratio. Raises `ValueError` if the ratio is none, or rounds to no layer."""
     if not 0 < ratio < 1:
         raise ValueError(f"ratio is {ratio}; it must be between 0 and 1, both excluded, such as 0.41.")
     wanted = round(num_layers * ratio)
     if wanted < 1:
         raise ValueError(
             f"ratio {ratio} is under half a layer of {num_layers}: the smallest possible is {1 / num_layers:.3f}."
-        )
-    if wanted > capacity:
-        possible = f"at most {capacity / num_layers:.3f}, {capacity} layers" if capacity else "no layer"
-        raise ValueError(
-            f"ratio {ratio} of {num_layers} layers is {wanted} echo layers, but {possible} can echo here: the first "
-            "and last layers stay plain, and every block needs a source of its type."
         )
     return wanted
 

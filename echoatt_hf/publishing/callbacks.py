@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, TrainerCallback
 
 from ..modeling_echoatt import EchoAttPreTrainedModel
 from ..outputs.files import write_whole
-from ..outputs.provenance import describe_environment, describe_teacher
+from ..outputs.provenance import describe_conversion, describe_environment, describe_teacher
 from ..planning.sharing import SharingPlan
 from ..settings import default_of
 from .card import write_model_card
@@ -56,6 +56,7 @@ class PublishingCallback(TrainerCallback):
             "plan": SharingPlan(model.config.echo_sources).to_dict(),
             "architecture": type(model).__name__,
             "teacher": self._teacher,
+            "conversion": describe_conversion(model.name_or_path),
             "steps": state.global_step,
             "stage2_steps": state.global_step - min(state.global_step, getattr(args, "stage1_steps", 0)),
             "tokens": state.num_input_tokens_seen,
@@ -74,9 +75,13 @@ _TOLD_ARGUMENTS = [
     "stage2_steps",
     "stage2_learning_rate",
     "kl_weight",
+    "divergence",
     "kl_temperature",
+    "hard_label_weight",
     "ce_weight",
     "hidden_weight",
+    "hidden_layers",
+    "hidden_distance",
     "attention_weight",
     "learning_rate",
     "lr_scheduler_type",

@@ -7,6 +7,7 @@ import shlex
 from dataclasses import fields
 from pathlib import Path
 
+import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..conversion.convert import ConversionReport
@@ -16,7 +17,17 @@ from ..planning.sharing import SharingPlan
 from ..settings import CalibrationSettings, DataSettings, DistillationSettings, PlanSettings, default_of
 
 
-__all__ = ["CITATION", "find_gaps", "format_table", "has_own_text", "make_card", "write_model_card"]
+__all__ = [
+    "CITATION",
+    "USES",
+    "find_gaps",
+    "format_table",
+    "has_own_text",
+    "make_card",
+    "parse_card",
+    "read_card",
+    "write_model_card",
+]
 
 CITATION = """@inproceedings{rajabzadeh2024echoatt,
   title = {EchoAtt: Attend, Copy, then Adjust for More Efficient Large Language Models},
@@ -37,13 +48,13 @@ TRANSFORMERS_FLOOR = "5.17"
 
 _BLOCK = re.compile(r"<!-- echoatt: (\w+) -->\n.*?<!-- /echoatt: \1 -->", re.DOTALL)
 
-# What the Hub calls the use of each model, and the class that loads it.
-_USES = {
+USES = {
     "EchoAttForCausalLM": ("text-generation", "AutoModelForCausalLM"),
     "EchoAttForSequenceClassification": ("text-classification", "AutoModelForSequenceClassification"),
     "EchoAttForTokenClassification": ("token-classification", "AutoModelForTokenClassification"),
     "EchoAttModel": ("feature-extraction", "AutoModel"),
 }
+"""What the Hub calls the use of each model, and the class that loads it."""
 
 _GROUPS = {
     "plan": PlanSettings,
@@ -55,9 +66,29 @@ _GROUPS = {
 
 def write_model_card(folder: Path, **options) -> None:
     """Write `README.md` of a student, or bring it up to date; see [`make_card`]."""
+    write_whole(folder / "README.md", make_card(folder, read_card(folder), **options))
+
+
+def read_card(folder: Path) -> str | None:
+    """The text of `README.md` in a folder, if it is there. Raises `ValueError` if it is not UTF-8."""
     file = folder / "README.md"
-    old = file.read_text(encoding="utf-8") if file.exists() else None
-    write_whole(file, make_card(folder, old, **options))
+    try:
+        return file.read_text(encoding="utf-8-sig") if file.exists() else None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"README.md is not UTF-8 text (byte {error.start}): save it as UTF-8.") from error
+
+
+def parse_card(text: str) -> ModelCard:
+    """A card with its metadata. Raises `ValueError` if they cannot be read."""
+    if not text.lstrip().startswith("---"):
+        text = f"---\n\n---\n{text}"  # of which the library would warn
+    try:
+        return ModelCard(text)
+    except (yaml.YAMLError, ValueError) as error:
+        raise ValueError(
+            f"The metadata of README.md cannot be read ({' '.join(str(error).split())}): write YAML between two lines of "
+            "---, such as 'license: mit'."
+        ) from error
 
 
 def make_card(
@@ -65,17 +96,21 @@ def make_card(
     old: str | None = None,
     *,
     repo_id: str | None = None,
+    name: str | None = None,
     title: str | None = None,
     base_model: str | None = None,
-    datasets: list[str] | None = None,
+    datasets: str | list[str] | None = None,
     license: str | None = None,
     language: str | list[str] | None = None,
-    tags: list[str] | None = None,
+    tags: str | list[str] | None = None,
 ) -> str:
     """
-    The model card of a student, from what lies in its folder: `config.json`, `report.json`, `zero_shot.json`, as `echoatt
-    zero-shot --output` writes it, and `benchmark.json` from the folder of `echoatt benchmark`. What they do not know is left
-    out.
+    The model card of a student, from what lies in its folder: `config.json`, `report.json`, `conversion.json`, as `echoatt
+    convert` writes it, `zero_shot.json`, as `echoatt zero-shot --output` writes it, and `benchmark.json` from the folder of
+    `echoatt benchmark`. What they do not know is left out.
+
+    The base model is the one the student was converted from. A teacher of the distillation is named beside it if it is
+    another one.
 
     Of a card that is there already, the text outside of the marked sections is kept, sections whose marks were removed
     too, and of the metadata what is not known here.
@@ -87,6 +122,8 @@ def make_card(
             The card to bring up to date.
         repo_id (`str`, *optional*):
             Repository of the Hub the card is for.
+        name (`str`, *optional*):
+            What the folder will be called, if it is not called so yet.
         title, base_model, datasets, license, language, tags (*optional*):
             Facts that take the place of those in the files, or are added to them. The student is declared a `finetune` of
             its base model: of the relations the Hub knows (adapter, finetune, merge, quantized) it is the one in which
@@ -97,20 +134,22 @@ def make_card(
     """
     report, config, zero_shot = (_read(folder / name) for name in ("report.json", "config.json", "zero_shot.json"))
     conversion = report.get("conversion") or _read(folder / "conversion.json")
-    teacher = {"name": base_model, "repository": base_model} if base_model else report.get("teacher", {})
+    given = {"name": base_model, "repository": base_model} if base_model else {}
+    distilled_from = report.get("teacher") or {}
+    base = given or conversion.get("teacher") or distilled_from
     architecture = report.get("architecture") or config["architectures"][0]
-    pipeline_tag, auto_class = _USES[architecture]
-    own = ModelCard(old).data if old else ModelCardData()
+    pipeline_tag, auto_class = USES[architecture]
+    own = parse_card(old).data if old else ModelCardData()
     results = _eval_results(report, zero_shot, pipeline_tag)
-    title = title or (f"EchoAtt student of {teacher['name']}" if teacher else "EchoAtt student")
+    title = title or (f"EchoAtt student of {base['name']}" if base else "EchoAtt student")
     data = ModelCardData(
         library_name="transformers",
         pipeline_tag=pipeline_tag,
-        tags=["echoatt", "attention-sharing", "distillation", *(tags or [])],
-        base_model=teacher.get("repository"),
-        base_model_relation="finetune" if teacher.get("repository") else None,
-        datasets=datasets or report.get("data", {}).get("repositories") or None,
-        license=license or own.license or teacher.get("license"),
+        tags=["echoatt", "attention-sharing", "distillation", *_listed(tags)],
+        base_model=base.get("repository"),
+        base_model_relation="finetune" if base.get("repository") else None,
+        datasets=_listed(datasets) or report.get("data", {}).get("repositories") or None,
+        license=license or own.license or base.get("license"),
         language=language or own.language or report.get("data", {}).get("language"),
         model_name=title if results else None,
         eval_results=results or None,
@@ -119,14 +158,15 @@ def make_card(
         data,
         template_path=str(TEMPLATE),
         title=title,
-        teacher=teacher,
+        base=base,
+        distilled_from=distilled_from if distilled_from.get("name") != base.get("name") else {},
         plan=SharingPlan(config.get("echo_sources") or report["plan"]["echo_sources"]),
         repo_id=repo_id,
-        folder=folder.resolve().name,
+        folder=name or folder.resolve().name,
         pin=", revision=revision" if repo_id else "",
         auto_class=auto_class,
         conversion=ConversionReport(**conversion) if conversion else None,
-        start=_describe_start(report),
+        start=_describe_start(report, conversion),
         has_figure=(folder / "similarity.png").exists(),
         transformers_floor=TRANSFORMERS_FLOOR,
         citation=CITATION,
@@ -148,9 +188,18 @@ _GAP = re.compile(
 )
 
 
-def find_gaps(card: str) -> list[str]:
-    """What a card leaves open outside of its code: `None`, "more information needed", placeholders nobody filled in."""
-    return _GAP.findall(re.sub(r"^```.*?^```", "", card, flags=re.MULTILINE | re.DOTALL))
+def find_gaps(card: str) -> list[tuple[int, str]]:
+    """
+    What a card leaves open outside of its code: `None`, "more information needed", placeholders nobody filled in.
+
+    Args:
+        card (`str`): the text of the card.
+
+    Returns:
+        `list` of `tuple`: number of the line, and what stands there.
+    """
+    text = re.sub(r"^```.*?^```", lambda code: "\n" * code.group().count("\n"), card, flags=re.MULTILINE | re.DOTALL)
+    return [(text.count("\n", 0, gap.start()) + 1, gap.group()) for gap in _GAP.finditer(text)]
 
 
 def _own_text(card: str) -> list[str]:
@@ -160,7 +209,7 @@ def _own_text(card: str) -> list[str]:
 
 def _update(old: str, new: str) -> str:
     """`new` in the place of what `old` has between marks; the metadata of both, where they differ that of `new`."""
-    card, made = ModelCard(old), ModelCard(new)
+    card, made = parse_card(old), parse_card(new)
     blocks = {found.group(1): found.group() for found in _BLOCK.finditer(made.text)}
     text = _BLOCK.sub(lambda found: blocks.get(found.group(1), found.group()), card.text)
     before, after = card.data.to_dict(), made.data.to_dict()
@@ -173,9 +222,13 @@ def _read(file: Path) -> dict:
     return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
 
 
-def _describe_start(report: dict) -> list[str]:
+def _listed(value: str | list[str] | None) -> list[str]:
+    return [value] if isinstance(value, str) else value or []
+
+
+def _describe_start(report: dict, conversion: dict) -> list[str]:
     """How the plan was found and the student tuned before any training, in sentences, as far as the report knows."""
-    sentences, conversion = [], report.get("conversion", {})
+    sentences = []
     if "search" in report:
         values = ", ".join(f"{value:.3f} by {name}" for name, value in report["search"]["kl"].items())
         sentences.append(
@@ -249,10 +302,12 @@ def _command(settings: dict) -> str:
         words += ["--stored-teacher", stored["folder"]]
     for group, kind in _GROUPS.items():
         given = {} if stored and group == "data" else settings.get(group, {})  # a stored teacher brings its own
+        # What other defaults follow from.
+        leading = {name: given[name] for name in ("recipe", "steps") if name in given}
+        defaults = kind(**leading)
         for field in fields(kind):
-            value, default = given.get(field.name), default_of(field)
-            if field.name == "stage2_steps":
-                default = given.get("steps", 0) // 6
+            value = given.get(field.name)
+            default = default_of(field) if field.name in leading else getattr(defaults, field.name)
             if field.name not in given or value == default or value is None:
                 continue
             name = field.name.replace("_", "-")

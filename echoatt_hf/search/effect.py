@@ -9,17 +9,19 @@ from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
-import torch
 from tqdm.auto import tqdm
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import BatchEncoding, PreTrainedConfig, PreTrainedModel
 
 from ..analysis.similarity import AttentionSimilarity, measure_on_rows
-from ..conversion.refit import TunedEchoes, hold_out
+from ..conversion.pairs import Pair, TunedPairs, sample_gradients
+from ..conversion.tuning import hold_out
 from ..modeling_echoatt import EchoRecords
 from ..models.checks import hash_weights
 from ..models.devices import explained_memory_errors
 from ..models.inference import inference, sum_logits
+from ..models.layerwise import find_layers, keep_layer_outputs, starting_at
 from ..outputs.files import write_whole
+from ..planning.paper import plan_like_paper, published_plan
 from ..planning.rules import plan_from_similarity
 from ..planning.sharing import SharingPlan, check_block_size, count_echo_layers, inner_groups
 from ..text.rows import ROW_COLUMNS, batch_rows
@@ -40,7 +42,8 @@ class PlanSearch:
         plan ([`SharingPlan`]): the plan.
         rounds (`list[dict]`): the echo layer that each round added, its source, and the KL of the plan so far.
         kl (`dict[str, float]`): KL(teacher || student) without training, in nats per token, of this plan (`"effect"`), of
-            the one that similarity chooses (`"similarity"`) and of the paper's blocks (`"blocks"`), where they exist.
+            those by similarity (`"similarity"`), by the paper's rule (`"paper"`) and of evenly spread blocks (`"spread"`), where they
+            exist. The best of them is the plan.
         forwards (`int`): students that were measured.
         tokens (`int`): tokens in each of these forward passes.
     """
@@ -85,10 +88,10 @@ def search_plan(
     """
     Search for the plan that changes a model's predictions least.
 
-    Greedy: each round adds the echo layer, with the source, that raises KL(teacher || student) least. The first round
-    measures every pair of an echo and an earlier layer of its type, the following ones the `width` pairs that looked
-    best when they were last measured. Students are measured without training, with each echo layer tuned to its source
-    by itself, see [`TunedEchoes`].
+    Every pair of an echo and an earlier layer of its type is tuned by itself, see [`TunedPairs`], and what it is expected to do
+    to the predictions is estimated to second order, from four backward passes of the teacher. Then the search is greedy: each
+    round measures the `width` pairs that promise least KL(teacher || student), in the student that has the echoes found so
+    far, and adds the best one. Nothing is trained.
 
     Args:
         teacher (`PreTrainedModel`):
@@ -107,12 +110,11 @@ def search_plan(
         search_rows (`int`, *optional*, defaults to 8):
             Most rows to measure plans on, whose teacher logits are kept in memory. 8 rows of 256 tokens tell pairs apart.
         width (`int`, *optional*, defaults to 8):
-            Pairs measured in each round but the first.
+            Pairs measured in each round.
         align, refit (`bool`, *optional*, defaults to `True`):
             Measure with aligned heads, with refitted output projections.
         state (`Path`, *optional*):
-            JSON file that keeps what was measured. If it is there, nothing in it is measured again, also for another ratio
-            or width. It belongs to a teacher, rows, a similarity, `align` and `refit`.
+            JSON file that keeps what was measured. If it is there, nothing in it is measured again.
         progress (`bool`, *optional*, defaults to `False`):
             Show a progress bar.
 
@@ -120,8 +122,7 @@ def search_plan(
         [`PlanSearch`]
 
     Raises:
-        `ValueError`: the family is not supported, a number is out of range, the ratio is impossible for the model, or what
-            is in `state` was measured on something else.
+        `ValueError`: the family is not supported, a number is out of range, or the ratio is impossible for the model.
     """
     for name, value in (("search_rows", search_rows), ("width", width)):
         if value < 1:
@@ -131,36 +132,43 @@ def search_plan(
     pairs = space.pairs(list(range(space.num_layers)))
     if similarity is None:
         similarity = measure_on_rows(teacher, rows, progress=progress)
-    known = _Known(state, lambda: _describe(teacher, rows, search_rows, similarity, align, refit))
-    echoes = TunedEchoes(teacher, similarity, pairs, train, held_out, align=align, refit=refit)
-    bar = tqdm(total=len(pairs) + (count - 1) * width, desc="search", disable=not progress, leave=False)
+    kept = _State(state, lambda: _describe(teacher, rows, search_rows, similarity, align, refit))
+    tuned = TunedPairs(teacher, similarity, pairs, train, held_out, align=align, refit=refit)
+    batches = [batch.to(teacher.device) for batch in batch_rows(held_out[:search_rows], 8)]
+    tuned.tune(pairs, progress=progress)
+    layers = sorted({echo for echo, _ in pairs})
+    expected = tuned.effects(pairs, batches, sample_gradients(teacher, batches, layers))
+    others = space.other_plans(similarity, ratio, teacher.config)
+    tuned.keep(_shortlist(expected, [list(plan) for plan in others.values()]))
+    bar = tqdm(total=count * width + len(others), desc="search", disable=not progress, leave=False)
     remedy = f"plans are measured on search_rows {search_rows}, whose logits are kept. Give fewer, or shorter rows"
     with bar, explained_memory_errors(remedy), inference(teacher):
-        measure = _Measure(teacher, held_out[:search_rows], echoes, known, bar)
-        plan, rounds = list(range(space.num_layers)), []
-        increase = dict.fromkeys(pairs, 0.0)  # of KL by each pair, when last measured
-        current = 0.0
+        measure = _Measure(teacher, batches, tuned, kept, bar)
+        plan, rounds, current = list(range(space.num_layers)), [], 0.0
+        measured: dict[Pair, float] = {}  # increase of KL by each pair, when last measured
         for _ in range(count):
-            if rounds:
-                chosen = sorted(space.pairs(plan), key=increase.__getitem__)[:width]
-                results = {pair: measure(_with(plan, *pair)) for pair in chosen}
-            else:
-                results = measure.all_pairs(plan, pairs)
-            increase |= {pair: value - current for pair, value in results.items()}
-            if not results:
+            # What was expected of pairs is scaled by what came out of those that were measured.
+            scale = sum(measured.values()) / sum(map(expected.get, measured)) if measured else 1.0
+            increase = {pair: measured.get(pair, scale * expected[pair]) for pair in space.pairs(plan)}
+            chosen = sorted(increase, key=increase.get)[:width]
+            if not chosen:
                 raise ValueError(
                     f"Blocks of at most {block_size} layers leave no room for {count} echo layers: {len(rounds)} fit on "
                     "the way of this search. Allow larger blocks or a smaller ratio."
                 )
-            echo, source = min(results, key=results.get)
-            plan, current = _with(plan, echo, source), results[echo, source]
-            rounds.append({"echo": echo, "source": source, "kl": current})
+            measure.start(plan)
+            results = {pair: measure(with_pair(plan, pair)) for pair in chosen}
+            measured |= {pair: value - current for pair, value in results.items()}
+            best_pair = min(results, key=results.get)
+            plan, current = with_pair(plan, best_pair), results[best_pair]
+            rounds.append({"echo": best_pair[0], "source": best_pair[1], "kl": current})
         found = {"effect": (SharingPlan(plan, space.layer_types), current)}
-        for name, other in space.other_plans(similarity, ratio).items():
+        for name, other in others.items():
             found[name] = (other, measure(list(other)))
     best = min(found.values(), key=lambda item: item[1])[0]
     kl = {name: value for name, (_, value) in found.items()}
-    return PlanSearch(best, rounds, kl, len(known.kl), measure.tokens)
+    tokens = sum(batch["input_ids"].numel() for batch in batches)
+    return PlanSearch(best, rounds, kl, len(kept.known), tokens)
 
 
 def make_space(
@@ -208,75 +216,106 @@ class PlanSpace:
             if plan[source] == source and plan.count(source) + plan.count(echo) <= most
         ]
 
-    def other_plans(self, similarity: AttentionSimilarity, ratio: float) -> dict[str, SharingPlan]:
+    def other_plans(
+        self, similarity: AttentionSimilarity, ratio: float, config: PreTrainedConfig
+    ) -> dict[str, SharingPlan]:
         """What the other rules choose, where they can."""
+
+        def paper() -> SharingPlan:
+            plan = published_plan(config, ratio)
+            if plan is None and similarity.flattened is None:
+                raise ValueError("The similarity is that of an earlier version, without the paper's measure.")
+            plan = plan or plan_like_paper(similarity.flattened.tolist(), ratio, layer_types=self.layer_types)
+            most = self._block_size or self.num_layers
+            if not {*plan.echo_layers} <= {*self._sources} or max(map(len, plan.blocks)) > most:
+                raise ValueError("The paper's rule knows neither protected layers nor a largest block.")
+            return plan
+
         rules = {
             "similarity": lambda: plan_from_similarity(similarity.layers.tolist(), ratio=ratio, **self._constraints),
-            "blocks": lambda: SharingPlan.from_ratio(self.num_layers, ratio, **self._constraints),
+            "paper": paper,
+            "spread": lambda: SharingPlan.from_ratio(self.num_layers, ratio, **self._constraints),
         }
         plans = {}
         for name, rule in rules.items():
             try:
                 plans[name] = rule()
-            except ValueError:  # a ratio that only scattered blocks can reach
+            except ValueError:  # a ratio that only scattered blocks can reach, or the like
                 continue
         return plans
 
 
 class _Measure:
-    """KL(teacher || student) of plans, in nats per token; what was measured once is remembered."""
+    """
+    KL(teacher || student) of plans, in nats per token. What was measured once is remembered, and a forward pass begins at the
+    first layer that differs from the plan it was started with.
+    """
 
     def __init__(
-        self, teacher: PreTrainedModel, rows: Sequence[dict], echoes: TunedEchoes, known: "_Known", bar: tqdm
+        self,
+        teacher: PreTrainedModel,
+        batches: Sequence[BatchEncoding],
+        tuned: TunedPairs,
+        state: "_State",
+        bar: tqdm,
     ):
-        self._teacher, self._echoes, self._known, self._bar = teacher, echoes, known, bar
-        self._batches = [batch.to(teacher.device) for batch in batch_rows(rows, 8)]
-        self.tokens = sum(batch["input_ids"].numel() for batch in self._batches)
-        self._logits: list[torch.Tensor] = []  # the teacher's, made when they are needed
+        self._teacher, self._batches, self._tuned, self._state, self._bar = teacher, batches, tuned, state, bar
+        self._layers = find_layers(teacher)
+        self._logits = [teacher(**batch, use_cache=False).logits for batch in batches]
+        self._plan: list[int] = []
+        self._kept: list[tuple[EchoRecords, list]] = []
+
+    def start(self, plan: list[int]) -> None:
+        """Keep what the layers of a plan give, to start from in the measurements that follow."""
+        self._plan, self._kept = plan, []
 
     def __call__(self, plan: list[int]) -> float:
-        key = _key(plan)
-        if key not in self._known.kl:
-            self._known.add(key, self._measure(plan))
+        if plan not in self._state:
+            self._state[plan] = self._measure(plan)
         self._bar.update()
-        return self._known.kl[key]
-
-    def all_pairs(self, plan: list[int], pairs: list[tuple[int, int]]) -> dict[tuple[int, int], float]:
-        """The plan with each of the pairs added. What is needed of the pairs that look best is kept in memory."""
-        results = {}
-        for echo, group in groupby(pairs, key=itemgetter(0)):
-            plans = {source: _with(plan, echo, source) for _, source in group}
-            self._echoes.tune(echo, [source for source, each in plans.items() if _key(each) not in self._known.kl])
-            found = {source: self(each) for source, each in plans.items()}
-            self._echoes.keep(echo, sorted(found, key=found.get)[:KEPT_SOURCES])
-            results |= {(echo, source): value for source, value in found.items()}
-        return results
+        return self._state[plan]
 
     def _measure(self, plan: list[int]) -> float:
-        if not self._logits:
-            self._logits = [self._teacher(**batch, use_cache=False).logits for batch in self._batches]
+        if self._layers is not None and not self._kept:
+            with self._tuned.in_place(self._plan, record_all=True):
+                self._kept = [self._keep(batch) for batch in self._batches]
+        first = next((layer for layer, source in enumerate(plan) if self._plan[layer] != source), 0)
+        if self._layers is None:
+            first = 0
         total = tokens = 0
-        with self._echoes.in_place(plan):
-            for batch, expected in zip(self._batches, self._logits, strict=True):
-                logits = self._teacher(**batch, use_cache=False, echo_records=EchoRecords()).logits
+        with self._tuned.in_place(plan):
+            for index, (batch, expected) in enumerate(zip(self._batches, self._logits, strict=True)):
+                records, output = EchoRecords(), None
+                if first:
+                    kept, outputs = self._kept[index]
+                    output = outputs[first - 1]
+                    records = kept.below(first)
+                with starting_at(self._layers, first, output):
+                    logits = self._teacher(**batch, use_cache=False, echo_records=records).logits
                 total += sum_logits(logits, expected, batch["input_ids"])[1].item()
                 tokens += batch["input_ids"][:, 1:].numel()
         return total / tokens
 
+    def _keep(self, batch: BatchEncoding) -> tuple[EchoRecords, list]:
+        records = EchoRecords()
+        with keep_layer_outputs(self._layers) as outputs:
+            self._teacher(**batch, use_cache=False, echo_records=records, logits_to_keep=1)
+        return records, outputs
 
-class _Known:
-    """What was measured, by plan, kept in a file if there is one, which belongs to what it was measured on."""
+
+class _State:
+    """KL of the plans that were measured, by plan; in a file too, if there is one, with what they were measured on."""
 
     def __init__(self, file: Path | None, describe: Callable[[], dict]):
-        self._file, self._measured_on, self.kl = file, None, {}
+        self._file, self._measured_on, self.known = file, None, {}
         if file is None:
             return
         self._measured_on = describe()
         if not file.exists():
             return
         try:
-            kept = json.loads(file.read_text())
-            measured_on, self.kl = kept["measured_on"], kept["kl"]
+            content = json.loads(file.read_text())
+            measured_on, self.known = content["measured_on"], content["kl"]
             differing = [
                 name for name, value in self._measured_on.items() if not _is_same(measured_on.get(name), value)
             ]
@@ -288,10 +327,16 @@ class _Known:
                 "search of another teacher, text or tuning."
             )
 
-    def add(self, key: str, value: float) -> None:
-        self.kl[key] = value
+    def __contains__(self, plan: list[int]) -> bool:
+        return _key(plan) in self.known
+
+    def __getitem__(self, plan: list[int]) -> float:
+        return self.known[_key(plan)]
+
+    def __setitem__(self, plan: list[int], value: float) -> None:
+        self.known[_key(plan)] = value
         if self._file is not None:
-            write_whole(self._file, json.dumps({"measured_on": self._measured_on, "kl": self.kl}))
+            write_whole(self._file, json.dumps({"measured_on": self._measured_on, "kl": self.known}))
 
 
 def _describe(
@@ -327,6 +372,15 @@ def _key(plan: list[int]) -> str:
     return ",".join(map(str, plan))
 
 
-def _with(plan: list[int], echo: int, source: int) -> list[int]:
+def _shortlist(expected: dict[Pair, float], plans: list[list[int]]) -> list[Pair]:
+    """The most promising sources of each echo, and the pairs of some plans."""
+    kept = [(echo, source) for plan in plans for echo, source in enumerate(plan) if echo != source]
+    for _, group in groupby(expected, key=itemgetter(0)):
+        kept += sorted(group, key=expected.get)[:KEPT_SOURCES]
+    return kept
+
+
+def with_pair(plan: list[int], pair: Pair) -> list[int]:
     """The plan with one more echo layer. What echoed it echoes its source now."""
+    echo, source = pair
     return [source if other == echo else other for other in plan]
