@@ -104,6 +104,30 @@ RECIPES = {
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 """Types that weights can be loaded in; `"auto"` is the one of the checkpoint."""
 
+MAY_CHANGE_ON_RESUME = (
+    "distillation.batch_size",
+    "distillation.accumulation_steps",
+    "distillation.gradient_checkpointing",
+    "distillation.use_liger_kernel",
+    "distillation.torch_compile",
+    "distillation.save_steps",
+    "distillation.eval_steps",
+    "store.batch_size",
+)
+"""Settings that a resumed run may have others of than it began with: they say what a step needs, not what is made."""
+
+
+def differing_settings(one: dict, other: dict, prefix: str = "") -> dict[str, tuple[Any, Any]]:
+    """The settings that differ between two runs, by their full names: (in the one, in the other)."""
+    differing = {}
+    for name in {**one, **other}:
+        values, full_name = (one.get(name), other.get(name)), f"{prefix}{name}"
+        if all(isinstance(value, dict) for value in values):
+            differing |= differing_settings(*values, f"{full_name}.")
+        elif values[0] != values[1]:
+            differing[full_name] = values
+    return differing
+
 
 def setting(default: Any, text: str) -> Any:
     """A field with a default and a help text, which the command line shows."""

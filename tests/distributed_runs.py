@@ -14,11 +14,22 @@ from datasets import Dataset, IterableDataset
 from transformers import Trainer
 from transformers.integrations import unset_hf_deepspeed_config
 
-from echoatt_hf import EchoAttForCausalLM, EchoAttTrainer, EchoAttTrainingArguments
+from echoatt_hf import (
+    EchoAttForCausalLM,
+    EchoAttTrainer,
+    EchoAttTrainingArguments,
+    StoredTeacher,
+    evaluate_model,
+    load_model,
+    write_stored_teacher,
+)
 from echoatt_hf.cli import app as cli
-from echoatt_hf.distillation import losses
+from echoatt_hf.distillation import losses, stored_teacher
 from echoatt_hf.distillation.checkpoints import train_from_last_checkpoint, whole_state
 from echoatt_hf.models.heads import OutputHead
+from echoatt_hf.models.loading import load_tokenizer
+from echoatt_hf.pipeline import steps
+from echoatt_hf.settings import DataSettings
 from echoatt_hf.text.rows import collate_rows
 
 
@@ -136,7 +147,44 @@ def run_replicated(folder: Path) -> dict:
         OutputHead._gives_the_logits_of = lambda self, model: False
     refused_by_one = OutputHead.find(trainer.model) is None
     OutputHead._gives_the_logits_of = gives_the_logits_of
-    return {"streamed": trainer.seen, "heads": [head, refused_by_one]}
+    return {"streamed": trainer.seen, "heads": [head, refused_by_one]} | run_together(folder)
+
+
+def run_together(folder: Path) -> dict:
+    """An evaluation, the text of a run and a stored teacher, of which each process does its part."""
+    teacher, evaluated = make_teacher("llama"), []
+    student = EchoAttForCausalLM.from_teacher(teacher, plan_of("llama"))
+    calls = []
+    student.register_forward_hook(lambda *given: calls.append(None))
+    for count in (1, 5):
+        calls.clear()
+        rows = rows_of_ids()[:count]
+        found = evaluate_model(student, rows, teacher=teacher, batch_size=2, among_processes=True)
+        evaluated.append([found, len(calls)])
+    reads = {"text": 0, "files": 0}
+
+    def counted(module, name, kind):
+        function = getattr(module, name)
+
+        def count(*given, **options):
+            reads[kind] += 1
+            return function(*given, **options)
+
+        setattr(module, name, count)
+
+    counted(steps, "load_rows", "text")
+    model = load_model("builtin")
+    models = steps._Models(None, model, load_tokenizer("builtin", model))
+    text = folder / "text.txt"
+    if dist.get_rank() == 0:
+        text.write_text("\n<|endoftext|>\n".join(f"Story {n} of some words, and some more." for n in range(99)))
+        write_stored_teacher(folder / "store", teacher, models.tokenizer, rows_of_ids()[:4], top_k=3)
+    dist.barrier()
+    settings = DataSettings([str(text)], row_length=16, evaluation_rows=2, held_out_fraction=0.2)
+    train, held_out = steps._load_rows_once(folder / "rows", settings, models)
+    counted(stored_teacher, "hash_file", "files")
+    assert len(StoredTeacher(folder / "store")) == 4
+    return {"evaluated": evaluated, "reads": reads, "text": [list(train["input_ids"]), held_out]}
 
 
 def main(folder: Path, alone: Path) -> None:

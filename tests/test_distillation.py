@@ -1,20 +1,38 @@
 """Losses and the two-stage trainer."""
 
 import copy
+import inspect
+import logging
 import math
+from dataclasses import fields
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import CHECKPOINTING, FP32_TOLERANCE, make_batch, make_teacher, plan_of, positions_with_target
+from conftest import (
+    CHECKPOINTING,
+    FP32_TOLERANCE,
+    make_batch,
+    make_teacher,
+    plan_of,
+    positions_with_target,
+    train_byte_level_bpe,
+)
 from datasets import Dataset
 from families import FAMILIES
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 from transformers.pytorch_utils import Conv1D
 
-from echoatt_hf import EchoAttForCausalLM
+from echoatt_hf import EchoAttForCausalLM, convert, load_model
 from echoatt_hf.distillation import losses
 from echoatt_hf.distillation.adapters import add_lora, merge_lora
 from echoatt_hf.distillation.losses import relative_distance
@@ -707,6 +725,8 @@ def test_gradient_checkpointing_trains_to_the_same_weights(lively_teacher, tmp_p
         ({"kl_weight": 0.0}, "would learn nothing"),
         ({"kl_temperature": 0.0}, "kl_temperature is 0.0"),
         ({"max_steps": 7}, "max_steps is 7"),
+        ({"num_train_epochs": 1}, "num_train_epochs is 1, but the stages are counted in steps"),
+        ({"label_smoothing_factor": 1.0}, "label_smoothing_factor is 1.0"),
         (
             {"divergence": "backward"},
             "divergence is 'backward'; it must be one of 'forward', 'reverse', 'jensen_shannon'",
@@ -742,9 +762,11 @@ def test_stage_one_needs_a_teacher_and_stage_two_none(student, tmp_path):
 def test_teacher_that_does_not_fit_is_refused(teacher, student, tmp_path):
     with pytest.raises(ValueError, match="same object"):
         make_trainer(student, student, tmp_path)
+    with pytest.raises(TypeError, match="teacher is 'builtin', not a model"):
+        make_trainer(student, "builtin", tmp_path)
     config = copy.deepcopy(teacher.config)
     config.vocab_size = VOCAB + 1
-    with pytest.raises(ValueError, match=f"student has {VOCAB} tokens and the teacher {VOCAB + 1}"):
+    with pytest.raises(ValueError, match=f"{VOCAB} tokens and the teacher {VOCAB + 1}, and it is not known whether"):
         make_trainer(student, LlamaForCausalLM(config), tmp_path)
     config = copy.deepcopy(teacher.config)
     config.num_hidden_layers = 3
@@ -756,8 +778,6 @@ def test_teacher_that_does_not_fit_is_refused(teacher, student, tmp_path):
 
 
 def test_wrong_arguments_class_is_refused(student, teacher, tmp_path):
-    from transformers import TrainingArguments
-
     with pytest.raises(TypeError, match="EchoAttTrainingArguments"):
         EchoAttTrainer(model=student, teacher=teacher, args=TrainingArguments(str(tmp_path), use_cpu=True))
 
@@ -779,3 +799,337 @@ def test_data_parallel_is_refused(student, teacher, tmp_path):
     args._n_gpu = 2
     with pytest.raises(ValueError, match="accelerate launch"):
         EchoAttTrainer(model=student, teacher=teacher, args=args, train_dataset=make_rows())
+
+
+# Tokenizers and vocabularies.
+
+
+def tokenizer_of(*texts):
+    trained = train_byte_level_bpe([*texts] * 9, 300, ["<|endoftext|>"])
+    return PreTrainedTokenizerFast(tokenizer_object=trained, eos_token="<|endoftext|>")
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """Teachers in folders with their tokenizers: of one tokenizer, of more tokens by padding, and of another tokenizer."""
+    folder = tmp_path_factory.mktemp("saved")
+    own, other = tokenizer_of("one text of some words"), tokenizer_of("quite different things")
+    assert len(own) != 300 and own.get_vocab() != other.get_vocab()
+    for name, size, tokenizer in (
+        ("plain", len(own), own),
+        ("padded", len(own) + 20, own),
+        ("other", len(own), other),
+        ("nameless", len(own), None),
+    ):
+        make_small_teacher(size, initializer_range=0.3).save_pretrained(folder / name)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder / name)
+    return folder, own
+
+
+def make_trainer_of(student, teacher, folder, **options):
+    arguments = make_arguments(folder)
+    return EchoAttTrainer(
+        model=student,
+        teacher=teacher,
+        args=arguments,
+        train_dataset=make_rows(),
+        data_collator=collate_rows,
+        **options,
+    )
+
+
+def test_teacher_with_another_tokenizer_is_refused(saved, tmp_path, caplog):
+    folder, own = saved
+    plain, other, nameless = (load_model(folder / name) for name in ("plain", "other", "nameless"))
+    made, loaded = EchoAttForCausalLM.from_teacher(plain, PLAN), tmp_path / "student"
+    with caplog.at_level(logging.WARNING, "echoatt_hf"):
+        make_trainer_of(made, plain, tmp_path, processing_class=own)
+    assert "tokenizer" not in caplog.text
+    with pytest.raises(ValueError, match=r"another tokenizer than the student: \d+ of the student's \d+ tokens"):
+        make_trainer_of(made, other, tmp_path, processing_class=own)
+    # By the names they were loaded from, where no tokenizer is given.
+    made.save_pretrained(loaded)
+    own.save_pretrained(loaded)
+    with pytest.raises(ValueError, match="another tokenizer than the student"):
+        make_trainer_of(load_model(loaded), other, tmp_path)
+    # What is not known is said, not guessed.
+    with caplog.at_level(logging.WARNING, "echoatt_hf"):
+        make_trainer_of(load_model(loaded), nameless, tmp_path)
+    assert "tokenizer of the teacher is not known" in caplog.text
+
+
+@pytest.mark.parametrize("roles", [("plain", "padded"), ("padded", "plain")], ids=["teacher", "student"])
+def test_padding_of_a_vocabulary_is_cut(saved, tmp_path, roles):
+    folder, own = saved
+    source, teacher = (load_model(folder / name) for name in roles)
+    student = without_dropout(EchoAttForCausalLM.from_teacher(source, PLAN))
+    trainer = make_trainer_of(student, teacher, tmp_path, processing_class=own)
+    batch = collate_rows(list(make_rows(4)))
+    with torch.no_grad():
+        logits, expected = (model(batch["input_ids"]).logits[..., : len(own)] for model in (student, teacher))
+        found = trainer.compute_loss(student.train(), batch)
+    assert found.item() == pytest.approx(plain_losses(logits, expected, batch["labels"])[1].item(), rel=1e-5)
+    trainer.train()
+
+
+# What `Trainer` takes.
+
+WORKS, NO_CONCERN = "works", "does not concern the loss"
+# Of each field of `TrainingArguments`: that it does not concern the loss, which test shows that it works, or values that
+# are refused. A field that a newer transformers brings is missing here: find out which it is.
+ARGUMENTS = {
+    "max_steps": {"max_steps": 7},
+    "num_train_epochs": {"num_train_epochs": 1},
+    "parallelism_config": "test_rows_and_layers_are_not_divided",
+    "label_smoothing_factor": "test_smoothed_labels_equal_those_by_hand",
+    "learning_rate": "test_stages_have_their_own_steps_rates_and_losses",
+    "lr_scheduler_type": "test_each_stage_warms_up_and_decays",
+    "lr_scheduler_kwargs": "test_each_stage_warms_up_and_decays",
+    "warmup_steps": "test_each_stage_warms_up_and_decays",
+    "gradient_accumulation_steps": "test_accumulation_does_not_change_the_gradients",
+    "per_device_train_batch_size": "test_accumulation_does_not_change_the_gradients",
+    "average_tokens_across_devices": "test_accumulation_does_not_change_the_gradients",
+    "gradient_checkpointing": "test_gradient_checkpointing_trains_to_the_same_weights",
+    "gradient_checkpointing_kwargs": "test_gradient_checkpointing_trains_to_the_same_weights",
+    "activation_checkpointing": "test_gradient_checkpointing_trains_to_the_same_weights",
+    "activation_checkpointing_kwargs": "test_gradient_checkpointing_trains_to_the_same_weights",
+    "bf16": "test_mixed_precision_leaves_the_models_as_they_are",
+    "fp16": "test_mixed_precision_leaves_the_models_as_they_are",
+    "prediction_loss_only": "test_evaluation_makes_all_logits_only_where_they_are_asked_for",
+    "remove_unused_columns": "test_batch_without_labels_is_refused",
+    "label_names": "test_batch_without_labels_is_refused",
+    "resume_from_checkpoint": "test_resumed_run_ends_with_the_same_weights",
+    # Elsewhere: test_adapters.py, test_liger.py, test_distributed.py, test_faults.py.
+    **dict.fromkeys(
+        [
+            "torch_compile",
+            "torch_compile_backend",
+            "torch_compile_mode",
+            "use_liger_kernel",
+            "liger_kernel_config",
+            "fsdp",
+            "fsdp_config",
+            "deepspeed",
+            "logging_nan_inf_filter",
+        ],
+        WORKS,
+    ),
+    **dict.fromkeys(
+        [
+            "output_dir",
+            "optim",
+            "optim_args",
+            "weight_decay",
+            "adam_beta1",
+            "adam_beta2",
+            "adam_epsilon",
+            "optim_target_modules",
+            "max_grad_norm",
+            "bf16_full_eval",
+            "fp16_full_eval",
+            "tf32",
+            "use_cache",
+            "neftune_noise_alpha",
+            "torch_empty_cache_steps",
+            "auto_find_batch_size",
+            "logging_strategy",
+            "logging_steps",
+            "logging_first_step",
+            "log_on_each_node",
+            "include_num_input_tokens_seen",
+            "log_level",
+            "log_level_replica",
+            "disable_tqdm",
+            "report_to",
+            "run_name",
+            "project",
+            "trackio_space_id",
+            "trackio_bucket_id",
+            "trackio_static_space_id",
+            "eval_strategy",
+            "eval_steps",
+            "eval_delay",
+            "per_device_eval_batch_size",
+            "eval_on_start",
+            "eval_do_concat_batches",
+            "eval_use_gather_object",
+            "eval_accumulation_steps",
+            "include_for_metrics",
+            "batch_eval_metrics",
+            "save_only_model",
+            "save_strategy",
+            "save_steps",
+            "save_on_each_node",
+            "save_total_limit",
+            "enable_jit_checkpoint",
+            "push_to_hub",
+            "hub_token",
+            "hub_private_repo",
+            "hub_model_id",
+            "hub_strategy",
+            "hub_always_push",
+            "hub_revision",
+            "load_best_model_at_end",
+            "metric_for_best_model",
+            "greater_is_better",
+            "ignore_data_skip",
+            "restore_callback_states_from_checkpoint",
+            "full_determinism",
+            "seed",
+            "data_seed",
+            "use_cpu",
+            "accelerator_config",
+            "dataloader_drop_last",
+            "dataloader_num_workers",
+            "dataloader_pin_memory",
+            "dataloader_persistent_workers",
+            "dataloader_prefetch_factor",
+            "dataloader_multiprocessing_context",
+            "dataloader_in_order",
+            "train_sampling_strategy",
+            "length_column_name",
+            "ddp_find_unused_parameters",
+            "ddp_bucket_cap_mb",
+            "ddp_broadcast_buffers",
+            "ddp_static_graph",
+            "ddp_backend",
+            "ddp_timeout",
+            "debug",
+            "skip_memory_metrics",
+            "do_train",
+            "do_eval",
+            "do_predict",
+            "local_rank",
+        ],
+        NO_CONCERN,
+    ),
+}
+# The same of what the constructor takes.
+OPTIONS = {
+    **dict.fromkeys(["model", "args", "train_dataset", "processing_class"], WORKS),
+    **dict.fromkeys(
+        [
+            "data_collator",
+            "eval_dataset",
+            "compute_metrics",
+            "callbacks",
+            "optimizers",
+            "optimizer_cls_and_kwargs",
+            "preprocess_logits_for_metrics",
+        ],
+        NO_CONCERN,
+    ),
+    "model_init": lambda: None,
+    "compute_loss_func": lambda outputs, labels, **options: 0.0,
+}
+
+
+def test_every_argument_of_the_trainer_is_decided(student, teacher, tmp_path):
+    assert {field.name for field in fields(TrainingArguments)} <= set(ARGUMENTS)
+    for name, decided in ARGUMENTS.items():
+        if isinstance(decided, dict):
+            with pytest.raises(ValueError, match=f"{name} is {decided[name]}"):
+                make_arguments(tmp_path, **decided)
+        else:
+            assert decided in (WORKS, NO_CONCERN) or decided in globals(), name
+    assert set(inspect.signature(Trainer.__init__).parameters) - {"self"} <= set(OPTIONS)
+    for name, decided in OPTIONS.items():
+        if callable(decided):
+            with pytest.raises(ValueError, match=f"{name} is given, which this trainer does not use"):
+                make_trainer_of(student, teacher, tmp_path, **{name: decided})
+
+
+@pytest.mark.parametrize("name", ["tp_size", "cp_size", "sp_size"])
+def test_rows_and_layers_are_not_divided(tmp_path, name):
+    class Config:
+        pass
+
+    config = Config()
+    setattr(config, name, 2)
+    with pytest.raises(ValueError, match=f"parallelism_config has a {name} of 2"):
+        make_arguments(tmp_path, parallelism_config=config)
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_smoothed_labels_equal_those_by_hand(teacher, student, tmp_path, stage):
+    steps = {"stage1_steps": int(stage == 1), "stage2_steps": int(stage == 2)}
+    trainer = make_trainer(
+        without_dropout(student), teacher, tmp_path, kl_weight=0.0, ce_weight=1.0, label_smoothing_factor=0.3, **steps
+    )
+    batch = masked_collator(list(make_rows(4)))
+    with torch.no_grad():
+        log_probs = student(batch["input_ids"]).logits[:, :-1].log_softmax(-1)
+        mask = batch["labels"][:, 1:] != -100
+        nll = -log_probs.gather(-1, batch["input_ids"][:, 1:, None])[..., 0][mask].mean()
+        smoothed = 0.7 * nll - 0.3 * log_probs.mean(-1)[mask].mean()
+        found = trainer.compute_loss(student.train(), batch)
+        evaluated = trainer.compute_loss(student.eval(), batch)
+    assert found.item() == pytest.approx(smoothed.item(), rel=1e-5)
+    assert evaluated.item() == pytest.approx(nll.item(), rel=1e-5) != found.item()
+
+
+def test_router_loss_is_that_of_the_family(tmp_path):
+    teacher = make_teacher("mixtral", output_router_logits=True, router_aux_loss_coef=10.0)
+    student = without_dropout(
+        EchoAttForCausalLM.from_teacher(teacher, range(teacher.config.num_hidden_layers))
+    ).train()
+    batch = make_batch(4)
+    batch = {"input_ids": batch["input_ids"], "labels": batch["input_ids"]}
+    trainer = make_trainer(student, None, tmp_path, stage1_steps=0, stage2_steps=1)
+    with torch.no_grad():
+        expected = teacher.train()(**batch)
+        found = trainer.compute_loss(student, batch)
+        evaluated = trainer.compute_loss(student.eval(), batch)
+    assert found.item() == pytest.approx(expected.loss.item(), rel=1e-5)
+    assert evaluated.item() == pytest.approx(expected.loss.item() - 10 * expected.aux_loss.item(), rel=1e-4)
+    # With the cross-entropy, and with nothing else.
+    for ce_weight in (0.0, 0.5):
+        trainer = make_trainer(student, teacher, tmp_path, kl_weight=1.0, ce_weight=ce_weight)
+        with torch.no_grad():
+            found = trainer.compute_loss(student.train(), batch)
+        assert found.item() == pytest.approx(ce_weight * expected.loss.item(), rel=1e-4, abs=1e-5)
+    student.language_model.router_aux_loss_coef = None
+    with pytest.raises(ValueError, match="asks for a router loss .* 'mixtral' do not say its weight"):
+        make_trainer(student, None, tmp_path, stage1_steps=0, stage2_steps=1)
+
+
+# Mixed precision, and weights that are no numbers.
+
+
+def test_mixed_precision_leaves_the_models_as_they_are(lively_teacher, lively_student, tmp_path):
+    kept = {}
+
+    class Look(TrainerCallback):
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            with torch.no_grad():
+                kept["logits"] = model(batch["input_ids"]).logits
+                kept["plain"] = EchoAttForCausalLM.forward(model, batch["input_ids"]).logits
+
+    batch = collate_rows(list(make_rows(2)))
+    trainer = make_trainer(without_dropout(lively_student), lively_teacher, tmp_path, bf16=True, stage1_steps=2)
+    trainer.add_callback(Look())
+    dtypes = []
+    hooks = [
+        model.model.layers[0].mlp.register_forward_hook(lambda module, args, output: dtypes.append(output.dtype))
+        for model in (lively_teacher, lively_student.language_model)
+    ]
+    trainer.train()
+    for hook in hooks:
+        hook.remove()
+    assert dtypes.count(torch.bfloat16) == 4  # steps of both; the callback looks at whole numbers
+    assert dtypes.count(torch.float32) == len(dtypes) - 4 == 4
+    assert torch.equal(kept["logits"], kept["plain"]) and kept["logits"].dtype == torch.float32
+    trainer.evaluate(make_rows(4))
+    for model in (lively_teacher, lively_student):
+        assert "forward" not in vars(model) and "_original_forward" not in vars(model)
+    convert(lively_teacher, PLAN)
+
+
+@pytest.mark.parametrize("role", ["teacher", "student"])
+def test_weights_that_are_no_numbers_are_named(lively_teacher, lively_student, tmp_path, role):
+    layer = (lively_teacher if role == "teacher" else lively_student.language_model).model.layers[2]
+    with torch.no_grad():
+        layer.mlp.up_proj.weight[3, 3] = math.nan
+    with pytest.raises(ValueError, match=rf"{role} has weights that are NaN, in '.*layers.2.mlp.up_proj"):
+        make_trainer(lively_student, lively_teacher, tmp_path)

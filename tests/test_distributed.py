@@ -11,11 +11,13 @@ import pytest
 import torch
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
-from conftest import FP32_TOLERANCE, make_teacher, process_environment
-from distributed_runs import make_trainer
+from conftest import FP32_TOLERANCE, make_teacher, plan_of, process_environment
+from distributed_runs import make_trainer, rows_of_ids
 from processes import run_python
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
+
+from echoatt_hf import EchoAttForCausalLM, evaluate_model
 
 
 ROOT = Path(__file__).parents[1]
@@ -159,6 +161,20 @@ def test_streamed_rows_are_divided(layout):
     assert sorted(first + second) == list(range(1, 17))  # two steps of eight; three rows were not asked for
 
 
+@pytest.mark.parametrize("layout", ["ddp_cpu2"], indirect=True)
+def test_an_evaluation_is_divided_and_the_text_read_once(layout, tmp_path):
+    evaluated, reads, rows = (facts_of(layout, kind) for kind in ("evaluated", "reads", "text"))
+    teacher = make_teacher("llama")
+    student = EchoAttForCausalLM.from_teacher(teacher, plan_of("llama"))
+    for count, results in zip((1, 5), zip(*evaluated, strict=True), strict=True):
+        expected = evaluate_model(student, rows_of_ids()[:count], teacher=teacher)
+        for found, forwards in results:
+            assert found == pytest.approx(expected, rel=1e-5)
+            assert forwards == (1 if count == 1 else 2)  # of batches of two rows: five rows are three, then two
+    assert reads == [{"text": 1, "files": 2}, {"text": 0, "files": 0}]
+    assert rows[0] == rows[1] and len(rows[0][0]) > 2 and len(rows[0][1]) == 2
+
+
 @pytest.mark.parametrize("file", sorted(CONFIGS.glob("*.yaml")), ids=lambda file: file.stem)
 def test_accelerate_reads_the_configurations(file):
     config = load_config_from_file(str(file))
@@ -254,14 +270,18 @@ def test_adapters_need_undivided_weights(distilled, tmp_path, config):
     [
         (
             ["compress", "--output", "out"],
-            "2 processes were launched, but planning and conversion are the work of one",
+            "2 processes were launched, but `echoatt compress` is the work of one",
+        ),
+        (
+            ["store-teacher", "--output", "out"],
+            "2 processes were launched, but `echoatt store-teacher` is the work of one",
         ),
         (
             ["distill", "student", "--output", "out", "--batch-size", "3"],
             "batch_size is 3, which 2 processes with accumulation_steps 1 do not divide",
         ),
     ],
-    ids=["compress", "batch"],
+    ids=["compress", "store", "batch"],
 )
 def test_what_two_processes_cannot_do_is_said(tmp_path, arguments, message):
     result = launch("-m", "echoatt_hf.cli", *arguments, cwd=tmp_path)

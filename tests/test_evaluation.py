@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 import echoatt_hf
 from echoatt_hf.evaluation.held_out import compute_agreement, compute_perplexity, evaluate_model, metric_path
+from echoatt_hf.models.loading import load_model
 from echoatt_hf.text.documents import load_documents
 from echoatt_hf.text.rows import pack_rows
 
@@ -187,8 +188,33 @@ def test_an_echoatt_student(tokenizer, rows, tmp_path):
 
 
 def test_another_vocabulary_is_refused(teacher, rows):
-    with pytest.raises(ValueError, match=r"model has 300 tokens and the teacher 257: .* same vocabulary"):
+    with pytest.raises(ValueError, match=r"student has 300 tokens and the teacher 257, and it is not known whether"):
         evaluate_model(make_model(0, vocab_size=300), rows, teacher=teacher)
+
+
+def test_padding_of_a_vocabulary_is_cut(student, tokenizer, rows, tmp_path):
+    padded = make_model(0, vocab_size=300)
+    padded.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    padded, cut = load_model(tmp_path), make_model(0)
+    cut.load_state_dict(
+        {name: value[:257] if len(value) == 300 else value for name, value in padded.state_dict().items()}
+    )
+    found = evaluate_model(student, rows, teacher=padded, tokenizer=tokenizer)
+    expected = evaluate_model(student, rows, teacher=cut, tokenizer=tokenizer)
+    assert found == pytest.approx(expected, rel=1e-6)
+    with pytest.raises(ValueError, match="another tokenizer than the student"):
+        other = train_byte_level_bpe(["other words"] * 9, 260, ["<|endoftext|>"])
+        evaluate_model(student, rows, teacher=padded, tokenizer=PreTrainedTokenizerFast(tokenizer_object=other))
+
+
+def test_a_loss_that_is_no_number_is_said(teacher, rows, caplog):
+    model = copy.deepcopy(teacher)
+    with torch.no_grad():
+        model.lm_head.weight[3] = math.nan
+    result = evaluate_model(model, rows)
+    assert math.isnan(result["loss"]) and math.isnan(result["perplexity"])
+    assert "The loss is NaN" in caplog.text
 
 
 @pytest.mark.parametrize("rows", [[], (), iter([])], ids=["list", "tuple", "iterator"])

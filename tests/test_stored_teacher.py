@@ -12,9 +12,16 @@ from processes import run_python
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from echoatt_hf import EchoAttForCausalLM, StoredTeacher, collate_rows, write_stored_teacher
-from echoatt_hf.distillation.losses import divergence_from_stored, forward_kl, merge_rest
-from echoatt_hf.distillation.stored_teacher import hash_tokenizer, hash_weights
+from echoatt_hf.distillation.losses import (
+    HardLabelLoss,
+    divergence_from_stored,
+    forward_kl,
+    hard_labels_from_stored,
+    keep_top,
+    merge_rest,
+)
 from echoatt_hf.distillation.trainer import EchoAttTrainer, EchoAttTrainingArguments
+from echoatt_hf.models.checks import hash_tokenizer, hash_weights
 
 
 TEXT = [f"Story {n}. Once upon a time {n} small bears ate {n * 3} pots of honey.\n" * 20 for n in range(24)]
@@ -287,7 +294,7 @@ def test_a_teacher_that_gives_nan_is_not_stored(tmp_path, tokenizer, rows):
     teacher = make_teacher(len(tokenizer))
     token = next(token for token in rows[6]["input_ids"] if not any(token in row["input_ids"] for row in rows[:6]))
     with torch.no_grad():
-        teacher.model.embed_tokens.weight[token] = torch.nan
+        teacher.model.embed_tokens.weight[token] = torch.inf  # of which attention makes NaN
     with pytest.raises(ValueError, match="NaN for row 6"):
         write(tmp_path / "store", teacher, tokenizer, rows)
     assert len(list((tmp_path / "store").glob("shard-*"))) == 1
@@ -390,6 +397,41 @@ def test_first_loss_is_that_of_the_stored_rows(tmp_path, store, teacher):
     assert log[1]["stage"] == 2 and "kl_loss" not in log[1] and "ce_loss" in log[1]
 
 
+@pytest.mark.parametrize("divergence", ["forward", "reverse", "jensen_shannon"])
+@pytest.mark.parametrize("size", [40, 60], ids=["fewer tokens", "more tokens"])
+def test_padding_of_a_vocabulary_is_cut(size, divergence):
+    """A teacher of 50 tokens; what it or the student has beyond 40 is padding."""
+    torch.manual_seed(0)
+    teacher, student = torch.randn(1, 6, 50), torch.randn(6, size)
+    stored, ids = keep_top(teacher, 45)  # so that padding is among what is kept
+    found = divergence_from_stored(divergence, ids, stored, 50)(student, slice(None))
+    common = min(size, 50)
+    # Of what both have the probabilities that were kept are those of the teacher; the rest is one outcome.
+    log_probs = torch.full((6, 50), -torch.inf).scatter(-1, ids[0], stored[0, :, :-1].float())
+    expected = torch.zeros(6)
+    for row in range(6):
+        kept = [token for token in ids[0, row].tolist() if token < common]
+        others = [token for token in range(common) if token not in kept]
+        q = student[row, :common].softmax(-1)
+        q = torch.cat([q[kept], q[others].sum()[None]])
+        p = torch.cat([log_probs[row, kept], stored[0, row, -1:].float()]).softmax(-1)
+        middle = (p + q) / 2
+        expected[row] = {
+            "forward": (p * (p / q).log()).sum(),
+            "reverse": (q * (q / p).log()).sum(),
+            "jensen_shannon": ((p * (p / middle).log()).sum() + (q * (q / middle).log()).sum()) / 2,
+        }[divergence]
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_hard_labels_are_tokens_that_the_student_has():
+    teacher = torch.tensor([[[0.0, 1.0, 2.0, 5.0], [4.0, 1.0, 2.0, 3.0]]])
+    student = torch.randn(2, 3)
+    expected = torch.nn.functional.cross_entropy(student, torch.tensor([2, 0]), reduction="none")
+    for loss in (hard_labels_from_stored(keep_top(teacher, 3)[1]), HardLabelLoss(lambda tokens: teacher[0, tokens])):
+        assert torch.equal(loss(student, slice(None)), expected)
+
+
 def test_workers_of_a_data_loader_read_the_store(tmp_path, store, teacher):
     alone, _ = train(teacher, tmp_path, StoredTeacher(store), stage1_steps=2)
     helped, _ = train(teacher, tmp_path, StoredTeacher(store), stage1_steps=2, dataloader_num_workers=2)
@@ -424,6 +466,11 @@ def test_students_that_do_not_fit_are_refused(store, teacher, tokenizer):
     stored.check_teacher(teacher)
     with pytest.raises(ValueError, match="30 tokens and the stored teacher"):
         stored.check_student(make_teacher(30))
+    with pytest.raises(
+        ValueError, match=f"30 tokens and the stored teacher {len(tokenizer)}: .* the student's tokenizer"
+    ):
+        stored.check_student(make_teacher(30), tokenizer)
+    stored.check_student(make_teacher(len(tokenizer) + 9), tokenizer)  # by padding alone
     short = make_teacher(len(tokenizer))
     short.config.max_position_embeddings = 8
     with pytest.raises(ValueError, match="context is 8"):
@@ -547,4 +594,74 @@ def test_a_store_that_changed_is_not_resumed_from(workplace, tmp_path, run_in_pr
     assert list((tmp_path / "out.partial").glob("checkpoints/*"))
     assert run_in_process(*store, "--top-k", 5, "--output", tmp_path / "store", "--overwrite").exit_code == 0
     result = run_in_process(*distill, "--resume", "--output", tmp_path / "out")
-    assert result.exit_code == 2 and "other settings" in result.stderr
+    assert result.exit_code == 2 and "other settings: " in result.stderr
+    assert "stored_teacher.top_k was 4 and is 5" in result.stderr
+
+
+@pytest.mark.parametrize(
+    "error",
+    [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."), MemoryError()],
+    ids=["gpu", "cpu"],
+)
+def test_a_run_that_needs_less_memory_goes_on(workplace, tmp_path, run_in_process, monkeypatch, error):
+    distill = ["distill", "student", "--teacher", "teacher", "--data", "text", "--row-length", 32, "--steps", 6]
+    distill += ["--stage2-steps", 2, "--save-steps", 2, "--batch-size", 4, "--evaluation-rows", 4]
+    assert run_in_process(*distill, "--output", tmp_path / "whole").exit_code == 0
+    step, calls = EchoAttTrainer.training_step, []
+
+    def fail(self, *given):
+        calls.append(self.state.global_step)
+        if len(calls) == 4:
+            raise error
+        return step(self, *given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(EchoAttTrainer, "training_step", fail)
+        result = run_in_process(*distill, "--output", tmp_path / "out")
+    assert result.exit_code == 2 and "bug" not in result.stderr
+    line = result.stderr.strip().splitlines()[-1]
+    assert line.startswith("echoatt: error: There is not enough memory") and "4 rows in 1 micro-batches" in line
+    assert "More accumulation_steps" in line and "--resume" in line
+    # Other settings than those that say what a step needs are refused, by name.
+    result = run_in_process(*distill, "--learning-rate", 0.5, "--resume", "--output", tmp_path / "out")
+    assert result.exit_code == 2 and "distillation.learning_rate was 0.001 and is 0.5" in result.stderr
+    calls.clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(EchoAttTrainer, "training_step", lambda self, *given: calls.append(0) or step(self, *given))
+        less = ["--accumulation-steps", 4, "--gradient-checkpointing", "--resume"]
+        result = run_in_process(*distill, *less, "--output", tmp_path / "out")
+    assert result.exit_code == 0, result.stderr
+    assert len(calls) == 4 * 4  # from the checkpoint of step 2
+    one, other = (json.loads((tmp_path / name / "report.json").read_text())["results"] for name in ("whole", "out"))
+    assert [entry["loss"] for entry in other] == pytest.approx([entry["loss"] for entry in one], rel=1e-4)
+
+
+def test_too_little_memory_is_one_line_in_every_command(workplace, tmp_path, run_in_process, monkeypatch):
+    def fail(*given, **options):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr("echoatt_hf.analysis.similarity.measure_on_rows", fail)
+    analyze = ["analyze", "teacher", "--data", "text", "--row-length", 32, "--calibration-rows", 4]
+    result = run_in_process(*analyze, "--output", tmp_path / "out")
+    assert result.exit_code == 2 and "There is not enough memory (CUDA out of memory.)" in result.stderr
+
+
+def test_storing_with_too_little_memory_says_so(tmp_path, teacher, tokenizer, rows, monkeypatch):
+    def fail(*given, **options):
+        raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.")
+
+    monkeypatch.setattr(type(teacher), "forward", fail)
+    with pytest.raises(MemoryError, match="can't allocate memory.*batch_size 3 rows. Give a smaller one"):
+        write(tmp_path / "store", teacher, tokenizer, rows)
+
+
+def test_teacher_with_another_tokenizer_is_one_line(workplace, tmp_path, run_in_process, teacher):
+    trained = train_byte_level_bpe(["quite different things"] * 9, 300, ["<|endoftext|>"])
+    other = PreTrainedTokenizerFast(tokenizer_object=trained, eos_token="<|endoftext|>")
+    teacher.save_pretrained(tmp_path / "other")
+    other.save_pretrained(tmp_path / "other")
+    text = ["--teacher", tmp_path / "other", "--data", "text", "--row-length", 32]
+    for command in (["distill", "student", *text, "--output", tmp_path / "out"], ["evaluate", "student", *text]):
+        result = run_in_process(*command)
+        assert result.exit_code == 2 and "The teacher has another tokenizer than the student" in result.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["other"]

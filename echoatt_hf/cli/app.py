@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -36,8 +37,11 @@ app = typer.Typer(
     epilog="Example: echoatt compress builtin --output student. An error is one line; --debug shows where it came from.",
 )
 
-# Bad input, files and disks, and losses that are not finite.
-EXPECTED_ERRORS = (ValueError, OSError, FloatingPointError)
+# Bad input, files and disks, losses that are not finite, and models that do not fit into memory.
+EXPECTED_ERRORS = (ValueError, OSError, FloatingPointError, MemoryError)
+
+# What several processes do together, and what says itself how to divide it. All else is the work of one.
+DIVIDED_COMMANDS = ("compress", "distill", "evaluate")
 
 Teacher = Annotated[
     str, typer.Argument(help="'builtin', a folder, or a repository of the Hub: owner/name or owner/name@revision.")
@@ -100,6 +104,8 @@ def with_settings(**groups: type) -> Callable:
         def run(**values):
             with one_line_errors(can_resume="resume" in values and values["output"] is not None):
                 _quiet_libraries()
+                if command.__name__ not in DIVIDED_COMMANDS:
+                    _check_one_process(command.__name__)
                 for parameter, group in groups.items():
                     values[parameter] = group(**{field.name: values.pop(field.name) for field in fields(group)})
                 command(**values)
@@ -111,6 +117,13 @@ def with_settings(**groups: type) -> Callable:
         return run
 
     return decorate
+
+
+def _check_one_process(name: str) -> None:
+    if "WORLD_SIZE" in os.environ:  # else torch need not be imported
+        from ..models.devices import check_one_process
+
+        check_one_process(f"`echoatt {name.replace('_', '-')}` is")
 
 
 def _option(field, kind: type, panel: str):
@@ -290,10 +303,13 @@ def evaluate(
     overwrite: Overwrite = False,
 ) -> None:
     """Evaluate a model on held-out text: perplexity, bits per byte, and agreement with its teacher."""
+    from ..models.devices import processes
     from ..pipeline.steps import evaluate
 
     settings = EvaluationSettings(model, teacher, data, batch_size, dtype)
     results = evaluate(settings, output, overwrite=overwrite)
+    if not processes().is_main_process:
+        return
     for name, value in results.items():
         print(f"{name:14} {value:,}" if isinstance(value, int) else f"{name:14} {value:.5f}")
     if output is not None:
@@ -440,10 +456,20 @@ def one_line_errors(can_resume: bool) -> Iterator[None]:
         if "--debug" in sys.argv:
             raise
         message, is_misuse = " ".join(str(error).split()), isinstance(error, EXPECTED_ERRORS)
+        if not is_misuse and _is_memory_error(error):
+            message, is_misuse = f"There is not enough memory ({message}): give fewer or shorter rows.", True
         if not is_misuse:
             message = f"{type(error).__name__}: {message} (this is a bug: run again with --debug, and report it)"
         print(f"echoatt: error: {message}", file=sys.stderr)
         raise typer.Exit(2 if is_misuse else 1) from None
+
+
+def _is_memory_error(error: Exception) -> bool:
+    if "torch" not in sys.modules:
+        return False
+    from ..models.devices import is_memory_error
+
+    return is_memory_error(error)
 
 
 def main() -> None:

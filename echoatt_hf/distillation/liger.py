@@ -19,7 +19,8 @@ def liger_loss(
 ) -> tuple[torch.Tensor, torch.Tensor] | None:
     """
     What [`chunked_loss`] returns, by fused kernels, where they can: while training, on a GPU, for the cross-entropy and a
-    divergence from a live teacher whose heads are one product with their weights, such as those of Llama and Qwen.
+    divergence from a live teacher with as many tokens, whose heads are one product with their weights, such as those of
+    Llama and Qwen.
 
     Args:
         losses ([`LogitLosses`]): what to compute.
@@ -38,10 +39,13 @@ def liger_loss(
     for loss in losses.losses.values():
         if isinstance(loss, NextTokenLoss):
             cross_entropy = LigerFusedLinearCrossEntropyLoss(
-                ignore_index=IGNORED_LABEL, reduction="sum", accum_dtype=torch.float32
+                ignore_index=IGNORED_LABEL,
+                reduction="sum",
+                label_smoothing=loss.label_smoothing,
+                accum_dtype=torch.float32,
             )
             sums.append(cross_entropy(weight, states, targets))
-        elif isinstance(loss, TeacherDivergence) and getattr(loss.teacher_logits, "plain_weight", None) is not None:
+        elif isinstance(loss, TeacherDivergence) and _has_rows(loss.teacher_logits, len(weight)):
             teacher, temperature = loss.teacher_logits, loss.temperature
             divergence = LigerFusedLinearJSD(
                 _BETAS[loss.divergence], IGNORED_LABEL, temperature, accum_dtype=torch.float32
@@ -52,6 +56,12 @@ def liger_loss(
             return None
     parts = torch.stack(sums) / losses.num_tokens
     return losses.total(parts), parts.detach()
+
+
+def _has_rows(teacher_logits: object, number: int) -> bool:
+    """Whether the teacher's head is one product with weights of so many rows."""
+    weight = getattr(teacher_logits, "plain_weight", None)
+    return weight is not None and len(weight) == number
 
 
 def _has_kernels_for(device: torch.device) -> bool:

@@ -42,6 +42,8 @@ __all__ = [
 IGNORED_LABEL = -100
 # Of the float32 logits of a chunk. Several tensors of this size exist at a time; smaller ones make matrix products slower.
 CHUNK_BYTES = 2**26
+# A probability of 0 has no finite logarithm; the lowest float16 gives 0 as well.
+_NO_PROBABILITY = torch.finfo(torch.float16).min
 
 # Logits `(N, V)` and which tokens of the flattened batch they are of -> losses of the tokens `(N,)`.
 TokenLoss = Callable[[torch.Tensor, slice], torch.Tensor]
@@ -132,11 +134,17 @@ class TeacherDivergence:
 
     def __call__(self, logits: torch.Tensor, tokens: slice) -> torch.Tensor:
         with torch.no_grad():
-            expected = _log_probs(self.teacher_logits(tokens).to(logits.device), self.temperature)
-        return _DIVERGENCES[self.divergence](_upcast(logits) / self.temperature, expected) * self.temperature**2
+            expected = self.teacher_logits(tokens).to(logits.device)
+            # What one of the vocabularies has more than the other is padding.
+            common = min(logits.shape[-1], expected.shape[-1])
+            expected = _log_probs(expected[..., :common], self.temperature)
+        logits = _upcast(logits[..., :common]) / self.temperature
+        return _DIVERGENCES[self.divergence](logits, expected) * self.temperature**2
 
 
-def divergence_from_stored(divergence: str, token_ids: torch.Tensor, log_probs: torch.Tensor) -> TokenLoss:
+def divergence_from_stored(
+    divergence: str, token_ids: torch.Tensor, log_probs: torch.Tensor, vocab_size: int | None = None
+) -> TokenLoss:
     """
     A loss of tokens: a divergence of the distributions over the k tokens that a stored teacher kept and one more outcome,
     any other token. See [`merge_rest`].
@@ -145,6 +153,8 @@ def divergence_from_stored(divergence: str, token_ids: torch.Tensor, log_probs: 
         divergence (`str`): a name of `DIVERGENCES`.
         token_ids (`torch.Tensor` of shape `(B, T, k)`, int64): the tokens that were kept.
         log_probs (`torch.Tensor` of shape `(B, T, k + 1)`): the teacher's, those of all other tokens together last.
+        vocab_size (`int`, *optional*): tokens the teacher has, where they are not as many as the student's. What one of
+            the vocabularies has more than the other is padding.
 
     Returns:
         `Callable`: logits `(N, V)` and the slice of tokens they are of -> `(N,)`, in nats.
@@ -153,6 +163,10 @@ def divergence_from_stored(divergence: str, token_ids: torch.Tensor, log_probs: 
 
     def loss(logits: torch.Tensor, tokens: slice) -> torch.Tensor:
         ids, expected = token_ids[tokens].to(logits.device), log_probs[tokens].to(logits.device)
+        if vocab_size not in (None, logits.shape[-1]):
+            # A negative padding cuts. What the student does not have gets no probability from either.
+            expected = expected.masked_fill(F.pad(ids >= logits.shape[-1], (0, 1)), _NO_PROBABILITY)
+            logits = F.pad(_upcast(logits), (0, vocab_size - logits.shape[-1]), value=_NO_PROBABILITY)
         # Rounded to 16 bits they do not add up to 1 any more.
         return _DIVERGENCES[divergence](merge_rest(logits, ids), _log_probs(expected))
 
@@ -195,8 +209,10 @@ class HardLabelLoss:
 
     def __call__(self, logits: torch.Tensor, tokens: slice) -> torch.Tensor:
         with torch.no_grad():
-            expected = self.teacher_logits(tokens).argmax(-1).to(logits.device)
-        return F.cross_entropy(_upcast(logits), expected, reduction="none")
+            expected = self.teacher_logits(tokens)
+            common = min(logits.shape[-1], expected.shape[-1])  # the rest is padding
+            expected = expected[..., :common].argmax(-1).to(logits.device)
+        return F.cross_entropy(_upcast(logits[..., :common]), expected, reduction="none")
 
 
 def hard_labels_from_stored(token_ids: torch.Tensor) -> TokenLoss:
@@ -209,10 +225,13 @@ def hard_labels_from_stored(token_ids: torch.Tensor) -> TokenLoss:
     Returns:
         `Callable`: logits `(N, V)` and the slice of tokens they are of -> `(N,)`, in nats.
     """
-    likeliest = token_ids[..., 0].flatten()
+    token_ids = token_ids.flatten(0, 1)
 
     def loss(logits: torch.Tensor, tokens: slice) -> torch.Tensor:
-        return F.cross_entropy(_upcast(logits), likeliest[tokens].to(logits.device), reduction="none")
+        ids = token_ids[tokens].to(logits.device)
+        # The first one that the student has: with one tokenizer what it lacks is padding.
+        place = (ids < logits.shape[-1]).int().argmax(-1, keepdim=True)
+        return F.cross_entropy(_upcast(logits), ids.gather(-1, place)[:, 0], reduction="none")
 
     return loss
 
@@ -225,14 +244,21 @@ class NextTokenLoss:
 
     Args:
         labels (`torch.Tensor` of shape `(B, T)`): token ids, not shifted; -100 is not predicted.
+        label_smoothing (`float`, *optional*, defaults to 0.0): share of each target that goes to all tokens alike.
     """
 
-    def __init__(self, labels: torch.Tensor):
-        self.targets = next_tokens(labels).flatten()
+    def __init__(self, labels: torch.Tensor, label_smoothing: float = 0.0):
+        self.targets, self.label_smoothing = next_tokens(labels).flatten(), label_smoothing
 
     def __call__(self, logits: torch.Tensor, tokens: slice) -> torch.Tensor:
         expected = self.targets[tokens].to(logits.device)
-        return F.cross_entropy(_upcast(logits), expected, ignore_index=IGNORED_LABEL, reduction="none")
+        return F.cross_entropy(
+            _upcast(logits),
+            expected,
+            ignore_index=IGNORED_LABEL,
+            reduction="none",
+            label_smoothing=self.label_smoothing,
+        )
 
 
 @dataclass(frozen=True)
@@ -398,8 +424,7 @@ def keep_top(logits: torch.Tensor, top_k: int) -> tuple[torch.Tensor, torch.Tens
     """
     log_probs = _log_probs(logits)
     token_ids = log_probs.topk(top_k).indices
-    # A probability of 0 has no finite logarithm; the lowest float16 gives 0 as well.
-    return merge_rest(log_probs, token_ids).clamp_min(torch.finfo(torch.float16).min).half(), token_ids
+    return merge_rest(log_probs, token_ids).clamp_min(_NO_PROBABILITY).half(), token_ids
 
 
 def relative_distance(

@@ -15,6 +15,8 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..models.checks import check_no_nan, find_tokenizer, hash_tokenizer, hash_weights
+from ..models.devices import explained_memory_errors, processes
 from ..models.inference import inference
 from ..outputs.files import hash_file, write_whole
 from ..outputs.provenance import describe_environment
@@ -22,7 +24,7 @@ from ..text.rows import ROW_COLUMNS, TARGET_MASKS, stack_rows
 from .losses import keep_top
 
 
-__all__ = ["StoredTeacher", "hash_tokenizer", "hash_weights", "write_stored_teacher"]
+__all__ = ["StoredTeacher", "write_stored_teacher"]
 
 MANIFEST = "manifest.json"
 FORMAT = 1
@@ -36,6 +38,8 @@ class StoredTeacher(torch.utils.data.Dataset):
     A data set for [`EchoAttTrainer`], which then needs no teacher. A row has `input_ids` `(T,)`, `position_ids` `(T,)` if
     the rows that were stored had them, `teacher_ids` `(T, k)`, the k tokens the teacher finds most likely to come next, and `teacher_logprobs` `(T, k + 1)`, float16, their
     log-probabilities at temperature 1 in nats and, last, that of all other tokens together.
+
+    Of several processes the main one of each machine checks the files.
 
     Args:
         folder (`str` or `Path`):
@@ -60,7 +64,8 @@ class StoredTeacher(torch.utils.data.Dataset):
                 f"The stored teacher {str(folder)!r} is not finished: run the command again with --resume."
             )
         shards, held_out = self.manifest["shards"], self.manifest["held_out"]
-        for entry in tqdm([*shards, held_out], desc="check the stored teacher", disable=not progress, leave=False):
+        entries = [*shards, held_out] if processes().is_local_main_process else []
+        for entry in tqdm(entries, desc="check the stored teacher", disable=not progress, leave=False):
             _check_file(self.folder, entry, "restore it from a copy, or make the store anew")
         self._ends = np.cumsum([shard["rows"] for shard in shards]).tolist()
         columns = _read_columns(self.folder / held_out["file"])
@@ -86,16 +91,21 @@ class StoredTeacher(torch.utils.data.Dataset):
 
         Args:
             student (`nn.Module`): the model that is to be trained.
-            tokenizer (`PreTrainedTokenizerBase`, *optional*): its tokenizer.
+            tokenizer (`PreTrainedTokenizerBase`, *optional*): its tokenizer; the one that was saved with it if not given.
 
         Raises:
             `ValueError`: it has another vocabulary or tokenizer than the teacher, or a context shorter than a row.
         """
         config, manifest = student.config.get_text_config(), self.manifest
-        if config.vocab_size != manifest["vocab_size"]:
+        tokenizer = tokenizer if tokenizer is not None else find_tokenizer(student)
+        if tokenizer is not None:
+            self._check_hash("tokenizer_sha256", hash_tokenizer(tokenizer), "tokenizer")
+        sizes = config.vocab_size, manifest["vocab_size"]
+        # With one tokenizer vocabularies differ by padding.
+        if sizes[0] != sizes[1] and (tokenizer is None or len(tokenizer) > min(sizes)):
             raise ValueError(
-                f"The student has {config.vocab_size} tokens and the stored teacher {manifest['vocab_size']}: give a "
-                "store made from the student's own teacher."
+                f"The student has {sizes[0]} tokens and the stored teacher {sizes[1]}: give a store made from the student's "
+                "own teacher, or the student's tokenizer, if it is that of the store."
             )
         context = getattr(config, "max_position_embeddings", None)
         if context is not None and manifest["row_length"] > context:
@@ -103,8 +113,6 @@ class StoredTeacher(torch.utils.data.Dataset):
                 f"The rows of the stored teacher have {manifest['row_length']} tokens, but the student's context is "
                 f"{context}: make a store with shorter rows."
             )
-        if tokenizer is not None:
-            self._check_hash("tokenizer_sha256", hash_tokenizer(tokenizer), "tokenizer")
 
     def check_teacher(self, teacher: PreTrainedModel) -> None:
         """Check that a model is the one the store was made from. Raises `ValueError` if its weights differ."""
@@ -165,8 +173,9 @@ def write_stored_teacher(
         `dict`: content of `manifest.json`.
 
     Raises:
-        `ValueError`: there are no rows, they differ in length or bring labels or masks, `top_k` does not fit the vocabulary, the teacher gives
-            NaN, or the store that is there was made of something else or has a file that is not as it was written.
+        `ValueError`: there are no rows, they differ in length or bring labels or masks, `top_k` does not fit the
+            vocabulary, the teacher gives NaN or has weights that are NaN, or the store that is there was made of something
+            else or has a file that is not as it was written.
     """
     folder, iterator = Path(folder), iter(rows)
     first = next(iterator, None)
@@ -177,6 +186,7 @@ def write_stored_teacher(
             f"The rows bring {' and '.join(others)}, which a store does not keep: its rows are packed and predicted as a "
             "whole. Leave the columns out, or distil from the teacher itself."
         )
+    check_no_nan(teacher, "teacher")
     vocab_size = teacher.config.get_text_config().vocab_size
     if not 1 <= top_k < vocab_size:
         raise ValueError(f"top_k is {top_k}; it must be from 1 to {vocab_size - 1}, one less than the vocabulary has.")
@@ -203,7 +213,8 @@ def write_stored_teacher(
     shards, data_hash = _finished_shards(folder, header), hashlib.sha256()
     total = len(rows) if isinstance(rows, Sized) else None
     bar = tqdm(total=total, unit=" rows", desc="store the teacher", disable=not progress, leave=False)
-    with bar, inference(teacher):
+    remedy = f"a forward pass has batch_size {batch_size} rows. Give a smaller one, and go on where this run ended"
+    with bar, explained_memory_errors(remedy), inference(teacher):
         for number, columns in enumerate(_stack_shards(chain([first], iterator), dtypes, shard_rows)):
             input_ids = columns["input_ids"]
             for values in columns.values():
@@ -245,22 +256,6 @@ def write_stored_teacher(
     }
     _write_manifest(folder, manifest)
     return manifest
-
-
-def hash_weights(model: nn.Module) -> str:
-    """SHA-256 of the names, shapes and values of a model's weights, in order of names; values as float32, little-endian."""
-    digest = hashlib.sha256()
-    for name, value in sorted(model.state_dict().items()):
-        value = value.float() if value.is_floating_point() else value
-        digest.update(f"{name} {list(value.shape)}\n".encode())
-        digest.update(np.ascontiguousarray(value.cpu().numpy()).data)
-    return digest.hexdigest()
-
-
-def hash_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
-    """SHA-256 of what the token ids stand for: the vocabulary, as a JSON list of [id, token], in order of ids."""
-    vocabulary = sorted((index, token) for token, index in tokenizer.get_vocab().items())
-    return hashlib.sha256(json.dumps(vocabulary).encode()).hexdigest()
 
 
 def _ask(teacher: PreTrainedModel, columns: dict[str, np.ndarray], top_k: int) -> tuple[np.ndarray, np.ndarray]:

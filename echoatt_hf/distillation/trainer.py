@@ -13,14 +13,29 @@ from accelerate.utils.constants import FSDP_MODEL_NAME
 from datasets import IterableDataset
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import PreTrainedConfig, PreTrainedModel, Trainer, TrainingArguments, get_scheduler
+from transformers import (
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainingArguments,
+    get_scheduler,
+)
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.pytorch_utils import id_tensor_storage
 from transformers.trainer_utils import get_last_checkpoint
 
 from ..modeling_echoatt import EchoAttPreTrainedModel, find_attention_modules
+from ..models.checks import check_no_nan, check_same_tokenizer
 from ..models.heads import OutputHead
-from ..settings import DIVERGENCES, HIDDEN_DISTANCES, check_divergence, check_hidden_distance, parse_layers
+from ..settings import (
+    DIVERGENCES,
+    HIDDEN_DISTANCES,
+    check_divergence,
+    check_hidden_distance,
+    default_of,
+    parse_layers,
+)
 from ..text.rows import STORED_COLUMNS, TARGET_MASKS
 from .head_losses import compute_losses
 from .losses import (
@@ -39,6 +54,12 @@ from .stored_teacher import StoredTeacher
 
 
 __all__ = ["EchoAttTrainer", "EchoAttTrainingArguments"]
+
+# What `Trainer` takes and this one has no use for.
+_UNUSED = {
+    "model_init": "give the student itself as model",
+    "compute_loss_func": "the losses are those of the weights in EchoAttTrainingArguments; override compute_loss for another",
+}
 
 _WEIGHTS = ("kl_weight", "hard_label_weight", "ce_weight", "hidden_weight", "attention_weight")
 
@@ -75,7 +96,9 @@ class EchoAttTrainingArguments(TrainingArguments):
         hard_label_weight (`float`, *optional*, defaults to 0.0):
             Weight of the cross-entropy of the token that the teacher finds likeliest, at each position.
         ce_weight (`float`, *optional*, defaults to 0.0):
-            Weight of the cross-entropy of the text. Raise it where the text is better than the teacher.
+            Weight of the cross-entropy of the text. Raise it where the text is better than the teacher. While training,
+            `label_smoothing_factor` applies to the cross-entropy of both stages, and the router loss of a mixture of
+            experts that is configured to have one (`output_router_logits`) is part of it.
         hidden_weight (`float`, *optional*, defaults to 0.0):
             Weight of the distance between the hidden states of matching layers.
         hidden_layers (`str` or sequence of `int`, *optional*, defaults to `"all"`):
@@ -90,7 +113,8 @@ class EchoAttTrainingArguments(TrainingArguments):
             measured in the README.
 
     Raises:
-        `ValueError`: a number is out of range, or `max_steps` or `num_train_epochs` contradict the stages.
+        `ValueError`: a number is out of range, `max_steps` or `num_train_epochs` is given, as the stages say how long to
+            train, or `parallelism_config` divides rows or layers, which these losses are not made for.
 
     The recipe of the EchoAtt paper is `kl_weight=0.25, divergence="reverse", hard_label_weight=0.5, hidden_weight=0.25,
     hidden_layers="blocks", hidden_distance="squared", learning_rate=1e-4, stage2_learning_rate=1e-4, warmup_steps=0.005,
@@ -155,6 +179,22 @@ class EchoAttTrainingArguments(TrainingArguments):
                 "leave max_steps out, the stages define it."
             )
         self.max_steps = steps
+        if self.num_train_epochs != (default := default_of(type(self).__dataclass_fields__["num_train_epochs"])):
+            raise ValueError(
+                f"num_train_epochs is {self.num_train_epochs}, but the stages are counted in steps: leave it at {default}, and "
+                "set stage1_steps and stage2_steps, epochs · rows / rows in a step."
+            )
+        if self.label_smoothing_factor < 0 or self.label_smoothing_factor >= 1:
+            raise ValueError(
+                f"label_smoothing_factor is {self.label_smoothing_factor}; it must be at least 0 and below 1."
+            )
+        for name in ("tp_size", "cp_size", "sp_size"):
+            if getattr(self.parallelism_config, name, 1) > 1:
+                raise ValueError(
+                    f"parallelism_config has a {name} of {getattr(self.parallelism_config, name)}, which divides rows or layers, "
+                    "but the losses need whole ones in each process: leave it out, and divide the weights with FSDP2 or "
+                    "ZeRO-3."
+                )
         if self.stage2_learning_rate is None:
             self.stage2_learning_rate = self.learning_rate / 10
         super().__post_init__()
@@ -177,16 +217,18 @@ class EchoAttTrainer(Trainer):
         args ([`EchoAttTrainingArguments`], *optional*):
             Arguments of the run; the defaults if not given.
         teacher (`PreTrainedModel`, *optional*):
-            The model the student was made from. Only needed for stage 1, and not there if `train_dataset` is a
-            [`StoredTeacher`]. Its KL is that over its k tokens and one outcome for all others, so the temperature must be 1.
+            The model the student was made from, or another one with the same tokenizer. The tokenizers are compared where
+            they are known: the student's is `processing_class`, or the one that was saved with it, the teacher's the one
+            that was saved with it. Only needed for stage 1, and not there if `train_dataset` is a [`StoredTeacher`]. Its
+            KL is that over its k tokens and one outcome for all others, so the temperature must be 1.
         kwargs:
-            Everything else [`~transformers.Trainer`] takes.
+            Everything else [`~transformers.Trainer`] takes, but `model_init` and `compute_loss_func`.
 
     Raises:
-        `TypeError`: `args` are not `EchoAttTrainingArguments`.
-        `ValueError`: stage 1 has steps but there is no teacher, teacher and student do not fit together, the student
-            has nothing to train or would train weights of the teacher, several GPUs are visible to one process, or the
-            loss needs more than a stored teacher holds.
+        `TypeError`: `args` are not `EchoAttTrainingArguments`, or `teacher` is no model.
+        `ValueError`: stage 1 has steps but there is no teacher, teacher and student do not fit together, one of them has
+            weights that are NaN, the student has nothing to train or would train weights of the teacher, several GPUs are
+            visible to one process, or the loss needs more than a stored teacher holds.
 
     Example:
 
@@ -216,17 +258,23 @@ class EchoAttTrainer(Trainer):
                 f"{args.n_gpu} GPUs are visible to one process, which would use DataParallel and weigh tokens wrongly: "
                 "start with `accelerate launch` or `torchrun`, or make one GPU visible (CUDA_VISIBLE_DEVICES=0)."
             )
+        for name, remedy in _UNUSED.items():
+            if kwargs.get(name) is not None:
+                raise ValueError(f"{name} is given, which this trainer does not use: {remedy}.")
         rows = kwargs.get("train_dataset")
         stored = rows if isinstance(rows, StoredTeacher) else None
         if stored is not None:
             _check_stored_teacher(stored, model, teacher, args, kwargs.get("processing_class"))
         elif args.stage1_steps > 0:
-            _check_teacher(model, teacher, args)
+            _check_teacher(model, teacher, args, kwargs.get("processing_class"))
+            check_no_nan(teacher, "teacher")
         if model is not None:
             _check_trainable(model, teacher)
+            check_no_nan(model, "student")
         if isinstance(rows, IterableDataset):
             # Without an end: of a stream that ends within a run, `Trainer` would resume with the first row.
             kwargs["train_dataset"] = rows.repeat(None)
+        self._router_weight = _router_weight(model)
         super().__init__(model=model, args=args, **kwargs)
         from ..publishing.callbacks import PublishingCallback
 
@@ -241,6 +289,8 @@ class EchoAttTrainer(Trainer):
             # Before it is prepared for mixed precision.
             self._teacher_head = OutputHead.find(teacher, args.use_liger_kernel)
             self.teacher = self._prepare_teacher(teacher.requires_grad_(False).eval())
+            _restore_forward(teacher)
+        self._stored_vocab_size = stored.manifest["vocab_size"] if stored is not None else None
         # Sum of each loss part since the last log, and the steps it was part of.
         self._parts: dict[str, tuple[torch.Tensor, set[int]]] = {}
 
@@ -277,6 +327,16 @@ class EchoAttTrainer(Trainer):
             }
             return deepspeed.initialize(model=teacher, config=config)[0]
         return self.accelerator.prepare_model(teacher, evaluation_mode=True)
+
+    def compute_loss_context_manager(self):
+        """
+        The context of a loss. Mixed precision is its matter, and none of the models': where accelerate puts it, into their
+        `forward`, it would stay, and what a student is found to be worth on the way would depend on how it is trained.
+        """
+        _restore_forward(self.model)
+        context = super().compute_loss_context_manager()
+        context.enter_context(self.accelerator.autocast())
+        return context
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         """
@@ -328,8 +388,13 @@ class EchoAttTrainer(Trainer):
         if model.training and self.stage == 1:
             loss, parts, outputs = self._stage1_loss(model, inputs, stored, labels, num_tokens, return_outputs)
         else:
-            losses = LogitLosses({"ce": NextTokenLoss(labels)}, {"ce": 1.0}, labels, num_tokens)
+            losses = LogitLosses({"ce": self._next_token_loss(model, labels)}, {"ce": 1.0}, labels, num_tokens)
             loss, parts, outputs = self._loss_of_logits(model, inputs, losses, return_outputs)
+        if model.training and self._router_weight and getattr(outputs, "aux_loss", None) is not None:
+            # As in the family's own loss, where it comes with the cross-entropy; a mean over tokens, as that is.
+            parts["router"] = outputs.aux_loss.to(loss.device) * target_mask(labels).sum().to(loss.device) / num_tokens
+            ce_weight = self.args.ce_weight if self.stage == 1 else 1.0
+            loss = loss + ce_weight * self._router_weight * parts["router"]
         if model.training:
             self._add_parts(parts)
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
@@ -361,7 +426,7 @@ class EchoAttTrainer(Trainer):
             teacher_logits = KeptLogits(teacher_logits)
         if args.kl_weight > 0:
             if self.teacher is None:
-                losses["kl"] = divergence_from_stored(args.divergence, *_stored_parts(stored))
+                losses["kl"] = divergence_from_stored(args.divergence, *_stored_parts(stored), self._stored_vocab_size)
             else:
                 losses["kl"] = TeacherDivergence(args.divergence, teacher_logits, args.kl_temperature)
         if with_labels and self.teacher is None:
@@ -370,7 +435,7 @@ class EchoAttTrainer(Trainer):
             losses["hard_label"] = HardLabelLoss(teacher_logits)
         # Where states are all that counts, DDP still waits for a gradient of what makes the logits of them: zero.
         if args.ce_weight > 0 or not losses:
-            losses["ce"] = NextTokenLoss(labels)
+            losses["ce"] = self._next_token_loss(model, labels)
         weights = {name.removesuffix("_weight"): getattr(args, name) for name in _WEIGHTS}
         with _attention_outputs(model, echoes) as attended:
             loss, parts, outputs = self._loss_of_logits(
@@ -389,6 +454,10 @@ class EchoAttTrainer(Trainer):
             parts["attention"] = relative_distance(*states, labels.to(loss.device), num_tokens)
         loss = loss + sum(weights[name] * part for name, part in parts.items() if name not in losses)
         return loss, parts, outputs
+
+    def _next_token_loss(self, model: nn.Module, labels: torch.Tensor) -> NextTokenLoss:
+        """The cross-entropy, with smoothed labels while training."""
+        return NextTokenLoss(labels, self.args.label_smoothing_factor if model.training else 0.0)
 
     def _ask_teacher(self, inputs: dict, **options):
         """The teacher's logits, as a function of tokens of the flattened batch, and its other outputs."""
@@ -534,19 +603,45 @@ def _stored_parts(stored: dict) -> list[torch.Tensor]:
     return [stored[name] for name in STORED_COLUMNS]
 
 
-def _check_teacher(student: nn.Module | None, teacher: PreTrainedModel | None, args: EchoAttTrainingArguments) -> None:
+def _restore_forward(model: nn.Module) -> None:
+    """Take the autocast of accelerate out of a model's `forward`."""
+    original = vars(model).pop("_original_forward", None)
+    if original is None:
+        return
+    del model.forward
+    if getattr(original, "__func__", None) is not type(model).forward:  # it had another one, as of a `device_map`
+        model.forward = original
+
+
+def _router_weight(student: nn.Module | None) -> float:
+    """Weight of the router loss that a mixture of experts is configured to have, 0 for other models."""
+    config = student.config.get_text_config() if student is not None else None
+    if not getattr(config, "output_router_logits", False):
+        return 0.0
+    weights = {
+        value for module in student.modules() if (value := vars(module).get("router_aux_loss_coef")) is not None
+    }
+    if len(weights) != 1:
+        raise ValueError(
+            f"The student's configuration asks for a router loss (output_router_logits), but models of type "
+            f"{config.model_type!r} do not say its weight: set output_router_logits to False."
+        )
+    return float(weights.pop())
+
+
+def _check_teacher(
+    student: nn.Module | None, teacher: PreTrainedModel | None, args: EchoAttTrainingArguments, tokenizer
+) -> None:
     if teacher is None:
         raise ValueError("Stage 1 needs a teacher: give teacher=..., or set stage1_steps=0.")
     if student is None:
         return  # Trainer says what is missing
+    if not isinstance(teacher, nn.Module):
+        raise TypeError(f"teacher is {teacher!r}, not a model: load it, as with load_model.")
     if teacher is student:
         raise ValueError("teacher and model are the same object: the teacher must stay as it is.")
+    check_same_tokenizer(student, teacher, tokenizer if isinstance(tokenizer, PreTrainedTokenizerBase) else None)
     ours, theirs = student.config.get_text_config(), teacher.config.get_text_config()
-    if ours.vocab_size != theirs.vocab_size:
-        raise ValueError(
-            f"The student has {ours.vocab_size} tokens and the teacher {theirs.vocab_size}: distillation needs the "
-            "same vocabulary. Give the teacher the student was made from."
-        )
     weights = [name for name in ("hidden_weight", "attention_weight") if getattr(args, name) > 0]
     if weights and (ours.num_hidden_layers, ours.hidden_size) != (theirs.num_hidden_layers, theirs.hidden_size):
         raise ValueError(

@@ -12,7 +12,7 @@ from datasets import Dataset, IterableDataset
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from ..models.devices import default_device, processes
+from ..models.devices import default_device, explained_memory_errors, processes
 from ..settings import DistillationSettings
 from ..text.rows import collate_rows
 from .adapters import add_lora, merge_lora
@@ -69,6 +69,7 @@ def train_two_stages(
 
     Raises:
         `DistillationInterrupted`: Ctrl-C was pressed; the step was finished and a checkpoint saved.
+        `MemoryError`: a step needs more memory than there is; the message says what needs less.
     """
     transformers.set_seed(settings.seed)
     use_cache = student.config.use_cache
@@ -91,7 +92,15 @@ def train_two_stages(
         )
     # Several processes would not all be told of Ctrl-C in the same step.
     is_alone = trainer.accelerator.num_processes == 1
-    with _finish_step_on_interrupt(callback) if is_alone else nullcontext():
+    remedy = (
+        f"a step has {settings.batch_size} rows in {settings.accumulation_steps} micro-batches. More accumulation_steps, "
+        "gradient_checkpointing or a smaller batch_size need less, and a run of the command line goes on with them and "
+        "--resume. Adapters (lora_rank), bf16 or shorter rows need a new run"
+    )
+    with (
+        explained_memory_errors(remedy),
+        _finish_step_on_interrupt(callback) if is_alone else nullcontext(),
+    ):
         train_from_last_checkpoint(trainer)
     student.config.use_cache = use_cache  # which `Trainer` turns off
     if callback.interrupted:

@@ -1,5 +1,6 @@
 """How good a model is on held-out text: perplexity, bits per byte, and agreement with its teacher."""
 
+import logging
 import math
 from collections.abc import Iterable, Sequence, Sized
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 from datasets import Dataset
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from ..models.checks import check_same_tokenizer
 from ..models.inference import compare_predictions
 from ..models.loading import load_placed
 from ..text.documents import load_documents
@@ -15,6 +17,8 @@ from ..text.rows import pack_rows
 
 
 __all__ = ["compute_agreement", "compute_perplexity", "evaluate_model", "metric_path"]
+
+logger = logging.getLogger(__name__)
 
 
 def evaluate_model(
@@ -25,6 +29,7 @@ def evaluate_model(
     tokenizer: PreTrainedTokenizerBase | None = None,
     batch_size: int = 8,
     description: str | None = None,
+    among_processes: bool = False,
 ) -> dict[str, float | int]:
     """
     Evaluate a causal language model on packed rows, and against its teacher.
@@ -35,13 +40,16 @@ def evaluate_model(
         rows (iterable of `dict`):
             Rows of T tokens, as returned by [`pack_rows`]. In each, T - 1 tokens are predicted.
         teacher (`PreTrainedModel`, *optional*):
-            Model with the same vocabulary to compare with.
+            Model with the same tokenizer to compare with.
         tokenizer (`PreTrainedTokenizerBase`, *optional*):
-            Needed for `bits_per_byte`. Bytes are counted in the decoded text of the predicted tokens.
+            The model's. Needed for `bits_per_byte`: bytes are counted in the decoded text of the predicted tokens.
         batch_size (`int`, *optional*, defaults to 8):
             Rows in a forward pass.
         description (`str`, *optional*):
             Show a progress bar with this text.
+        among_processes (`bool`, *optional*, defaults to `False`):
+            Divide the rows among the processes that `accelerate launch` started. All of them have to call this, and each
+            gets the result of all rows.
 
     Returns:
         `dict`: `tokens` predicted; `loss`, the mean negative log-likelihood in nats per token; `perplexity`, its
@@ -49,12 +57,18 @@ def evaluate_model(
         per token, and `agreement`, the share of tokens for which both rank the same token first.
 
     Raises:
-        `ValueError`: there are no rows, or the vocabularies differ.
+        `ValueError`: there are no rows, or the teacher has another tokenizer, see [`check_same_tokenizer`].
     """
     rows = rows if isinstance(rows, Sized) else list(rows)
-    found = compare_predictions(model, rows, teacher, batch_size=batch_size, description=description)
+    if teacher is not None:
+        check_same_tokenizer(model, teacher, tokenizer)
+    found = compare_predictions(
+        model, rows, teacher, batch_size=batch_size, description=description, among_processes=among_processes
+    )
     tokens, loss = found.tokens, found.loss
-    result = {"tokens": tokens, "loss": loss, "perplexity": math.exp(loss) if loss < 700 else math.inf}
+    if math.isnan(loss):
+        logger.warning("The loss is NaN: the model gives logits that are no numbers, as of a training that diverged.")
+    result = {"tokens": tokens, "loss": loss, "perplexity": math.inf if loss > 700 else math.exp(loss)}
     if tokenizer is not None:
         # A difference: at the start of a text some tokenizers drop the space that the first token stands for.
         text_bytes = sum(
@@ -132,11 +146,12 @@ def compute_agreement(
         `dict`: `tokens`, `kl` and `agreement`, as returned by [`evaluate_model`].
 
     Raises:
-        `ValueError`: no model, teacher or tokenizer, the vocabularies differ, or the texts do not fill a row.
+        `ValueError`: no model, teacher or tokenizer, the teacher has another tokenizer, or the texts do not fill a row.
     """
     model, tokenizer = _load_model(model), _load_tokenizer(tokenizer, model)
     teacher = _load_model(teacher, "teacher")
-    result = evaluate_model(model, _pack_texts(texts, tokenizer, row_length), teacher=teacher, batch_size=batch_size)
+    rows = _pack_texts(texts, tokenizer, row_length)
+    result = evaluate_model(model, rows, teacher=teacher, tokenizer=tokenizer, batch_size=batch_size)
     return {key: result[key] for key in ("tokens", "kl", "agreement")}
 
 

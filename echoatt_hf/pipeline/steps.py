@@ -7,13 +7,13 @@ import json
 import shlex
 import shutil
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
-from datasets import Dataset, IterableDataset
+from accelerate.utils import broadcast_object_list
+from datasets import Dataset, IterableDataset, load_from_disk
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -27,7 +27,8 @@ from ..distillation.two_stages import make_training_arguments, train_two_stages
 from ..evaluation.held_out import evaluate_model
 from ..evaluation.zero_shot import evaluate_zero_shot, read_zero_shot_tasks
 from ..modeling_echoatt import EchoAttForCausalLM
-from ..models.devices import default_device, processes
+from ..models.checks import check_same_tokenizer
+from ..models.devices import check_one_process, default_device, processes
 from ..models.dtypes import as_saved, cast_weights
 from ..models.loading import load_config, load_placed, load_tokenizer, load_typed
 from ..models.sizes import count_kv_bytes_per_token
@@ -203,9 +204,10 @@ def evaluate(settings: EvaluationSettings, output: str | Path | None = None, *, 
         teacher=teacher,
         tokenizer=tokenizer,
         batch_size=settings.batch_size,
-        description="evaluate",
+        description="evaluate" if processes().is_main_process else None,
+        among_processes=True,
     )
-    if output is not None:
+    if output is not None and processes().is_main_process:
         about = {"model": settings.model, "teacher": settings.teacher}
         write_whole(output, json.dumps(about | results, indent=2) + "\n")
     return results
@@ -270,15 +272,12 @@ def compress(
             GPUs are visible.
         `DistillationInterrupted`: Ctrl-C; the run can be resumed.
     """
-    if processes().num_processes > 1:
-        raise ValueError(
-            f"{processes().num_processes} processes were launched, but planning and conversion are the work of one. In place "
-            f"of `compress` run: {_describe_two_commands(settings, output)}"
-        )
+    two_commands = f"in place of `compress` run: {_describe_two_commands(settings, output)}"
+    check_one_process("planning and conversion are", two_commands)
     with unfinished_run(Path(output), settings.to_json(), overwrite, resume) as work:
         # Whatever can be wrong is said before anything is measured.
         arguments = make_training_arguments(settings.distillation, work / "checkpoints")
-        _check_one_gpu(arguments, f"run in place of `compress`: {_describe_two_commands(settings, output)}")
+        _check_one_gpu(arguments, two_commands)
         made = check_plan(settings.plan, load_config(settings.teacher))
         if made is not None:
             _check_losses(settings.distillation, made)
@@ -386,8 +385,10 @@ def store_teacher(
         `dict`: the manifest of the store.
 
     Raises:
-        `ValueError`: a setting is out of range, or a finished part of a resumed run is corrupt.
+        `ValueError`: a setting is out of range, a finished part of a resumed run is corrupt, or several processes were
+            launched.
     """
+    check_one_process("storing a teacher is")
     with unfinished_run(Path(output), settings.to_json(), overwrite, resume, result="store") as work:
         (teacher, _), store = load_placed(settings.teacher, settings.dtype), settings.store
         tokenizer = load_tokenizer(settings.teacher, teacher)
@@ -416,7 +417,8 @@ def store_teacher(
 def distill(settings: StudentSettings, output: str | Path, *, overwrite: bool = False, resume: bool = False) -> dict:
     """
     Distil a student that is there, and write the result as [`compress`] does. In one process, or in each of several that
-    `accelerate launch` started: they share the rows of a step, and the main one writes.
+    `accelerate launch` started: they share the rows of a step and of an evaluation, and the main one reads the text, checks
+    a stored teacher, and writes.
 
     Args:
         settings ([`StudentSettings`]):
@@ -428,7 +430,7 @@ def distill(settings: StudentSettings, output: str | Path, *, overwrite: bool = 
         `dict`: the content of `report.json`.
 
     Raises:
-        `ValueError`: the student is not an EchoAtt model, or does not fit the teacher.
+        `ValueError`: the student is not an EchoAtt model, or does not fit the teacher, see [`check_same_tokenizer`].
         `DistillationInterrupted`: see [`compress`]; several processes stop at once, without a checkpoint.
     """
     stored, facts = None, {}
@@ -450,15 +452,39 @@ def distill(settings: StudentSettings, output: str | Path, *, overwrite: bool = 
         if settings.distillation.lora_rank and original is not None:
             share_weights(model, original)
         models = _Models(original, model.to(default_device()), load_tokenizer(settings.student, model), dtype)
+        if original is not None:
+            check_same_tokenizer(model, original, models.tokenizer)
         if stored is None:
-            train_rows, held_out_rows = load_rows(settings.data, models.tokenizer, model)
+            train_rows, held_out_rows = _load_rows_once(work / "rows", settings.data, models)
         else:
             stored.check_student(model, models.tokenizer)
-            if original is not None:
+            if original is not None and processes().is_local_main_process:
                 stored.check_teacher(original)
             train_rows, held_out_rows = stored, stored.held_out_rows
         facts["conversion"] = describe_conversion(settings.student)
         return _train_and_write(work, models, train_rows, held_out_rows, settings, facts)
+
+
+def _load_rows_once(
+    folder: Path, settings: DataSettings, models: "_Models"
+) -> tuple[Dataset | IterableDataset, list[dict]]:
+    """[`load_rows`]; of several processes the main one reads the text, and the others read its rows from `folder`."""
+    together = processes()
+    if together.num_processes == 1:
+        return load_rows(settings, models.tokenizer, models.student)
+    found = [None, None]
+    if together.is_main_process:
+        rows, held_out_rows = load_rows(settings, models.tokenizer, models.student)
+        shutil.rmtree(folder, ignore_errors=True)
+        if isinstance(rows, Dataset):
+            rows.save_to_disk(folder)
+        found = [isinstance(rows, Dataset), held_out_rows]
+    is_on_disk, held_out_rows = broadcast_object_list(found)
+    if is_on_disk:
+        rows = load_from_disk(str(folder))
+    elif not together.is_main_process:  # streamed: `Trainer` lets the main process alone read them
+        rows, _ = load_rows(replace(settings, evaluation_rows=1), models.tokenizer, models.student)
+    return rows, held_out_rows
 
 
 def _train_and_write(
@@ -566,32 +592,18 @@ class _Evaluations:
         if name in self._done:
             return
         is_teacher = model is self._models.teacher
-        saved = nullcontext() if is_teacher else as_saved(model, self._models.dtype, self._computed)
-        with _without_autocast(*filter(None, (model, self._models.teacher))), saved:
+        with nullcontext() if is_teacher else as_saved(model, self._models.dtype, self._computed):
             result = evaluate_model(
                 model,
                 self._rows,
                 teacher=self._models.teacher,
                 tokenizer=self._models.tokenizer,
                 description=f"evaluate {name}" if processes().is_main_process else None,
+                among_processes=True,
             )
         self._done[name] = result | self._sizes["teacher" if is_teacher else "student"]
-        if processes().is_main_process:  # all evaluate, as each may have a part of the model only
+        if processes().is_main_process:
             write_whole(self._file, json.dumps(self._done))
 
     def results(self) -> list[dict]:
         return [{"name": name, **result} for name, result in self._done.items()]
-
-
-@contextmanager
-def _without_autocast(*models: PreTrainedModel) -> Iterator[None]:
-    """
-    The forward passes of the models' own: for mixed precision accelerate puts others in their place, on the objects, and
-    results must not depend on how a student was trained.
-    """
-    wrapped = [(model, vars(model).pop("forward")) for model in models if "forward" in vars(model)]
-    try:
-        yield
-    finally:
-        for model, forward in wrapped:
-            model.forward = forward

@@ -1,5 +1,6 @@
 """Folders of runs that are not finished: made, resumed, and put in the place of the output at the end."""
 
+import json
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -7,7 +8,7 @@ from pathlib import Path
 
 from ..models.devices import processes
 from ..outputs.files import check_output_file, check_output_folder, explained_disk_errors, replace_folder, write_whole
-from ..settings import CompressionSettings
+from ..settings import MAY_CHANGE_ON_RESUME, CompressionSettings, differing_settings
 
 
 __all__ = ["resumable_search", "unfinished_run"]
@@ -71,6 +72,19 @@ def unfinished_run(
         shutil.rmtree(work)
 
 
+def _check_settings(work: Path, before: dict, now: dict) -> None:
+    """Check that an unfinished run goes on to what it began with. Raises `ValueError`, which names what differs."""
+    differing = differing_settings(before, now)
+    if wrong := [name for name in differing if name not in MAY_CHANGE_ON_RESUME]:
+        values = ", ".join(f"{name} was {differing[name][0]!r} and is {differing[name][1]!r}" for name in wrong)
+        others = [name for name in MAY_CHANGE_ON_RESUME if name.split(".")[0] in now]
+        may_change = f" (only {', '.join(others)} may differ)" if others else ""
+        raise ValueError(
+            f"The unfinished run in {str(work)!r} has other settings: {values}. Resume it with the same ones{may_change}, or "
+            "start anew with --overwrite."
+        )
+
+
 def _work_folder(output: Path) -> Path:
     return output.with_name(output.name + ".partial")
 
@@ -87,11 +101,8 @@ def _open_work_folder(
     work = _work_folder(output)
     file = work / "settings.json"
     if file.exists() and resume:
-        if file.read_text() != settings:
-            raise ValueError(
-                f"The unfinished run in {str(work)!r} has other settings: resume it with the same ones, or start anew "
-                "with --overwrite."
-            )
+        _check_settings(work, json.loads(file.read_text()), json.loads(settings))
+        write_whole(file, settings)
         return work
     if work.exists() and not overwrite and not resume:
         raise FileExistsError(

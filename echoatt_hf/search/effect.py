@@ -2,12 +2,13 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
 
+import numpy as np
 from tqdm.auto import tqdm
 from transformers import BatchEncoding, PreTrainedConfig, PreTrainedModel
 
@@ -15,13 +16,15 @@ from ..analysis.similarity import AttentionSimilarity, measure_on_rows
 from ..conversion.pairs import Pair, TunedPairs, sample_gradients
 from ..conversion.tuning import hold_out
 from ..modeling_echoatt import EchoRecords
+from ..models.checks import hash_weights
+from ..models.devices import explained_memory_errors
 from ..models.inference import inference, sum_logits
 from ..models.layerwise import find_layers, keep_layer_outputs, starting_at
 from ..outputs.files import write_whole
 from ..planning.paper import plan_like_paper, published_plan
 from ..planning.rules import plan_from_similarity
 from ..planning.sharing import SharingPlan, check_block_size, count_echo_layers, inner_groups
-from ..text.rows import batch_rows
+from ..text.rows import ROW_COLUMNS, batch_rows
 
 
 __all__ = ["PlanSearch", "search_plan"]
@@ -129,7 +132,7 @@ def search_plan(
     pairs = space.pairs(list(range(space.num_layers)))
     if similarity is None:
         similarity = measure_on_rows(teacher, rows, progress=progress)
-    kept = _State(state, _fingerprint(teacher, rows, align=align, refit=refit, search_rows=search_rows))
+    kept = _State(state, lambda: _describe(teacher, rows, search_rows, similarity, align, refit))
     tuned = TunedPairs(teacher, similarity, pairs, train, held_out, align=align, refit=refit)
     batches = [batch.to(teacher.device) for batch in batch_rows(held_out[:search_rows], 8)]
     tuned.tune(pairs, progress=progress)
@@ -138,7 +141,8 @@ def search_plan(
     others = space.other_plans(similarity, ratio, teacher.config)
     tuned.keep(_shortlist(expected, [list(plan) for plan in others.values()]))
     bar = tqdm(total=count * width + len(others), desc="search", disable=not progress, leave=False)
-    with bar, inference(teacher):
+    remedy = f"plans are measured on search_rows {search_rows}, whose logits are kept. Give fewer, or shorter rows"
+    with bar, explained_memory_errors(remedy), inference(teacher):
         measure = _Measure(teacher, batches, tuned, kept, bar)
         plan, rounds, current = list(range(space.num_layers)), [], 0.0
         measured: dict[Pair, float] = {}  # increase of KL by each pair, when last measured
@@ -310,19 +314,28 @@ class _Measure:
 
 
 class _State:
-    """KL of the plans that were measured, by plan; in a file too, if there is one, with a fingerprint of what they are of."""
+    """KL of the plans that were measured, by plan; in a file too, if there is one, with what they were measured on."""
 
-    def __init__(self, file: Path | None, fingerprint: str):
-        self._file, self._fingerprint, self.known = file, fingerprint, {}
-        if file is None or not file.exists():
+    def __init__(self, file: Path | None, describe: Callable[[], dict]):
+        self._file, self._measured_on, self.known = file, None, {}
+        if file is None:
             return
-        content = json.loads(file.read_text())
-        if content.get("fingerprint") != fingerprint:
+        self._measured_on = describe()
+        if not file.exists():
+            return
+        try:
+            content = json.loads(file.read_text())
+            measured_on, self.known = content["measured_on"], content["kl"]
+            differing = [
+                name for name, value in self._measured_on.items() if not _is_same(measured_on.get(name), value)
+            ]
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise ValueError(f"{str(file)!r} does not hold what a search has measured: give another file.") from None
+        if differing:
             raise ValueError(
-                f"{str(file)!r} holds measurements of another teacher, other text or other settings: use the same ones, or "
-                "delete the file."
+                f"What {str(file)!r} holds was measured with another {', '.join(differing)}: give a file of its own to each "
+                "search of another teacher, text or tuning."
             )
-        self.known = content["kl"]
 
     def __contains__(self, plan: list[int]) -> bool:
         return _key(plan) in self.known
@@ -333,17 +346,36 @@ class _State:
     def __setitem__(self, plan: list[int], value: float) -> None:
         self.known[_key(plan)] = value
         if self._file is not None:
-            write_whole(self._file, json.dumps({"fingerprint": self._fingerprint, "kl": self.known}))
+            write_whole(self._file, json.dumps({"measured_on": self._measured_on, "kl": self.known}))
 
 
-def _fingerprint(teacher: PreTrainedModel, rows: Sequence[dict], **settings) -> str:
-    """A hash that differs where what is measured does: the weights by the first numbers of each, the tokens, the settings."""
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
-    digest.update(json.dumps([list(map(int, row["input_ids"])) for row in rows]).encode())
-    for name, value in teacher.named_parameters():
-        digest.update(f"{name} {list(value.shape)} {value.dtype}".encode())
-        digest.update(value.detach().flatten()[:64].float().cpu().numpy().tobytes())
-    return digest.hexdigest()
+def _describe(
+    teacher: PreTrainedModel,
+    rows: Sequence[dict],
+    search_rows: int,
+    similarity: AttentionSimilarity,
+    align: bool,
+    refit: bool,
+) -> dict:
+    """What the KL of a plan depends on."""
+    columns = [{name: np.asarray(row[name]).tolist() for name in ROW_COLUMNS if name in row} for row in rows]
+    return {
+        "teacher": hash_weights(teacher),
+        "dtype": str(teacher.dtype),
+        "rows": hashlib.sha256(json.dumps(columns).encode()).hexdigest(),
+        "search_rows": search_rows,
+        "similarity": [[round(value, 4) for value in row] for row in similarity.layers.tolist()],
+        "align": align,
+        "refit": refit,
+    }
+
+
+def _is_same(one: object, other: object) -> bool:
+    """Whether two values of a description are equal; of numbers that may have been measured again, nearly."""
+    if isinstance(one, list) and isinstance(other, list):
+        one, other = np.asarray(one), np.asarray(other)
+        return one.shape == other.shape and np.allclose(one, other, atol=1e-3)
+    return one == other
 
 
 def _key(plan: list[int]) -> str:
