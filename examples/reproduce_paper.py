@@ -128,7 +128,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--ours-learning-rate", type=float, help="the same for 'ours'; that of the others if not given")
     add("--batch-size", type=int, default=8, help="rows in a step, over all accumulation steps")
     add("--accumulation-steps", type=int, default=1, help="micro-batches in a step")
-    add("--warmup-steps", type=float, help="steps of warm-up in each stage, or their share; of the recipe if not given")
+    add(
+        "--warmup-steps", type=float, help="steps of warm-up in each stage, or their share; of the recipe if not given"
+    )
     add("--eval-steps", type=int, default=25, help="steps between the points of the curve")
     add("--save-steps", type=int, default=100, help="steps between checkpoints")
     add("--seed", type=int, default=0, help="seed of the order of rows and of dropout")
@@ -218,7 +220,8 @@ def list_runs(arguments: argparse.Namespace) -> list[Run]:
     for ratio in dict.fromkeys([*arguments.ratios, *arguments.baseline_ratios]):
         if ratio in arguments.ratios:
             runs += [Run(name, ratio, *recipe) for name, recipe in recipes.items() if name in arguments.methods]
-        for name, start, training in [each for name in BASELINES if name in arguments.methods for each in starts[name]]:
+        baselines = [each for method in BASELINES if method in arguments.methods for each in starts[method]]
+        for name, start, training in baselines:
             if ratio in arguments.baseline_ratios:
                 runs += [Run(f"{name} untrained", ratio, start), Run(name, ratio, start, "paper", training)]
     return runs + (list_ablation(arguments) if ABLATION in arguments.methods else [])
