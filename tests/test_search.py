@@ -96,6 +96,7 @@ def test_width_bounds_the_cost(llama, rows):
     found = search_plan(teacher, rows, similarity, ratio=0.43, width=2, **UNTUNED)
     assert found.forwards <= 3 * 2 + 3  # three rounds, three other rules
     assert f"{found.forwards} forwards of 64 tokens" in str(found)
+    assert torch.is_grad_enabled()
 
 
 def test_other_rules_are_candidates(llama, rows):
