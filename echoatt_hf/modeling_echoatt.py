@@ -233,9 +233,14 @@ class EchoRecords:
     Args:
         decode (`str`, *optional*, defaults to `"replay"`):
             `echo_decode` of the configuration.
+        last_echoes (`dict[int, int]`, *optional*):
+            For sources the last layer that reads their record, which then goes: of a long prompt it is as large as what
+            the cache holds of the layer, or larger. With gradients all records stay, as a backward pass may compute
+            layers again.
     """
 
-    def __init__(self, decode: str = "replay"):
+    def __init__(self, decode: str = "replay", last_echoes: dict[int, int] | None = None):
+        self._last_echoes = last_echoes or {}
         self._records: dict[int, AttentionRecord | AttentionWeights] = {}
         self._grad_enabled = torch.is_grad_enabled()
         self._decode = decode
@@ -271,10 +276,13 @@ class EchoRecords:
         """Keep a record of elsewhere as that of a source layer."""
         self._records[layer] = record
 
-    def get(self, layer: int, device: torch.device) -> AttentionRecord | AttentionWeights:
+    def get(self, layer: int, device: torch.device, echo: int | None = None) -> AttentionRecord | AttentionWeights:
+        """The record of a source layer on a device, for the echo layer that reads it."""
         # Where it was needed once it stays: the echoes of a block mostly lie on one device.
-        self._records[layer] = self._records[layer].to(device)
-        return self._records[layer]
+        record = self._records[layer] = self._records[layer].to(device)
+        if echo is not None and echo == self._last_echoes.get(layer) and not self._grad_enabled:
+            del self._records[layer]
+        return record
 
     def to(self, *args, **kwargs) -> "EchoRecords":
         return self
@@ -292,7 +300,8 @@ def _not_plain_error(layer: int, record: AttentionRecord) -> str:
 def _give_records(
     config: EchoAttConfig, module: nn.Module, args: tuple, kwargs: dict[str, Any]
 ) -> tuple[tuple, dict[str, Any]]:
-    return args, {"echo_records": EchoRecords(config.echo_decode)} | kwargs
+    last_echoes = {config.echo_sources[layer]: layer for layer in config.echo_layers}
+    return args, {"echo_records": EchoRecords(config.echo_decode, last_echoes)} | kwargs
 
 
 def record_attention(
@@ -363,7 +372,7 @@ class EchoAttention:
         layer_past: Cache | None = None,
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        record = echo_records.get(self.echo_source, hidden_states.device)
+        record = echo_records.get(self.echo_source, hidden_states.device, self.layer_idx)
         input_shape = hidden_states.shape[:-1]
         value = self.v_proj(hidden_states)
         if self.echo_clip is not None:

@@ -30,6 +30,7 @@ from echoatt_hf.distillation.losses import (
     squared_distance,
     target_mask,
 )
+from echoatt_hf.models import heads
 from echoatt_hf.models.heads import OutputHead
 
 
@@ -64,7 +65,7 @@ def random_batch(seed=0, batch=3, length=7):
 @pytest.fixture
 def chunks_of(monkeypatch):
     """Set how many tokens a chunk may have."""
-    return lambda tokens, vocab_size=VOCAB_SIZE: monkeypatch.setattr(losses, "CHUNK_BYTES", 4 * vocab_size * tokens)
+    return lambda tokens, vocab_size=VOCAB_SIZE: monkeypatch.setattr(heads, "CHUNK_BYTES", 4 * vocab_size * tokens)
 
 
 # Against slow twins that loop over tokens.
@@ -235,7 +236,7 @@ def test_gradients_of_chunks_are_those_of_finite_differences(name, chunks_of):
 def test_chunks_are_even_and_within_the_bound(tokens, chunks_of):
     chunks_of(tokens)
     for number in (1, 6, 7, 8, 21, 24):
-        chunks = list(losses._chunks(number, VOCAB_SIZE))
+        chunks = list(heads.token_chunks(number, VOCAB_SIZE, torch.device("cpu")))
         assert [place for chunk in chunks for place in range(number)[chunk]] == list(range(number))
         assert len(chunks) == math.ceil(number / tokens) and max(c.stop - c.start for c in chunks) <= tokens
 

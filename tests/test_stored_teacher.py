@@ -199,7 +199,7 @@ def test_stopped_store_becomes_the_same(store, tmp_path, teacher, tokenizer, row
             StoredTeacher(folder)
     (folder / ".shard-00001.safetensors.abc").write_bytes(b"half")  # what a killed run leaves
     asked.clear()
-    monkeypatch.setattr(stored_teacher, "_ask", lambda *given: asked.append(len(given[1]["input_ids"])) or ask(*given))
+    monkeypatch.setattr(stored_teacher, "_ask", lambda *given: asked.append(len(given[2]["input_ids"])) or ask(*given))
     write(folder, teacher, tokenizer, rows)
     assert sum(asked) == 12 - 4 * stop_after  # what was there is kept
     assert files_of(folder) == files_of(store)

@@ -275,7 +275,8 @@ def test_only_the_logits_that_are_needed(model, tokenizer, files, expected, monk
     seen = []
 
     def record(module, args, kwargs, output):
-        seen.append((kwargs["input_ids"].shape[1], output.logits.shape[1]))
+        if kwargs["input_ids"].shape[1] > 2:  # the head is tried out on two tokens
+            seen.append((kwargs["input_ids"].shape[1], output.logits.shape[1]))
 
     hook = model.register_forward_hook(record, with_kwargs=True)
     evaluate_zero_shot(model, tokenizer, {"last": files["last"]}, batch_size=4)
