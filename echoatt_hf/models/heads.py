@@ -253,10 +253,23 @@ class _AfterDecoder(nn.Module):
         # Of accelerate: the forward pass of the module that was copied.
         self.language_model.__dict__.pop("forward", None)
         self._output, self._states = output, None
+        self._is_cast = False
 
     def forward(self, states: torch.Tensor) -> torch.Tensor:
+        if not self._is_cast and torch.is_autocast_enabled(states.device.type):
+            self._cast_frozen(torch.get_autocast_dtype(states.device.type))
         self._states = states[None]
         return self.language_model(use_cache=False).logits[0]
+
+    def _cast_frozen(self, dtype: torch.dtype) -> None:
+        """Cast once what autocast would cast for every chunk: it keeps what it has cast of weights with gradients alone."""
+        self._is_cast = True
+        for module in self.language_model.modules():
+            if type(module) is nn.Linear and module.weight.dtype == torch.float32:
+                module._parameters = {  # of the copy
+                    name: value if value is None or value.requires_grad else nn.Parameter(value.to(dtype), False)
+                    for name, value in module._parameters.items()
+                }
 
     def _decode(self, *args, **kwargs):
         """In place of the decoder: what it returned, with other last hidden states."""
