@@ -183,11 +183,11 @@ def test_stopped_store_becomes_the_same(store, tmp_path, teacher, tokenizer, row
 
     folder, ask, asked = tmp_path / "store", stored_teacher._ask, []
 
-    def stop(teacher, columns, top_k):
+    def stop(teacher, head, columns, top_k):
         asked.append(len(columns["input_ids"]))
         if sum(asked) > 4 * stop_after + 3:  # in the second batch of a shard
             raise KeyboardInterrupt
-        return ask(teacher, columns, top_k)
+        return ask(teacher, head, columns, top_k)
 
     with monkeypatch.context() as patch:
         patch.setattr(stored_teacher, "_ask", stop)

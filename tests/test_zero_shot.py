@@ -385,7 +385,7 @@ def test_context_length_as_lm_eval_finds_it(tokenizer, tmp_path):
     short = copy.deepcopy(tokenizer)
     short.model_max_length = 55
     evaluate(BloomForCausalLM(BloomConfig(hidden_size=8, **sizes)), short)
-    assert seen == [77, 2048, 55]
+    assert [length for length in seen if length > 2] == [77, 2048, 55]  # on two tokens heads are tried out
 
 
 # Files.
