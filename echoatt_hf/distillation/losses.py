@@ -487,6 +487,8 @@ def _mean_over_layers(
     mask = target_mask(labels)
     total = student_states[0].new_zeros((), dtype=torch.float32)
     for student, teacher in zip(student_states, teacher_states, strict=True):
+        # A model may be spread over devices, and its teacher over others.
+        of_tokens = distances(student.float(), teacher.to(student.device).float())
         # Filled, not multiplied: where a row is padding the teacher's state may have no length.
-        total = total + distances(student.float(), teacher.float()).masked_fill(~mask, 0.0).sum()
+        total = total + of_tokens.masked_fill(~mask.to(student.device), 0.0).sum().to(total.device)
     return total / len(student_states) / num_tokens
