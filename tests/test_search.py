@@ -224,4 +224,4 @@ def test_the_search_keeps_no_logits_of_rows(llama, rows, monkeypatch):
     monkeypatch.setattr(search_module.TunedPairs, "effects", lambda self, pairs, *args: dict.fromkeys(pairs, 1.0))
     search_plan(teacher, rows, similarity, ratio=0.29, width=2, **UNTUNED)
     hook.remove()
-    assert made and set(made) <= {1, 2}, "one token, and two where the head is tried out"
+    assert 1 in made and max(made) <= 4 < 16, "a conversion is checked on four tokens"
