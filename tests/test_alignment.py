@@ -8,7 +8,8 @@ from conftest import make_batch, make_teacher, plan_of
 
 from echoatt_hf import AttentionSimilarity, EchoAttForCausalLM, align_heads
 from echoatt_hf.conversion.alignment import count_heads, count_kv_heads, match_heads, permute_heads
-from echoatt_hf.modeling_echoatt import AttentionRecord, EchoRecords, find_attention_modules
+from echoatt_hf.modeling_echoatt import AttentionRecord, EchoRecords
+from echoatt_hf.models.families import find_attention_modules
 
 
 # Linear and transposed projections, biases, fused values, gates for each feature and for each head, one head of values.

@@ -20,11 +20,10 @@ from ..modeling_echoatt import (
     EchoAttForCausalLM,
     EchoAttPreTrainedModel,
     EchoRecords,
-    count_value_features,
-    find_attention_modules,
     find_fused_modules,
 )
 from ..models.checks import check_no_nan
+from ..models.families import check_same_heads, count_value_features, find_attention_modules
 from ..models.inference import inference
 from ..models.loading import load_model
 from ..models.recording import recording
@@ -83,6 +82,10 @@ def _make_student(teacher: PreTrainedModel, plan: Sequence[int], share_weights: 
         attn_implementation=teacher.config._attn_implementation,
         dtype=teacher.dtype,
     )
+    if config.echo_layers:
+        check_same_heads(
+            find_attention_modules(teacher, [*config.source_layers, *config.echo_layers]), config.echo_sources
+        )
     with torch.device("meta"):
         student = EchoAttForCausalLM._from_config(config)
         _check_initialization(student)
