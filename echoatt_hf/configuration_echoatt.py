@@ -17,22 +17,7 @@ TYPES_WITHOUT_ATTENTION = ("linear_attention", "conv", "mamba", "moe")
 
 
 def check_echo_sources(echo_sources: list[int], num_layers: int, layer_types: list[str] | None = None) -> None:
-    """
-    Check that `echo_sources` is a sharing plan for a model of `num_layers` layers.
-
-    Args:
-        echo_sources (`list[int]`):
-            For each layer the 0-based index of the layer whose attention weights it uses, its own index for source
-            and plain layers.
-        num_layers (`int`):
-            Layers of the model.
-        layer_types (`list[str]`, *optional*):
-            Attention type of each layer, for families that mix them.
-
-    Raises:
-        `ValueError`: wrong length, a source that follows its echo or is itself an echo, mixed layer types, or one
-            without attention.
-    """
+    """Raise `ValueError` if `echo_sources` is no sharing plan for that many layers, of those types."""
     if not isinstance(echo_sources, (list, tuple)):
         raise ValueError(f"echo_sources is {echo_sources!r}; it must be a list of layer indices, one for each layer.")
     if len(echo_sources) != num_layers:
@@ -65,23 +50,15 @@ def check_echo_sources(echo_sources: list[int], num_layers: int, layer_types: li
 
 
 def check_base_family(config: PreTrainedConfig) -> None:
-    """
-    Check that a configuration is that of a decoder language model whose layers have attention to share.
-
-    Args:
-        config (`PreTrainedConfig`): configuration of a teacher.
-
-    Raises:
-        `ValueError`: it is not; the message says why.
-    """
+    """Raise `ValueError` if a configuration is not that of a decoder language model with attention to share."""
     # Encoders have a causal language model too, for use inside of encoder-decoders.
     is_encoder = type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False)
-    layer_types, inner, reason = getattr(config, "layer_types", None), config.get_text_config(), None
+    layer_types, reason = getattr(config, "layer_types", None), None
     if config.is_encoder_decoder or is_encoder or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         reason = (
             "not a decoder language model: EchoAtt needs a causal language model, such as llama, qwen3 or mistral."
         )
-    elif inner is not config:
+    elif (inner := config.get_text_config()) is not config:
         reason = f"which holds a language model of type {inner.model_type!r} beside others: give that one."
     elif layer_types and {*layer_types} <= {*TYPES_WITHOUT_ATTENTION}:
         reason = "none of whose layers has attention weights to share."
@@ -141,8 +118,11 @@ class EchoAttConfig(PreTrainedConfig):
     echo_decode: Any = "auto"
     echoatt_version: str | None = None
 
+    def __new__(cls, *args, **kwargs):
+        _register_models()  # here, as unpickling does not call `__post_init__`
+        return super().__new__(cls)
+
     def __post_init__(self, **kwargs):
-        _register_models()
         own_version = self.echoatt_version or ECHOATT_VERSION
         text_config = _resolve_text_config(self.text_config)
         if kwargs.get("tie_word_embeddings") is text_config.tie_word_embeddings:  # as `to_dict` says it
@@ -220,7 +200,7 @@ _OWN_NAMES = {
 
 
 def _register_models() -> None:
-    """Register the model classes, as somebody uses them now, where the package is imported and not this file alone."""
+    """Register the model classes, which take seconds to import, where the package is imported and not this file alone."""
     registration = sys.modules.get("echoatt_hf.registration")
     if registration is not None:
         registration.register_models()

@@ -143,13 +143,14 @@ class AttentionRecord:
     def to(self, device: torch.device) -> "AttentionRecord":
         if self.query.device == device:
             return self
-        kwargs = {name: _move(value, device) for name, value in self.kwargs.items()}
-        query, key, mask = (_move(each, device) for each in (self.query, self.key, self.attention_mask))
-        return AttentionRecord(self.implementation, query, key, mask, kwargs)
 
+        def move(value: Any) -> Any:
+            return value.to(device) if hasattr(value, "to") else value
 
-def _move(value: Any, device: torch.device) -> Any:
-    return value.to(device) if hasattr(value, "to") else value
+        kwargs = {name: move(value) for name, value in self.kwargs.items()}
+        return AttentionRecord(
+            self.implementation, move(self.query), move(self.key), move(self.attention_mask), kwargs
+        )
 
 
 @dataclass
@@ -178,13 +179,10 @@ class EchoRecords:
     Each forward pass of the decoder makes its own and hands it down to the layers as a keyword argument, so that no
     state stays on modules. It is not a `dict` because FSDP2 rebuilds the dicts among the arguments, and all layers must
     see the same object. So `to` returns the object itself: a record moves when an echo on another device reads it.
-
-    Args:
-        decode (`str`, *optional*, defaults to `"replay"`): `echo_decode` of the configuration.
     """
 
-    def __init__(self, decode: str = "replay"):
-        self._records: dict[int, AttentionRecord | AttentionWeights] = {}
+    def __init__(self, decode: str = "replay"):  # `echo_decode` of the configuration
+        self.by_layer: dict[int, AttentionRecord | AttentionWeights] = {}
         self._grad_enabled = torch.is_grad_enabled()
         self._decode = decode
 
@@ -204,23 +202,13 @@ class EchoRecords:
         found = kept.attend(module, value)
         if self._decode != "replay" and makes_weights:
             kept = AttentionWeights(found[1], is_eager=True)
-        self._records[module.layer_idx] = kept
+        self.by_layer[module.layer_idx] = kept
         return found
-
-    def below(self, layer: int) -> "EchoRecords":
-        """New records with those of the layers below one."""
-        records = EchoRecords(self._decode)
-        records._records = {each: record for each, record in self._records.items() if each < layer}
-        return records
-
-    def keep(self, layer: int, record: AttentionRecord | AttentionWeights) -> None:
-        """Keep a record of elsewhere as that of a source layer."""
-        self._records[layer] = record
 
     def get(self, layer: int, device: torch.device) -> AttentionRecord | AttentionWeights:
         # Where it was needed once it stays: the echoes of a block mostly lie on one device.
-        self._records[layer] = self._records[layer].to(device)
-        return self._records[layer]
+        self.by_layer[layer] = self.by_layer[layer].to(device)
+        return self.by_layer[layer]
 
     def to(self, *args, **kwargs) -> "EchoRecords":
         return self
@@ -336,24 +324,19 @@ def find_eager_attention(attention: nn.Module) -> Callable | None:
     return None
 
 
-def has_projections(module: nn.Module) -> bool:
-    """Whether a module is the attention of a layer, under the names that the families give it."""
-    return hasattr(module, "layer_idx") and any(hasattr(module, name) for name in PROJECTIONS)
-
-
 def can_share(attention: nn.Module) -> bool:
     """Whether an echo layer can take over all that an attention does: it knows its call, modules and parameters."""
-    parts = [name for name, _ in (*attention.named_children(), *attention.named_parameters(recurse=False))]
-    has_output = any(hasattr(attention, name) for name in OUTPUT_MODULES)
     has_values = any(hasattr(attention, name) for name in PROJECTIONS if name != "q_proj")
-    return find_eager_attention(attention) is not None and {*parts} <= KNOWN_MODULES and has_output and has_values
+    has_output = any(hasattr(attention, name) for name in OUTPUT_MODULES)
+    parts = {name for name, _ in (*attention.named_children(), *attention.named_parameters(recurse=False))}
+    return has_values and has_output and parts <= KNOWN_MODULES and find_eager_attention(attention) is not None
 
 
 def find_shareable(model: nn.Module) -> dict[int, nn.Module]:
     """The attention modules of a decoder that can be shared, by layer."""
     found = {}
     for module in model.modules():
-        if has_projections(module) and can_share(module):
+        if hasattr(module, "layer_idx") and can_share(module):
             found.setdefault(module.layer_idx, module)
     return dict(sorted(found.items()))
 
@@ -435,11 +418,6 @@ def _make_echo(attention: nn.Module, source: int) -> None:
     attention.__class__ = _echo_attention_class(type(attention))
 
 
-# What generation wants to know of a model's cache, under names private to transformers: whether it cannot go back, like
-# that of recurrent layers, and whether it is one of transformers' own.
-_GENERATION_TRAITS = ("_is_stateful", "_supports_default_dynamic_cache")
-
-
 class EchoAttPreTrainedModel(PreTrainedModel):
     """What the EchoAtt models have in common."""
 
@@ -468,7 +446,8 @@ class EchoAttPreTrainedModel(PreTrainedModel):
             give_records = functools.partial(_give_records, self.config)
             find_decoder(model).register_forward_pre_hook(give_records, with_kwargs=True)
         _extend_tp_plan(model)
-        for name in _GENERATION_TRAITS:
+        # Generation reads here whether a cache cannot go back, and whether it is one of transformers' own.
+        for name in ("_is_stateful", "_supports_default_dynamic_cache"):
             if hasattr(model, name):
                 setattr(self, name, getattr(model, name))
         # The family decides which implementations are its defaults.
@@ -526,8 +505,7 @@ class EchoAttModel(EchoAttPreTrainedModel):
     The base family's headless model with shared attention.
 
     Args:
-        config (`EchoAttConfig`):
-            Configuration; the base family is that of its `text_config`.
+        config (`EchoAttConfig`): configuration; the base family is that of its `text_config`.
     """
 
     def __init__(self, config: EchoAttConfig):
@@ -566,8 +544,7 @@ class EchoAttForCausalLM(EchoAttPreTrainedModel, GenerationMixin):
     The base family's causal language model with shared attention.
 
     Args:
-        config (`EchoAttConfig`):
-            Configuration; the base family is that of its `text_config`.
+        config (`EchoAttConfig`): configuration; the base family is that of its `text_config`.
 
     Example:
 
@@ -657,8 +634,7 @@ class EchoAttForSequenceClassification(GenericForSequenceClassification, EchoAtt
     An [`EchoAttModel`] with a classification head on the last token that is not padding.
 
     Args:
-        config (`EchoAttConfig`):
-            Configuration; `num_labels` and `problem_type` are its own, the base family is that of its `text_config`.
+        config (`EchoAttConfig`): configuration, with `num_labels` and `problem_type`.
     """
 
     base_model_prefix = "language_model"
@@ -676,9 +652,8 @@ class EchoAttForTokenClassification(GenericForTokenClassification, EchoAttPreTra
     An [`EchoAttModel`] with a classification head on each token.
 
     Args:
-        config (`EchoAttConfig`):
-            Configuration; `num_labels` is its own, the base family is that of its `text_config`. A dropout of
-            `classifier_dropout`, else of `hidden_dropout`, else of 0.1 goes before the head.
+        config (`EchoAttConfig`): configuration, with `num_labels`. A dropout of `classifier_dropout`, else of
+            `hidden_dropout`, else of 0.1 goes before the head.
     """
 
     base_model_prefix = "language_model"
@@ -713,4 +688,8 @@ for _auto_class, (_model_class, _class_names) in AUTO_CLASSES.items():
     _AUTO_MAP[_auto_class] = f"modeling_echoatt.{_model_class.__name__}"
     _class_names.setdefault(EchoAttConfig.model_type, _model_class.__name__)
 
-__all__ = [model_class.__name__ for model_class, _ in AUTO_CLASSES.values()]
+__all__ = [
+    *(model_class.__name__ for model_class, _ in AUTO_CLASSES.values()),
+    "EchoAttPreTrainedModel",
+    "EchoRecords",
+]

@@ -71,7 +71,7 @@ def test_heads_and_attention_in_another_order_give_the_same(family):
         AttentionRecord("eager", query[:, order], key[:, moved_groups], None, {"scaling": 1.0}),
     ):
         records = EchoRecords()
-        records.keep(echo.echo_source, record)
+        records.by_layer[echo.echo_source] = record
         outputs.append(echo(hidden, echo_records=records)[0])
         permute_heads(echo, order)
     torch.testing.assert_close(outputs[1], outputs[0], rtol=1e-5, atol=1e-5)

@@ -256,7 +256,7 @@ def _errors_of_echoes(
             layer = attention.layer_idx
             for how, found_in in (("replay", records), ("weights", by_weights)):
                 own = EchoRecords()
-                own.keep(config.echo_sources[layer], found_in.get(layer, expected.device))
+                own.by_layer[config.echo_sources[layer]] = found_in.get(layer, expected.device)
                 kwargs = {name: caches[how] if isinstance(value, Cache) else value for name, value in kwargs.items()}
                 found, _ = echoes[layer](*args, **(kwargs | {"echo_records": own}))
                 yield (layer, f"{step} by {how}"), _relative_error(found, expected)

@@ -7,12 +7,12 @@ from torch import nn
 from ..modeling_echoatt import (
     KNOWN_MODULES,
     OUTPUT_MODULES,
+    PROJECTIONS,
     can_share,
     find_eager_attention,
     find_fused_modules,
     find_shareable,
     get_head_dim,
-    has_projections,
 )
 
 
@@ -53,7 +53,8 @@ def _why_not(model: nn.Module, found: dict[int, nn.Module], missing: Sequence[in
     """Why the first missing layer, or every layer if none is found, has no attention that can be shared."""
     reasons = {}
     for module in model.modules():
-        if has_projections(module) and not can_share(module):
+        is_attention = hasattr(module, "layer_idx") and any(hasattr(module, name) for name in PROJECTIONS)
+        if is_attention and not can_share(module):
             reasons.setdefault(
                 module.layer_idx, f"its attention {type(module).__name__} {_unsupported_reason(module)}"
             )
