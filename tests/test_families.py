@@ -382,7 +382,7 @@ def test_tuning(subject):
     student, report = convert(subject.teacher, subject.family.plan, rows)
     kl = evaluate_model(student, rows[24:], teacher=subject.teacher)["kl"]
     assert kl == pytest.approx(min(report.kl.values()), rel=1e-3, abs=1e-6)
-    assert report.kl.keys() == {"copied", "aligned", "refitted"}
+    assert report.kl.keys() == {"copied", "tuned"}
     found = search_plan(subject.teacher, rows, ratio=1 / 6, search_rows=2)
     assert len(found.plan.echo_layers) == 1
     copied = EchoAttForCausalLM.from_teacher(subject.teacher, found.plan)

@@ -157,7 +157,7 @@ def test_steps_one_by_one_equal_the_pipeline(compressed, workplace):
         "convert", "teacher", "--plan", "plan.json", "--similarity", "analysis/similarity.json", "--data", "text", *FAST[:6],
         "--output", "converted", **run,
     )  # fmt: skip
-    assert "dropped" in result.stdout and "parameters" in result.stdout and "outputs refitted" in result.stdout
+    assert "dropped" in result.stdout and "parameters" in result.stdout and " refitted" in result.stdout
     conversion = json.loads((workplace / "converted" / "conversion.json").read_text())
     assert conversion == json.loads((folder / "report.json").read_text())["conversion"]
     echoatt(

@@ -244,6 +244,7 @@ def test_expected_effects_as_by_hand(family, monkeypatch):
     monkeypatch.setattr(torch, "multinomial", lambda probs, samples, **_: next(drawn)[:, None].expand(-1, samples))
     trainable = [parameter.requires_grad for parameter in teacher.parameters()]
     gradients = sample_gradients(teacher, [BatchEncoding({"input_ids": ids})], [echo for echo, _ in pairs], samples=2)
+    assert torch.is_grad_enabled()  # the training that follows needs them
     assert [parameter.requires_grad for parameter in teacher.parameters()] == trainable
     found = tuned.effects(pairs, [BatchEncoding({"input_ids": ids})], gradients)
 

@@ -227,7 +227,7 @@ def sample_gradients(
     generator = torch.Generator(device=teacher.device).manual_seed(0)
     frozen = [parameter for parameter in teacher.parameters() if parameter.requires_grad]
     outputs, found = {}, []
-    with ExitStack() as stack, inference(teacher):
+    with inference(teacher), ExitStack() as stack:  # which ends first: each gives back the gradient mode it found
         for parameter in frozen:
             parameter.requires_grad_(False)
             stack.callback(parameter.requires_grad_, True)
