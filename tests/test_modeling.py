@@ -338,6 +338,23 @@ def test_echo_with_other_heads_is_refused(tiny_teacher):
         EchoAttForCausalLM.from_teacher(tiny_teacher, PLAN)
 
 
+def test_student_whose_family_has_changed_is_refused(tiny_teacher, tmp_path, monkeypatch):
+    """As another version of transformers may change it: an echo layer would leave out what it does not know."""
+    EchoAttForCausalLM.from_teacher(tiny_teacher, PLAN).save_pretrained(tmp_path)
+    attention_class = type(tiny_teacher.model.layers[0].self_attn)
+    family_init = attention_class.__init__
+
+    def init(self, *args, **kwargs):
+        family_init(self, *args, **kwargs)
+        self.value_norm = torch.nn.LayerNorm(4)
+
+    monkeypatch.setattr(attention_class, "__init__", init)
+    with pytest.raises(ValueError, match="'llama' yet: the attention of its layer 1 has not the modules .* expected"):
+        EchoAttForCausalLM.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="'llama' yet: its attention LlamaAttention has the modules value_norm"):
+        EchoAttForCausalLM.from_teacher(make_teacher("llama"), plan_of("llama"))
+
+
 def test_conversion_under_zero3_is_refused(tiny_teacher, monkeypatch):
     monkeypatch.setattr("echoatt_hf.conversion.student.is_deepspeed_zero3_enabled", lambda: True)
     with pytest.raises(ValueError, match="ZeRO-3 is set up, which divides the weights .* convert in one process"):
