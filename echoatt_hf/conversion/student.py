@@ -20,11 +20,10 @@ from ..modeling_echoatt import (
     EchoAttForCausalLM,
     EchoAttPreTrainedModel,
     EchoRecords,
-    count_value_features,
-    find_attention_modules,
     find_fused_modules,
 )
 from ..models.checks import check_no_nan
+from ..models.families import check_same_heads, count_value_features, find_attention_modules
 from ..models.inference import inference
 from ..models.loading import load_model
 from ..models.recording import recording
@@ -83,6 +82,10 @@ def _make_student(teacher: PreTrainedModel, plan: Sequence[int], share_weights: 
         attn_implementation=teacher.config._attn_implementation,
         dtype=teacher.dtype,
     )
+    if config.echo_layers:
+        check_same_heads(
+            find_attention_modules(teacher, [*config.source_layers, *config.echo_layers]), config.echo_sources
+        )
     with torch.device("meta"):
         student = EchoAttForCausalLM._from_config(config)
         _check_initialization(student)
@@ -253,7 +256,7 @@ def _errors_of_echoes(
             layer = attention.layer_idx
             for how, found_in in (("replay", records), ("weights", by_weights)):
                 own = EchoRecords()
-                own.keep(config.echo_sources[layer], found_in.get(layer, expected.device))
+                own.by_layer[config.echo_sources[layer]] = found_in.get(layer, expected.device)
                 kwargs = {name: caches[how] if isinstance(value, Cache) else value for name, value in kwargs.items()}
                 found, _ = echoes[layer](*args, **(kwargs | {"echo_records": own}))
                 yield (layer, f"{step} by {how}"), _relative_error(found, expected)

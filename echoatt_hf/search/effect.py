@@ -299,7 +299,7 @@ class _Measure:
                 if first:
                     kept, outputs = self._kept[index]
                     output = outputs[first - 1]
-                    records = kept.below(first)
+                    records.by_layer |= {layer: kept.by_layer[layer] for layer in kept.by_layer if layer < first}
                 with starting_at(self._layers, first, output):
                     logits = self._teacher(**batch, use_cache=False, echo_records=records).logits
                 total += sum_logits(logits, expected, batch["input_ids"])[1].item()
