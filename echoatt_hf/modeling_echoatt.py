@@ -179,10 +179,15 @@ class EchoRecords:
     Each forward pass of the decoder makes its own and hands it down to the layers as a keyword argument, so that no
     state stays on modules. It is not a `dict` because FSDP2 rebuilds the dicts among the arguments, and all layers must
     see the same object. So `to` returns the object itself: a record moves when an echo on another device reads it.
+
+    `decode` is `echo_decode` of the configuration. `last_echoes` has for sources the last layer that reads their record,
+    which then goes: of a long prompt it is as large as what the cache holds of the layer, or larger. With gradients all
+    records stay, as a backward pass may compute layers again.
     """
 
-    def __init__(self, decode: str = "replay"):  # `echo_decode` of the configuration
+    def __init__(self, decode: str = "replay", last_echoes: dict[int, int] | None = None):
         self.by_layer: dict[int, AttentionRecord | AttentionWeights] = {}
+        self._last_echoes = last_echoes or {}
         self._grad_enabled = torch.is_grad_enabled()
         self._decode = decode
 
@@ -205,10 +210,12 @@ class EchoRecords:
         self.by_layer[module.layer_idx] = kept
         return found
 
-    def get(self, layer: int, device: torch.device) -> AttentionRecord | AttentionWeights:
+    def get(self, layer: int, device: torch.device, echo: int | None = None) -> AttentionRecord | AttentionWeights:
         # Where it was needed once it stays: the echoes of a block mostly lie on one device.
-        self.by_layer[layer] = self.by_layer[layer].to(device)
-        return self.by_layer[layer]
+        record = self.by_layer[layer] = self.by_layer[layer].to(device)
+        if echo is not None and echo == self._last_echoes.get(layer) and not self._grad_enabled:
+            del self.by_layer[layer]
+        return record
 
     def to(self, *args, **kwargs) -> "EchoRecords":
         return self
@@ -224,7 +231,8 @@ def _not_plain_error(layer: int, record: AttentionRecord) -> str:
 
 
 def _give_records(config: EchoAttConfig, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-    return args, {"echo_records": EchoRecords(config.echo_decode)} | kwargs
+    last_echoes = {config.echo_sources[layer]: layer for layer in config.echo_layers}
+    return args, {"echo_records": EchoRecords(config.echo_decode, last_echoes)} | kwargs
 
 
 def record_attention(
@@ -280,7 +288,7 @@ class EchoAttention:
         layer_past: Cache | None = None,
         **kwargs,
     ) -> AttentionOutput:
-        record = echo_records.get(self.echo_source, hidden_states.device)
+        record = echo_records.get(self.echo_source, hidden_states.device, self.layer_idx)
         input_shape = hidden_states.shape[:-1]  # (B, T)
         value = self.v_proj(hidden_states)  # (B, T, H_kv · D)
         if self.echo_clip is not None:

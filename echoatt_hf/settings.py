@@ -112,6 +112,7 @@ MAY_CHANGE_ON_RESUME = (
     "distillation.torch_compile",
     "distillation.save_steps",
     "distillation.eval_steps",
+    "distillation.evaluation_batch_size",
     "store.batch_size",
 )
 """Settings that a resumed run may have others of than it began with: they say what a step needs, not what is made."""
@@ -370,6 +371,7 @@ class DistillationSettings:
     weight_decay: float = setting(0.0, "Weight decay of AdamW.")
     save_steps: int = setting(200, "Steps between checkpoints.")
     eval_steps: int = setting(0, "Steps between evaluations of the loss on held-out rows; 0 for none on the way.")
+    evaluation_batch_size: int = setting(8, "Rows in a forward pass of an evaluation.")
     bf16: bool = setting(
         False,
         "Compute in bfloat16 while training. With or without it the weights that are trained are in float32 meanwhile, "
@@ -390,7 +392,7 @@ class DistillationSettings:
     )
 
     def __post_init__(self):
-        _check_at_least_one(self, "steps", "batch_size", "accumulation_steps", "save_steps")
+        _check_at_least_one(self, "steps", "batch_size", "accumulation_steps", "save_steps", "evaluation_batch_size")
         _check_choice("recipe", self.recipe, RECIPES)
         for settings_field in fields(self):
             name, value = settings_field.name, RECIPES[self.recipe].get(settings_field.name)
