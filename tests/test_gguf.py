@@ -311,7 +311,9 @@ def test_file_of_a_repository(workplace, hub, monkeypatch, tmp_path):
         (["files", "--gguf-file", "tiny"], "gguf_file is 'tiny'; give the name of a .gguf file"),
         (["--gguf-file", "tiny.gguf"], "no folder or repository is given in which it is"),
         (["files/tiny.gguf", "--gguf-file", "tiny.gguf"], "There is no file 'files/tiny.gguf/tiny.gguf'"),
-        (["owner/name/tiny.gguf"], "is not in the cache"),
+        (["files/sub/tiny.gguf"], "'files/sub/tiny.gguf' cannot be loaded: it is not in the cache"),
+        (["owner/name/tiny.gguf"], "'owner/name/tiny.gguf' cannot be loaded: it is not in the cache"),
+        (["owner/name.gguf"], "'owner/name.gguf' cannot be loaded: it is not in the cache"),
     ],
 )
 def test_names_without_a_file_are_one_line(echoatt, arguments, message):

@@ -98,7 +98,8 @@ def load_model(name: str | Path, dtype: torch.dtype | str = torch.float32) -> Pr
 
 def _load_gguf(name: str | Path, config: PreTrainedConfig, dtype: torch.dtype | str) -> PreTrainedModel:
     types, is_rope_scaled = _load(name, _read_gguf)
-    if is_rope_scaled:
+    is_known = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default") != "default"
+    if is_rope_scaled and not is_known:
         logger.warning(
             f"{str(name)!r} scales its rotary frequencies, which transformers does not read from such a file: the model differs "
             "from the one that it was made from, most in long rows. The repository of that model has them in its config.json."
@@ -304,15 +305,16 @@ def _resolve(name: str | Path) -> _Source:
         _check_gguf_package(name)
         return _Source(str(path.parent), None, path.name)
     if repository.endswith(GGUF_SUFFIX) and not path.exists():
-        owner, _, rest = repository.partition("/")
-        is_local = path.is_absolute() or repository.startswith((".", "~")) or Path(owner).exists()
-        if is_local or rest.count("/") < 1:
+        parts = repository.split("/")
+        is_local = path.is_absolute() or repository.startswith((".", "~")) or Path(*parts[:-1][:2]).exists()
+        if is_local or len(parts) == 1:
             raise FileNotFoundError(
                 f"There is no file {str(name)!r}: check the path, or give owner/name/file{GGUF_SUFFIX} for a file on the "
                 f"Hub.{_name_ggufs(path.parent)}"
             )
-        _check_gguf_package(name)
-        repository, gguf_file = "/".join(repository.split("/")[:2]), rest.partition("/")[2]
+        if len(parts) > 2:  # else a repository whose name ends so
+            _check_gguf_package(name)
+            repository, gguf_file = "/".join(parts[:2]), "/".join(parts[2:])
     if path.exists() or path.is_absolute() or repository.startswith((".", "~")) or repository.count("/") > 1:
         raise FileNotFoundError(f"There is no model folder {str(name)!r}: check the path.")
     if at and not (repository and revision):
