@@ -78,6 +78,7 @@ def write_gguf(path, model, tokenizer, kind="F32", architecture="llama", leave_o
     )
     merges = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]
     writer.add_token_merges([" ".join(pair) for pair in merges])
+    writer.add_bos_token_id(tokenizer.bos_token_id)
     writer.add_eos_token_id(tokenizer.eos_token_id)
     writer.add_chat_template(TEMPLATE)
     for name, parameter in model.named_parameters():
@@ -111,6 +112,7 @@ def workplace(tmp_path_factory):
     """A folder with text, a Llama in two forms, `hub/` and `files/tiny.gguf`, and files of other types of it."""
     folder = tmp_path_factory.mktemp("gguf")
     tokenizer = write_workplace(folder, TEXT)
+    tokenizer.bos_token = tokenizer.eos_token
     teacher = tiny_llama(len(tokenizer))
     teacher.save_pretrained(folder / "hub")
     tokenizer.save_pretrained(folder / "hub")
