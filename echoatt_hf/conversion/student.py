@@ -70,8 +70,10 @@ def _make_student(teacher: PreTrainedModel, plan: Sequence[int], share_weights: 
     text_config = copy.deepcopy(teacher.config)
     text_config.architectures = None
     text_config.name_or_path = ""  # a path of this machine would end up in the student's config.json
-    if hasattr(text_config, "auto_map"):
-        del text_config.auto_map  # code of the teacher's repository, which the student does not have
+    # Code of the teacher's repository, and what was said of the file its weights were read from: not the student's.
+    for name in ("auto_map", "quantization_config", "_model_name_or_path"):
+        if hasattr(text_config, name):
+            delattr(text_config, name)
     # What is so, not what the configuration says: merged adapters of the head leave it untied, and users tie by hand.
     embeddings, head = teacher.get_input_embeddings(), teacher.get_output_embeddings()
     if teacher._tied_weights_keys and head is not None:
@@ -297,13 +299,15 @@ def _check_teacher(teacher: PreTrainedModel) -> None:
             "DeepSpeed's ZeRO-3 is set up, which divides the weights of every new model among processes: convert in one "
             "process, before arguments for training are made, save the student, and load it where you train."
         )
+    # transformers says so of every model of a GGUF file, also of one with plain weights.
+    is_quantized = getattr(teacher, "is_quantized", False) and getattr(teacher, "quantization_method", None) != "gguf"
     for name, parameter in teacher.named_parameters():
         kind = type(parameter.data)
         if kind.__name__ == "DTensor":
             raise ValueError(
                 "The teacher is sharded over processes: convert in one process, with a teacher loaded whole."
             )
-        if getattr(teacher, "is_quantized", False) or kind is not torch.Tensor or not parameter.is_floating_point():
+        if is_quantized or kind is not torch.Tensor or not parameter.is_floating_point():
             raise ValueError(
                 f"The teacher is quantized ({name} is a {kind.__name__} of {parameter.dtype}): convert the unquantized "
                 "model, and quantize the student afterwards."
