@@ -29,6 +29,9 @@ __all__ = [
 BUILTIN_TEACHER = "builtin"
 """Name of the teacher that ships with the package."""
 
+GGUF_SUFFIX = ".gguf"
+"""What the name of a GGUF file ends with."""
+
 STDLIB = "stdlib"
 """Name of the built-in data: the sources of the standard library of the running Python."""
 
@@ -40,6 +43,31 @@ HIDDEN_DISTANCES = ("relative", "squared")
 
 HIDDEN_LAYERS = ("all", "blocks")
 """Names of the layers whose hidden states are compared, where they are not listed."""
+
+
+def name_gguf_file(model: str | None, gguf_file: str | None) -> str | None:
+    """
+    The one name of a GGUF file in a folder or a repository, as a teacher or model is named everywhere.
+
+    Args:
+        model (`str`, *optional*): the folder or the repository, `owner/name` or `owner/name@revision`.
+        gguf_file (`str`, *optional*): the file in it; if not given, the model is not of that kind.
+
+    Raises:
+        `ValueError`: the file is none, or there is nothing in which it is.
+    """
+    if gguf_file is None:
+        return model
+    if not gguf_file.endswith(GGUF_SUFFIX) or Path(gguf_file).is_absolute():
+        raise ValueError(
+            f"gguf_file is {gguf_file!r}; give the name of a {GGUF_SUFFIX} file in the folder or repository."
+        )
+    if model is None or model == BUILTIN_TEACHER:
+        raise ValueError(f"gguf_file is {gguf_file!r}, but no folder or repository is given in which it is.")
+    if Path(model).expanduser().exists():
+        return str(Path(model) / gguf_file)
+    repository, at, revision = model.partition("@")
+    return f"{repository}/{gguf_file}{at}{revision}"
 
 
 def check_divergence(name: str) -> None:
@@ -529,9 +557,10 @@ class StoredTeacherSettings:
 @dataclass(frozen=True)
 class _RunSettings:
     """
-    Settings of a step. Those with a model have a `dtype`, one of `DTYPES`: in which its weights are loaded, and in which a
-    student is saved. `"auto"` is the dtype of the checkpoint; a CPU then computes in float32, but what is saved is in the
-    dtype of the checkpoint. What is trained is in float32 meanwhile, see `DistillationSettings.bf16`.
+    Settings of a step. A teacher or model is named as for [`load_model`]. Those with a model have a `dtype`, one of `DTYPES`:
+    in which its weights are loaded, and in which a student is saved. `"auto"` is the dtype of the checkpoint, bfloat16 of a
+    quantized GGUF file; a CPU then computes in float32, but what is saved is in the dtype of the checkpoint. What is trained
+    is in float32 meanwhile, see `DistillationSettings.bf16`.
     """
 
     def __post_init__(self):

@@ -5,11 +5,11 @@ On the built-in teacher and the sources of the Python standard library, offline,
 
     python examples/reproduce_paper.py --scale small --output runs/study
 
-The paper's own size, on a GPU; this has NOT been run by the authors of this script, and the paper's step counts and
-learning rates are for you to set:
+The paper's own size, on a GPU, with its steps, rows and learning rate; this has NOT been run by the authors of this
+script:
 
     python examples/reproduce_paper.py --teacher TinyLlama/TinyLlama_v1.1 --data cerebras/SlimPajama-627B --streaming \
-        --row-length 2048 --batch-size 64 --accumulation-steps 16 --steps 20000 --learning-rate 1e-4 --eval-steps 500 \
+        --row-length 2048 --batch-size 1024 --accumulation-steps 256 --steps 2205 --learning-rate 1e-4 --eval-steps 200 \
         --other-text wikitext2=wikitext2.txt --task piqa=piqa.jsonl --task blimp=blimp --output runs/tinyllama
 
 A small real model, with text and tasks in local files:
@@ -19,21 +19,29 @@ A small real model, with text and tasks in local files:
 
 Methods, at each ratio:
 
-- `none`: evenly spread blocks of consecutive layers with copied weights, without any training;
+- `none`: the paper's plan with copied weights, without any training;
 - `cross-entropy`: the same student, trained on the text alone;
-- `paper`: the same student, distilled in the paper's two stages, the second a sixth of the steps;
+- `paper`: the same student, distilled by the paper's recipe: its losses, then a quarter as many steps on the text at the
+  same rate. The rate itself is `--learning-rate`: small models learn next to nothing in few steps at the paper's 1e-4;
 - `ours untrained`, `ours`: plan searched by effect, heads aligned, output projections refitted; without training and with
-  the two stages.
+  the default recipe.
 
-Baselines, at `--baseline-ratios`, untrained and distilled exactly as `paper`:
+The paper's plan is that of [`plan_like_paper`], of similarities measured on the calibration rows, or the printed one of
+the models that have one. At a ratio that it has no plan for, as too many layers are kept, the methods that need one are
+left out, and the results say why.
+
+Baselines, at `--baseline-ratios`, untrained and distilled as `paper`:
 
 - `layer dropping`: whole inner layers left out, until at least as many parameters are saved as by `none`; greedy, each
   time the layer without which KL to the teacher on calibration rows is smallest;
 - `KV sharing`: the layers that echo in `none` use keys and values of their source, with queries of their own;
 - `random plan`: as many echo layers as in `none`, they and their sources drawn at random, three times.
 
+The first two have no blocks of layers at whose ends hidden states could be compared, so that part of the loss is left out.
+
 The ablation, at `--ablation-ratio`, changes the plan, alignment and refit one by one, untrained and after
-`--ablation-steps` steps in the two stages, at the rate of `ours`. All variants of the plan by effect have the one plan of `ours`.
+`--ablation-steps` steps of the default recipe, at the rate of `ours`. All variants of the plan by effect have the one plan
+of `ours`; `spread` is evenly spread pairs, for which nothing is measured.
 
 Each run has a folder of its own, which keeps the student: plan for the disk space. The same command goes on where a study
 was stopped, and does nothing where it is done, also with other `--methods` and `--ratios`, which choose what the tables
@@ -46,7 +54,7 @@ import json
 import shutil
 import sys
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -67,7 +75,7 @@ from echoatt_hf.models.loading import load_config, load_model, load_tokenizer
 from echoatt_hf.outputs.files import whole_folder, write_whole
 from echoatt_hf.outputs.provenance import describe_environment
 from echoatt_hf.pipeline.preparation import choose_plan, load_rows
-from echoatt_hf.planning.from_settings import make_plan
+from echoatt_hf.planning.from_settings import make_plan, needs_similarity
 from echoatt_hf.settings import CalibrationSettings, DataSettings, DistillationSettings, PlanSettings
 from echoatt_hf.text.documents import STDLIB, load_documents
 from echoatt_hf.text.rows import pack_rows
@@ -116,11 +124,13 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--ablation-ratio", type=float, default=0.41, help="ratio of the ablation")
     add("--ablation-steps", type=int, default=0, help="steps of the ablation; 0 for untrained students only")
     add("--steps", type=int, default=300, help="steps of each training, over both stages")
-    add("--learning-rate", type=float, default=2e-3, help="peak learning rate of stage 1")
+    add("--learning-rate", type=float, default=2e-3, help="peak learning rate of stage 1; the paper's is 1e-4")
     add("--ours-learning-rate", type=float, help="the same for 'ours'; that of the others if not given")
     add("--batch-size", type=int, default=8, help="rows in a step, over all accumulation steps")
     add("--accumulation-steps", type=int, default=1, help="micro-batches in a step")
-    add("--warmup-steps", type=int, default=20, help="steps of warm-up in each stage")
+    add(
+        "--warmup-steps", type=float, help="steps of warm-up in each stage, or their share; of the recipe if not given"
+    )
     add("--eval-steps", type=int, default=25, help="steps between the points of the curve")
     add("--save-steps", type=int, default=100, help="steps between checkpoints")
     add("--seed", type=int, default=0, help="seed of the order of rows and of dropout")
@@ -139,12 +149,13 @@ class Start:
 
     Args:
         kind (`str`): `"echo"`, `"layer dropping"` or `"KV sharing"`.
-        plan (`str`): `"blocks"`, `"similarity"`, `"effect"` or `"random SEED"`.
+        plan (`str`): `"paper"`, `"spread"`, `"similarity"`, `"effect"` or `"random SEED"`; of layer dropping the plan that
+            is to save no more parameters.
         align, refit (`bool`): tune it.
     """
 
     kind: str = "echo"
-    plan: str = "blocks"
+    plan: str = "paper"
     align: bool = False
     refit: bool = False
 
@@ -189,7 +200,8 @@ class Run:
 def list_runs(arguments: argparse.Namespace) -> list[Run]:
     """All runs of a study, in the order of the tables."""
     ours = Start(plan="effect", align=True, refit=True)
-    paper = training_settings(arguments)
+    paper = training_settings(arguments, recipe="paper")
+    without_blocks = replace(paper, hidden_weight=0.0)
     on_text = training_settings(arguments, stage2_steps=arguments.steps, stage2_learning_rate=arguments.learning_rate)
     with_ours = training_settings(arguments, learning_rate=arguments.ours_learning_rate or arguments.learning_rate)
     recipes = {
@@ -200,24 +212,26 @@ def list_runs(arguments: argparse.Namespace) -> list[Run]:
         "ours": (ours, "ours", with_ours),
     }
     starts = {
-        "layer dropping": [("layer dropping", Start("layer dropping"))],
-        "KV sharing": [("KV sharing", Start("KV sharing"))],
-        "random plan": [(f"random plan {seed}", Start(plan=f"random {seed}")) for seed in range(RANDOM_PLANS)],
+        "layer dropping": [("layer dropping", Start("layer dropping"), without_blocks)],
+        "KV sharing": [("KV sharing", Start("KV sharing"), without_blocks)],
+        "random plan": [(f"random plan {seed}", Start(plan=f"random {seed}"), paper) for seed in range(RANDOM_PLANS)],
     }
     runs = []
     for ratio in dict.fromkeys([*arguments.ratios, *arguments.baseline_ratios]):
         if ratio in arguments.ratios:
             runs += [Run(name, ratio, *recipe) for name, recipe in recipes.items() if name in arguments.methods]
-        for name, start in [pair for method in BASELINES if method in arguments.methods for pair in starts[method]]:
+        baselines = [each for method in BASELINES if method in arguments.methods for each in starts[method]]
+        for name, start, training in baselines:
             if ratio in arguments.baseline_ratios:
-                runs += [Run(f"{name} untrained", ratio, start), Run(name, ratio, start, "paper", paper)]
+                runs += [Run(f"{name} untrained", ratio, start), Run(name, ratio, start, "paper", training)]
     return runs + (list_ablation(arguments) if ABLATION in arguments.methods else [])
 
 
 def list_ablation(arguments: argparse.Namespace) -> list[Run]:
     """The levers one by one, untrained and, if there are steps for it, trained."""
     levers = {"copied": (False, False), "aligned": (True, False), "refitted": (False, True), "both": (True, True)}
-    chosen = [("blocks", name) for name in levers] + [("similarity", "copied")] + [("effect", name) for name in levers]
+    chosen = [("paper", name) for name in levers] + [("spread", "copied"), ("similarity", "copied")]
+    chosen += [("effect", name) for name in levers]
     runs = []
     for plan, name in chosen:
         run = Run(f"{plan}, {name}", arguments.ablation_ratio, Start("echo", plan, *levers[name]), table="ablation")
@@ -288,7 +302,7 @@ class Study:
         """Refuse, before any work is done, ratios that are impossible and runs that are there with other settings."""
         config = load_config(self._arguments.teacher)
         for ratio in dict.fromkeys(run.ratio for run in runs):
-            make_plan(PlanSettings(plan="blocks", ratio=ratio), config)
+            make_plan(PlanSettings(plan="spread", ratio=ratio), config)
         for run in runs:
             for each in (run.untrained, run):
                 self._check(each.folder, each)
@@ -375,17 +389,27 @@ class Study:
             config = self.teacher.config.get_text_config()
             types = getattr(config, "layer_types", None)
             return draw_plan(config.num_hidden_layers, run.ratio, int(run.start.plan.split()[1]), types)
-        settings = PlanSettings(plan=run.start.plan, ratio=run.ratio)
-        if run.start.plan == "blocks":
-            return choose_plan(settings, self._calibration, self.teacher, None, None)[0]
-        similarity, folder = self.similarity, self._output / "analysis"
+        folder = self._check(Path("analysis"))
         file, state = (folder / f"{name}-{run.start.plan}-{run.ratio}.json" for name in ("plan", "measured"))
         if not file.exists():
-            plan, _ = choose_plan(
-                settings, self._calibration, self.teacher, self.calibration_rows, similarity, state, progress=True
-            )
+            settings, rows, similarity = PlanSettings(plan=run.start.plan, ratio=run.ratio), None, None
+            if settings.plan == "effect" or needs_similarity(settings, self.teacher.config):
+                rows, similarity = self.calibration_rows, self.similarity
+            self._claim(Path("analysis"))
+            plan, _ = choose_plan(settings, self._calibration, self.teacher, rows, similarity, state, progress=True)
             write_whole(file, plan.to_json())
         return SharingPlan.from_json(file)
+
+    def why_not(self, run: Run) -> str | None:
+        """Why a run cannot be made: the paper's rule, where it needs that, has no plan at its ratio."""
+        if run.start.plan != "paper":
+            return None
+        self._check(Path("analysis"))
+        try:
+            self._plan(run)
+        except ValueError as error:
+            return str(error)
+        return None
 
     def _share_keys_values(self, sources: Iterable[int]) -> PreTrainedModel:
         return share_keys_values(load_model(self._arguments.teacher).to(default_device()), list(sources))
@@ -467,12 +491,17 @@ def run_study(arguments: argparse.Namespace) -> dict:
         # First, so that texts and tasks that cannot be read are found before any training.
         "teacher_evaluations": study.evaluate(None),
     }
-    entries = []
+    entries, left_out = [], []
     for number, run in enumerate(runs, start=1):
         print(f"[{number}/{len(runs)}] ratio {run.ratio}: {run.method}", file=sys.stderr, flush=True)
-        entries.append(finish_run(study, run))
+        reason = study.why_not(run)
+        if reason is None:
+            entries.append(finish_run(study, run))
+        else:
+            left_out.append({"ratio": run.ratio, "method": run.method, "reason": reason})
     compared = [compare(entries, ratio) for ratio in arguments.ratios]
-    return results | {"runs": entries, "tokens_to_reach_paper": [each for each in compared if each is not None]}
+    compared = [each for each in compared if each is not None]
+    return results | {"runs": entries, "left_out": left_out, "tokens_to_reach_paper": compared}
 
 
 def finish_run(study: Study, run: Run) -> dict:

@@ -57,6 +57,14 @@ def describe(comparison: dict) -> str:
     return f"{start} reaches {goal}, after {tokens:,.0f} tokens, {comparison['share']:.0%} of its {total:,}."
 
 
+def describe_left_out(left_out: list[dict]) -> list[str]:
+    """Which methods could not be had at which ratio, and why, an item of a list for each reason."""
+    methods: dict[tuple, list[str]] = {}
+    for each in left_out:
+        methods.setdefault((each["ratio"], each["reason"]), []).append(f"`{each['method']}`")
+    return [f"- Ratio {ratio}, {', '.join(names)}: {reason}" for (ratio, reason), names in methods.items()]
+
+
 def make_report(results: dict) -> str:
     """The results as Markdown: the tables, and how `ours` compares with `paper`."""
     parts = [f"Teacher {results['teacher']}, text {', '.join(results['data'])}."]
@@ -64,22 +72,33 @@ def make_report(results: dict) -> str:
         runs = [run for run in results["runs"] if run["table"] == name]
         if runs:
             parts += [f"## {title}", _format_table(runs, results["teacher_evaluations"])]
+    if results["left_out"]:
+        parts += ["## Left out", "\n".join(describe_left_out(results["left_out"]))]
     sentences = [describe(comparison) for comparison in results["tokens_to_reach_paper"]]
     if sentences:
-        parts += ["## Tokens to reach the paper's recipe", "\n".join(f"- {sentence}" for sentence in sentences)]
+        parts += ["## Tokens to reach `paper`", "\n".join(f"- {sentence}" for sentence in sentences)]
         parts += ["Read off the curve of the rows of `--curve-rows`, on straight lines between its points."]
     return "\n\n".join(parts) + "\n"
 
 
 def _format_table(runs: list[dict], teacher: dict) -> str:
     others = [name for name in teacher if name.startswith(("text ", "task "))]
-    header = ["ratio", "method", "steps", "perplexity", "agreement", "KL (nats)"]
+    header = ["ratio", "method", "steps", "rate", "perplexity", "agreement", "KL (nats)"]
     header += [name.removeprefix("text ").removeprefix("task ") for name in others]
-    lines = [[*header, "parameters", "KV bytes/token"], ["", "teacher", "", *_format_evaluations(teacher, others)]]
+    lines = [[*header, "parameters", "KV bytes/token"], ["", "teacher", "", "", *_format_evaluations(teacher, others)]]
     for run in runs:
-        steps = f"{run['distillation']['steps']:,}" if run["distillation"] is not None else ""
-        lines.append([str(run["ratio"]), run["method"], steps, *_format_evaluations(run["evaluations"], others)])
+        steps, rate = _format_training(run["distillation"])
+        lines.append([str(run["ratio"]), run["method"], steps, rate, *_format_evaluations(run["evaluations"], others)])
     return format_markdown(lines, left=1)
+
+
+def _format_training(distillation: dict | None) -> tuple[str, str]:
+    """Steps and peak learning rate: that of stage 2 where there is no other stage."""
+    if distillation is None:
+        return "", ""
+    on_text = distillation["stage2_steps"] == distillation["steps"]
+    rate = distillation["stage2_learning_rate" if on_text else "learning_rate"]
+    return f"{distillation['steps']:,}", f"{rate:g}"
 
 
 def _format_evaluations(evaluations: dict, others: list[str]) -> list[str]:

@@ -109,7 +109,7 @@ CONVERSION = {
     "student_parameters": 10,
     "teacher_kv_bytes_per_token": 8,
     "student_kv_bytes_per_token": 4,
-    "kl": {"copied": 0.5, "aligned": 0.25},
+    "kl": {"copied": 0.5, "aligned": 0.25},  # of 0.1.0
     "aligned": {"2": [0, 1]},
     "refitted": {},
     "teacher": {"name": "org/first", "repository": "org/first", "revision": "b" * 40},
@@ -127,7 +127,7 @@ def test_base_model_is_what_the_student_was_converted_from(folder, place):
     assert ModelCard(card).data.base_model == "org/first"
     assert f"made from\n[org/first](https://huggingface.co/org/first), revision `{'b' * 40}`, by" in card
     assert "Its teacher in distillation was another model, [org/teacher](https://huggingface.co/org/teacher)" in card
-    assert "0.5000 → 0.2500 heads aligned" in card and "The heads of echo layers were aligned" in card
+    assert "0.5000 → 0.2500 aligned (1 aligned)" in card and "The heads of echo layers were aligned" in card
     write(folder, "report.json", report_of(conversion=CONVERSION, teacher=CONVERSION["teacher"]))
     assert "another model" not in make_card(folder)
     assert ModelCard(make_card(folder, base_model="org/given")).data.base_model == "org/given"
@@ -186,7 +186,7 @@ def test_what_conversion_measured_outlives_a_separate_distill(tmp_path):
         ran = CliRunner().invoke(cli.app, command)
         assert ran.exit_code == 0, ran.output
     measured = json.loads((tmp_path / "student" / "conversion.json").read_text())
-    assert {*measured["kl"]} == {"copied", "refitted"} and measured["teacher"] == {"name": "teacher"}
+    assert {*measured["kl"]} == {"copied", "tuned"} and measured["teacher"] == {"name": "teacher"}
     assert json.loads((tmp_path / "output" / "report.json").read_text())["conversion"] == measured
     card = (tmp_path / "output" / "README.md").read_text()
     assert str(ConversionReport(**measured)) in card and "It was made from teacher by" in card

@@ -11,7 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 
 from echoatt_hf import EchoAttForCausalLM
-from echoatt_hf.modeling_echoatt import AttentionRecord, AttentionWeights, EchoRecords, find_attention_modules
+from echoatt_hf.modeling_echoatt import AttentionRecord, AttentionWeights, EchoRecords
+from echoatt_hf.models.families import find_attention_modules
 
 
 # Grouped, multi-query and plain heads; sliding windows; rotary embedding in part, learned positions; norms; experts.

@@ -36,8 +36,8 @@ from echoatt_hf import EchoAttForCausalLM, convert, load_model
 from echoatt_hf.distillation.adapters import add_lora, merge_lora
 from echoatt_hf.distillation.losses import relative_distance
 from echoatt_hf.distillation.trainer import EchoAttTrainer, EchoAttTrainingArguments
-from echoatt_hf.modeling_echoatt import find_attention_modules
 from echoatt_hf.models import heads
+from echoatt_hf.models.families import find_attention_modules
 from echoatt_hf.text.rows import collate_rows
 
 

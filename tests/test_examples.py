@@ -5,6 +5,7 @@ import json
 import signal
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,11 @@ from processes import run_python
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from echoatt_hf import EchoAttConfig, EchoAttForCausalLM, SharingPlan
+
+from echoatt_hf import SharingPlan
+from echoatt_hf.analysis.similarity import AttentionSimilarity
+from echoatt_hf.planning.paper import plan_like_paper
+from echoatt_hf.settings import DistillationSettings
 
 
 ROOT = Path(__file__).parents[1]
@@ -120,7 +126,8 @@ def test_a_study_measures_every_method(study):
     main += ["KV sharing untrained", "KV sharing"]
     main += [f"random plan {seed}{state}" for seed in range(3) for state in (" untrained", "")]
     levers = ["copied", "aligned", "refitted", "both"]
-    starts = [f"blocks, {lever}" for lever in levers] + ["similarity, copied"] + [f"effect, {each}" for each in levers]
+    starts = [f"paper, {lever}" for lever in levers] + ["spread, copied", "similarity, copied"]
+    starts += [f"effect, {lever}" for lever in levers]
     ablation = [start + state for start in starts for state in ("", ", 2 steps")]
     assert [run["method"] for run in results["runs"]] == main + ablation
     cells = [line.split("|")[2].strip() for line in table.splitlines() if line.startswith("|")]
@@ -132,7 +139,24 @@ def test_a_study_measures_every_method(study):
     paper, ours, on_text = (entry_of(results, method) for method in ("paper", "ours", "cross-entropy"))
     assert [tokens for tokens, _ in paper["curve"]] == [0, 64, 128, 192]  # steps of 2 rows of 16 tokens
     assert paper["curve"][0][1] == entry_of(results, "none")["evaluations"]["curve"]["perplexity"]
-    assert paper["distillation"]["stage2_steps"] == 1 and on_text["distillation"]["stage2_steps"] == 6
+    assert on_text["distillation"]["stage2_steps"] == 6
+    recipe = DistillationSettings(
+        recipe="paper", steps=6, learning_rate=2e-3, batch_size=2, save_steps=1, eval_steps=2
+    )
+    assert paper["distillation"] == json.loads(json.dumps(asdict(recipe)))
+    assert ours["distillation"]["recipe"] == "default"
+    # Neither has blocks at whose ends hidden states could be compared.
+    for method in ("KV sharing", "layer dropping"):
+        assert entry_of(results, method)["distillation"] == paper["distillation"] | {"hidden_weight": 0.0}
+    similarity = AttentionSimilarity.from_json(folder / "whole" / "analysis" / "similarity.json").flattened.tolist()
+    assert paper["plan"] == list(plan_like_paper(similarity, 0.33))
+    spread = entry_of(results, "spread, copied")["plan"]
+    assert spread == list(SharingPlan.from_ratio(6, 0.33)) and spread != paper["plan"]
+    rates = {
+        line.split("|")[2].strip(): line.split("|")[4].strip() for line in table.splitlines() if line.startswith("|")
+    }
+    assert [rates[method] for method in ("none", "paper", "cross-entropy", "ours")] == ["", "0.002", "0.002", "0.002"]
+    assert results["left_out"] == [] and "Left out" not in table
     assert paper["plan"] == on_text["plan"] == entry_of(results, "KV sharing")["plan"]
     assert ours["plan"] == entry_of(results, "effect, copied")["plan"]
     assert set(ours["evaluations"]) == {"held-out", "curve", "text zero", "task pairs"}
@@ -145,6 +169,31 @@ def test_a_study_measures_every_method(study):
     assert echo["kv_bytes_per_token"] == total * 5 // 6 and sharing["kv_bytes_per_token"] == total * 4 // 6
     student = AutoModelForCausalLM.from_pretrained(folder / "whole" / "0.33" / "layer-dropping" / "paper" / "student")
     assert student.num_parameters() == dropped["parameters"] and student.config.num_hidden_layers == 5
+
+
+def test_a_study_says_where_the_paper_has_no_plan(study, example, monkeypatch):
+    folder, run = study
+    make_teacher(num_hidden_layers=8, vocab_size=300).save_pretrained(folder / "deeper")
+    AutoTokenizer.from_pretrained(folder / "teacher").save_pretrained(folder / "deeper")
+    # The last three layers are unlike the others and kept, and the first one has no source: four can echo, not five.
+    unlike = [[1.0 if i == j else 0.1 if max(i, j) > 4 else 0.9 for j in range(8)] for i in range(8)]
+    measured = AttentionSimilarity(None, 1, *2 * [torch.tensor(unlike, dtype=torch.float64)])
+    monkeypatch.setattr(example("reproduce_paper"), "measure_on_rows", lambda *args, **kwargs: measured)
+    methods = ["none", "paper", "layer dropping", "random plan"]
+    arguments = ["--output", "deep", "--teacher", "deeper", "--methods", *methods, "--ratios", "0.5", "0.62"]
+    results = run(*arguments, "--baseline-ratios", "0.62")
+    assert [(each["ratio"], each["method"]) for each in results["left_out"]] == [
+        (0.62, method) for method in ("none", "paper", "layer dropping untrained", "layer dropping")
+    ]
+    made = [(each["ratio"], each["method"]) for each in results["runs"]]
+    assert (
+        made[:2] == [(0.5, "none"), (0.5, "paper")] and len(made) == 8 and made[2] == (0.62, "random plan 0 untrained")
+    )
+    table = (folder / "deep" / "results.md").read_text()
+    assert (
+        "- Ratio 0.62, `none`, `paper`, `layer dropping untrained`, `layer dropping`: ratio 0.62 of 8 layers" in table
+    )
+    assert "the layers [5, 6, 7] are kept" in table
 
 
 def test_a_study_that_is_done_is_left_alone(study):

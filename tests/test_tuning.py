@@ -11,7 +11,8 @@ from echoatt_hf.analysis.similarity import measure_attention_similarity
 from echoatt_hf.conversion import regression, tuning
 from echoatt_hf.conversion.pairs import TunedPairs, sample_gradients
 from echoatt_hf.conversion.tuning import refit_outputs, tune_student
-from echoatt_hf.modeling_echoatt import EchoRecords, find_attention_modules, find_output_projection
+from echoatt_hf.modeling_echoatt import EchoRecords
+from echoatt_hf.models.families import find_attention_modules, find_output_projection
 
 
 def make_rows(count, length=16, seed=0):
@@ -243,6 +244,7 @@ def test_expected_effects_as_by_hand(family, monkeypatch):
     monkeypatch.setattr(torch, "multinomial", lambda probs, samples, **_: next(drawn)[:, None].expand(-1, samples))
     trainable = [parameter.requires_grad for parameter in teacher.parameters()]
     gradients = sample_gradients(teacher, [BatchEncoding({"input_ids": ids})], [echo for echo, _ in pairs], samples=2)
+    assert torch.is_grad_enabled()  # the training that follows needs them
     assert [parameter.requires_grad for parameter in teacher.parameters()] == trainable
     found = tuned.effects(pairs, [BatchEncoding({"input_ids": ids})], gradients)
 

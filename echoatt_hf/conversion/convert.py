@@ -72,12 +72,13 @@ class ConversionReport:
         )
 
     def _describe_tuning(self) -> list[str]:
-        if "tuned" not in self.kl:
-            return [f"KL           {value:.4f} nats per token" for value in self.kl.values()]
+        if not self.kl:
+            return []
+        values = [f"{value:.4f} {name}" if name != "copied" else f"{value:.4f}" for name, value in self.kl.items()]
         counts = {"aligned": len(self.aligned), "refitted": len(self.refitted)}
         layers = ", ".join(f"{count} {name}" for name, count in counts.items() if count)
-        kept = f"of its echo layers {layers}" if layers else "not kept"
-        return [f"KL           {self.kl['copied']:.4f} → {self.kl['tuned']:.4f} tuned ({kept}), nats per token"]
+        kept = f" ({layers or 'not kept'})" if len(values) > 1 else ""
+        return [f"KL           {' → '.join(values)}{kept} nats per token"]
 
 
 def convert(

@@ -303,7 +303,7 @@ class _Measure:
                 if first:
                     kept, outputs = self._kept[index]
                     output = outputs[first - 1]
-                    records = kept.below(first)
+                    records.by_layer |= {layer: kept.by_layer[layer] for layer in kept.by_layer if layer < first}
                 with starting_at(self._layers, first, output):
                     logits = predict(self._teacher, self._head, batch, echo_records=records)
                 total += sum_predictions(logits, expected, batch["input_ids"])[1].item()
