@@ -1,8 +1,9 @@
 """
 EchoAtt for Hugging Face: layers of a decoder language model share their attention.
 
-Importing the package registers the architecture with the Auto classes of transformers, and with PEFT. All names below are
-imported when they are first used.
+Importing the package makes the architecture known to the Auto classes of transformers and to PEFT: it registers the
+configuration, and the first configuration that is made registers the models. All names below are imported when they are
+first used.
 """
 
 import importlib

@@ -1,13 +1,14 @@
 """Configuration of an EchoAtt model: the base family's own configuration and the sharing plan."""
 
 import difflib
+import sys
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING, AutoConfig, PreTrainedConfig
 
 
-ECHOATT_VERSION = "0.1.0.dev0"
+ECHOATT_VERSION = "0.2.0"
 
 ECHO_DECODES = ("auto", "weights", "replay")
 
@@ -16,22 +17,7 @@ TYPES_WITHOUT_ATTENTION = ("linear_attention", "conv", "mamba", "moe")
 
 
 def check_echo_sources(echo_sources: list[int], num_layers: int, layer_types: list[str] | None = None) -> None:
-    """
-    Check that `echo_sources` is a sharing plan for a model of `num_layers` layers.
-
-    Args:
-        echo_sources (`list[int]`):
-            For each layer the 0-based index of the layer whose attention weights it uses, its own index for source
-            and plain layers.
-        num_layers (`int`):
-            Layers of the model.
-        layer_types (`list[str]`, *optional*):
-            Attention type of each layer, for families that mix them.
-
-    Raises:
-        `ValueError`: wrong length, a source that follows its echo or is itself an echo, mixed layer types, or one
-            without attention.
-    """
+    """Raise `ValueError` if `echo_sources` is no sharing plan for that many layers, of those types."""
     if not isinstance(echo_sources, (list, tuple)):
         raise ValueError(f"echo_sources is {echo_sources!r}; it must be a list of layer indices, one for each layer.")
     if len(echo_sources) != num_layers:
@@ -39,64 +25,47 @@ def check_echo_sources(echo_sources: list[int], num_layers: int, layer_types: li
             f"echo_sources has {len(echo_sources)} entries for {num_layers} layers: give one source index per layer, "
             "a layer's own index where it computes its own attention."
         )
+    types = layer_types or [None] * num_layers
     for layer, source in enumerate(echo_sources):
+        entry = f"echo_sources[{layer}] is {source!r}"
         if isinstance(source, bool) or not isinstance(source, int):
-            raise ValueError(f"echo_sources[{layer}] is {source!r}; it must be a layer index (an integer).")
+            raise ValueError(f"{entry}; it must be a layer index (an integer).")
         if not 0 <= source <= layer:
-            raise ValueError(
-                f"echo_sources[{layer}] is {source}; a layer can echo itself or an earlier layer, 0 to {layer}."
-            )
+            raise ValueError(f"{entry}; a layer can echo itself or an earlier layer, 0 to {layer}.")
         if echo_sources[source] != source:
             raise ValueError(
-                f"echo_sources[{layer}] is {source}, but layer {source} is itself an echo of layer "
-                f"{echo_sources[source]}: a source must compute its own attention. Use {echo_sources[source]} instead."
+                f"{entry}, but layer {source} is itself an echo of layer {echo_sources[source]}: a source must compute "
+                f"its own attention. Use {echo_sources[source]} instead."
             )
-        if layer_types is not None and layer_types[layer] != layer_types[source]:
+        if types[layer] != types[source]:
             raise ValueError(
-                f"echo_sources[{layer}] is {source}, but layer {layer} is of type {layer_types[layer]!r} and layer "
-                f"{source} of type {layer_types[source]!r}: an echo must have the type of its source."
+                f"{entry}, but layer {layer} is of type {types[layer]!r} and layer {source} of type {types[source]!r}: "
+                "an echo must have the type of its source."
             )
-        if layer_types is not None and source != layer and layer_types[layer] in TYPES_WITHOUT_ATTENTION:
+        if source != layer and types[layer] in TYPES_WITHOUT_ATTENTION:
             raise ValueError(
-                f"echo_sources[{layer}] is {source}, but these layers are of type {layer_types[layer]!r}, which has no "
-                "attention weights to share: leave them plain."
+                f"{entry}, but these layers are of type {types[layer]!r}, which has no attention weights to share: "
+                "leave them plain."
             )
 
 
 def check_base_family(config: PreTrainedConfig) -> None:
-    """
-    Check that a configuration is that of a decoder language model.
-
-    Args:
-        config (`PreTrainedConfig`):
-            Configuration of a teacher.
-
-    Raises:
-        `ValueError`: it is an encoder, an encoder-decoder, has no causal language model in transformers, or no attention.
-    """
+    """Raise `ValueError` if a configuration is not that of a decoder language model with attention to share."""
     # Encoders have a causal language model too, for use inside of encoder-decoders.
     is_encoder = type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False)
+    layer_types, reason = getattr(config, "layer_types", None), None
     if config.is_encoder_decoder or is_encoder or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise ValueError(
-            f"The model is of type {config.model_type!r}, not a decoder language model: EchoAtt needs a causal "
-            "language model, such as llama, qwen3 or mistral."
+        reason = (
+            "not a decoder language model: EchoAtt needs a causal language model, such as llama, qwen3 or mistral."
         )
-    inner = config.get_text_config()
-    if inner is not config:
-        raise ValueError(
-            f"The model is of type {config.model_type!r}, which holds a language model of type {inner.model_type!r} "
-            "beside others: give that one."
-        )
-    layer_types = getattr(config, "layer_types", None)
-    if layer_types and {*layer_types} <= {*TYPES_WITHOUT_ATTENTION}:
-        raise ValueError(
-            f"The model is of type {config.model_type!r}, none of whose layers has attention weights to share."
-        )
-    if getattr(config, "is_heterogeneous", False):
-        raise ValueError(
-            f"The model is of type {config.model_type!r}, whose layers have configurations of their own, which EchoAtt "
-            "does not support."
-        )
+    elif (inner := config.get_text_config()) is not config:
+        reason = f"which holds a language model of type {inner.model_type!r} beside others: give that one."
+    elif layer_types and {*layer_types} <= {*TYPES_WITHOUT_ATTENTION}:
+        reason = "none of whose layers has attention weights to share."
+    elif getattr(config, "is_heterogeneous", False):
+        reason = "whose layers have configurations of their own, which EchoAtt does not support."
+    if reason is not None:
+        raise ValueError(f"The model is of type {config.model_type!r}, {reason}")
 
 
 @strict
@@ -149,13 +118,16 @@ class EchoAttConfig(PreTrainedConfig):
     echo_decode: Any = "auto"
     echoatt_version: str | None = None
 
+    def __new__(cls, *args, **kwargs):
+        _register_models()  # here, as unpickling does not call `__post_init__`
+        return super().__new__(cls)
+
     def __post_init__(self, **kwargs):
         own_version = self.echoatt_version or ECHOATT_VERSION
-        _check_unknown_fields(kwargs, own_version)
         text_config = _resolve_text_config(self.text_config)
         if kwargs.get("tie_word_embeddings") is text_config.tie_word_embeddings:  # as `to_dict` says it
             del kwargs["tie_word_embeddings"]
-        _check_misplaced_fields(kwargs, text_config)
+        _check_fields(kwargs, text_config, own_version)
         # The base class looks for fields of other families on `self`; it must not find those of `text_config`.
         self.text_config = None
         super().__post_init__(**kwargs)
@@ -227,26 +199,29 @@ _OWN_NAMES = {
 }
 
 
-def _check_unknown_fields(kwargs: dict, version: str) -> None:
-    for name in kwargs:
+def _register_models() -> None:
+    """Register the model classes, which take seconds to import, where the package is imported and not this file alone."""
+    registration = sys.modules.get("echoatt_hf.registration")
+    if registration is not None:
+        registration.register_models()
+
+
+def _check_fields(fields: dict[str, Any], text_config: PreTrainedConfig, version: str) -> None:
+    """Check that the fields that this class does not declare are neither misspelt nor those of `text_config`."""
+    inherited = {*type(text_config).__dataclass_fields__, *text_config.attribute_map} - _OWN_NAMES
+    for name in fields:
         near = difflib.get_close_matches(name, _OWN_FIELDS, n=1, cutoff=0.75)
         if near or name.startswith("echo"):
             hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(_OWN_FIELDS)}."
-            newer = (
-                f" The configuration was written by echoatt_hf {version}, this is {ECHOATT_VERSION}: upgrade it."
-                if version != ECHOATT_VERSION
-                else ""
-            )
-            raise ValueError(f"EchoAttConfig has no field {name!r}: {hint}{newer}")
-
-
-def _check_misplaced_fields(kwargs: dict, text_config: PreTrainedConfig) -> None:
-    known = {*type(text_config).__dataclass_fields__, *text_config.attribute_map}
-    for name in kwargs:
-        if name in known and not hasattr(PreTrainedConfig, name) and name not in _OWN_NAMES:
-            raise ValueError(
-                f"EchoAttConfig has no field {name!r}: it belongs to the base family, set it in text_config."
-            )
+            if version != ECHOATT_VERSION:
+                hint += (
+                    f" The configuration was written by echoatt_hf {version}, this is {ECHOATT_VERSION}: upgrade it."
+                )
+        elif name in inherited and not hasattr(PreTrainedConfig, name):
+            hint = "it belongs to the base family, set it in text_config."
+        else:
+            continue
+        raise ValueError(f"EchoAttConfig has no field {name!r}: {hint}")
 
 
 def _resolve_text_config(text_config: Any) -> PreTrainedConfig:

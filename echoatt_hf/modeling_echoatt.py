@@ -2,26 +2,23 @@
 EchoAtt models: layers of a decoder language model share their attention weights, by record and replay.
 
 Every modern family of transformers calls its attention through the attention interface, as `(module, query, key,
-value, mask, **kwargs)`. A source layer runs the family's own attention; the call it makes is recorded after rotary
-embedding, norms and cache update. An echo layer has no query and key projection: it projects its own values and
-replays the recorded call with them, in whatever implementation the user chose. That is the same as reusing the source's
-attention weights A = softmax(Q Kᵀ / sqrt(d) + mask), O = A · V_own · W_o, but never keeps a T x T matrix.
+value, mask, **kwargs)`. A source layer runs the family's own attention, and its call is recorded after rotary embedding,
+norms and cache update. An echo layer has no query and key projection: it replays the call with its own values, in
+whatever implementation the user chose. That is the same as reusing the source's attention weights,
+A = softmax(Q Kᵀ / sqrt(d) + mask), O = A · V_own · W_o, but never keeps a T x T matrix.
 
-Where the source has A at hand, it records A itself, and an echo is one product with its values: it reads no keys and
-computes no softmax. That is so in eager attention, which is the paper's setting, and when one token is decoded, where A
-is no more than a vector for each head.
+Where the source has A at hand, it records A itself, and an echo is one product with its values. That is so in eager
+attention, the paper's setting, and when one token is decoded, where A is a vector for each head.
 
 Source: EchoAtt, arXiv 2409.14595, section 3 (shared attention layers inherit all but the query and key projections).
 """
 
-import copy
 import functools
-import inspect
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any
 
 import torch
@@ -47,41 +44,29 @@ from .configuration_echoatt import EchoAttConfig
 
 RECORD_ATTENTION = "echoatt_record"
 
+AttentionOutput = tuple[torch.Tensor, torch.Tensor | None]
+"""Output of an attention `(B, T, H, D)` and, in eager mode, its weights `(B, H, T, S)`."""
+
 # How the families lay out their attention. What makes queries and keys, and what else goes into the attention weights:
 # an echo layer does without.
 _QUERY_KEY_MODULES = (
-    "q_proj",
-    "k_proj",
-    "q_norm",
-    "k_norm",
-    "q_layernorm",
-    "k_layernorm",
-    "query_layernorm",
-    "key_layernorm",
-    "qk_norm",
-    "sinks",
+    *("q_proj", "k_proj", "q_norm", "k_norm", "q_layernorm", "k_layernorm"),
+    *("query_layernorm", "key_layernorm", "qk_norm", "sinks"),
 )
 # Projections that make several things at once, and the projection that an echo layer keeps of them.
 FUSED_MODULES = {"qkv_proj": "v_proj", "c_attn": "v_proj", "query_key_value": "v_proj", "q_proj": "gate_proj"}
 PROJECTIONS = ("v_proj", *FUSED_MODULES)
 """Names under which the families project queries and values, whole or fused."""
-_OUTPUT_MODULES = ("o_proj", "dense", "out_proj", "c_proj")
+OUTPUT_MODULES = ("o_proj", "dense", "out_proj", "c_proj")
 _GATE_MODULES = ("gate_proj", "g_proj")
 _DROPOUT_MODULES = ("attn_dropout", "attention_dropout", "resid_dropout")
-
+KNOWN_MODULES = {*_QUERY_KEY_MODULES, *PROJECTIONS, *OUTPUT_MODULES, *_GATE_MODULES, *_DROPOUT_MODULES}
 
 # Arguments of an attention call that say nothing about the attention of one token to those before it, but for `scaling`.
 _PLAIN_ARGUMENTS = {
-    "cache_position",
-    "dropout",
-    "is_causal",
-    "output_attentions",
-    "output_hidden_states",
-    "output_router_logits",
-    "position_ids",
-    "scaling",
+    *("cache_position", "dropout", "is_causal", "output_attentions", "output_hidden_states", "output_router_logits"),
+    *("position_ids", "scaling", "use_cache"),
     "sliding_window",  # the mask has it
-    "use_cache",
 }
 
 REENTRANT_ERROR = (
@@ -92,21 +77,15 @@ REENTRANT_ERROR = (
 
 class View:
     """
-    What a family's code sees of an object in whose place something else has to be: all of it but a few attributes.
+    What other code sees in place of an object: the object, but for a few attributes.
 
-    A source layer sees its configuration, in which attention goes through the recorder. An attention function sees the
-    module, with the configuration that names the implementation the user chose, and in an echo layer the sinks of its
-    source.
-
-    Args:
-        viewed (`Any`): the object.
-        attributes: what differs.
+    A source layer sees its configuration with the recorder as attention implementation. An attention function sees the
+    module with the configuration that names the implementation the user chose, and in an echo layer with the sinks of
+    its source.
     """
 
     def __init__(self, viewed: Any, **attributes):
-        self.viewed = viewed
-        for name, value in attributes.items():
-            setattr(self, name, value)
+        vars(self).update(attributes, viewed=viewed)
 
     def __getattr__(self, name: str):
         if name == "viewed" or name.startswith("__"):
@@ -122,33 +101,16 @@ def view_attention(attention: nn.Module, **attributes) -> View:
 
 @dataclass
 class AttentionRecord:
-    """
-    The attention call of a source layer, without its values.
+    """The attention call of a source layer, without its values."""
 
-    Args:
-        implementation (`str`):
-            The attention implementation the user chose.
-        query (`torch.Tensor` of shape `(B, H, T, D)`):
-            Queries, after rotary embedding.
-        key (`torch.Tensor` of shape `(B, H_kv, S, D)`):
-            Keys, after rotary embedding and cache update.
-        attention_mask (`torch.Tensor` or `None`):
-            Mask as the attention implementation takes it.
-        kwargs (`dict`):
-            Further keyword arguments of the call: scaling, dropout, window, soft cap.
-    """
+    implementation: str  # the one the user chose
+    query: torch.Tensor  # (B, H, T, D), after rotary embedding
+    key: torch.Tensor  # (B, H_kv, S, D), after rotary embedding and cache update
+    attention_mask: Any  # as the implementation takes it
+    kwargs: dict[str, Any]  # scaling, dropout, window, soft cap
 
-    implementation: str
-    query: torch.Tensor
-    key: torch.Tensor
-    attention_mask: Any
-    kwargs: dict[str, Any]
-
-    def attend(self, module: nn.Module, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """
-        Run the call with the values `(B, H_kv, S, D)` of `module`. Returns the output `(B, T, H, D)` and, in eager mode,
-        the attention weights `(B, H, T, S)`.
-        """
+    def attend(self, module: nn.Module, value: torch.Tensor) -> AttentionOutput:
+        """Run the call with values `(B, H_kv, S, D)` of `module`."""
         attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.implementation, module.eager_attention)
         sinks = self.kwargs.get("s_aux")
         view = view_attention(module, **({} if sinks is None else {"sinks": sinks}))
@@ -181,35 +143,24 @@ class AttentionRecord:
     def to(self, device: torch.device) -> "AttentionRecord":
         if self.query.device == device:
             return self
+
+        def move(value: Any) -> Any:
+            return value.to(device) if hasattr(value, "to") else value
+
+        kwargs = {name: move(value) for name, value in self.kwargs.items()}
         return AttentionRecord(
-            self.implementation,
-            self.query.to(device),
-            self.key.to(device),
-            _move(self.attention_mask, device),
-            {name: _move(value, device) for name, value in self.kwargs.items()},
+            self.implementation, move(self.query), move(self.key), move(self.attention_mask), kwargs
         )
-
-
-def _move(value: Any, device: torch.device) -> Any:
-    return value.to(device) if hasattr(value, "to") else value
 
 
 @dataclass
 class AttentionWeights:
-    """
-    The attention weights of a source layer, in place of its call.
+    """The attention weights of a source layer, in place of its call."""
 
-    Args:
-        weights (`torch.Tensor` of shape `(B, H, T, S)`):
-            Attention weights.
-        is_eager (`bool`):
-            Whether they are an output of the attention.
-    """
+    weights: torch.Tensor  # (B, H, T, S)
+    is_eager: bool  # whether they are an output of the attention
 
-    weights: torch.Tensor
-    is_eager: bool
-
-    def attend(self, module: nn.Module, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def attend(self, module: nn.Module, value: torch.Tensor) -> AttentionOutput:
         """As [`AttentionRecord.attend`]."""
         batch, heads, tokens, length = self.weights.shape
         # A value head is read once for all the query heads of its group.
@@ -225,25 +176,23 @@ class EchoRecords:
     """
     What is kept of the attention of source layers in one forward pass, by the index of the layer.
 
-    Made new for each forward pass of the decoder and handed down to the layers as a keyword argument, so that no state
-    stays on modules. Deliberately not a `dict`: FSDP2 rebuilds dicts it finds among the arguments, and the layers must all
-    see the same object. For the same reason `to` returns the object itself; a record moves when an echo on another device
-    reads it.
+    Each forward pass of the decoder makes its own and hands it down to the layers as a keyword argument, so that no
+    state stays on modules. It is not a `dict` because FSDP2 rebuilds the dicts among the arguments, and all layers must
+    see the same object. So `to` returns the object itself: a record moves when an echo on another device reads it.
 
-    Args:
-        decode (`str`, *optional*, defaults to `"replay"`):
-            `echo_decode` of the configuration.
+    `decode` is `echo_decode` of the configuration. `last_echoes` has for sources the last layer that reads their record,
+    which then goes: of a long prompt it is as large as what the cache holds of the layer, or larger. With gradients all
+    records stay, as a backward pass may compute layers again.
     """
 
-    def __init__(self, decode: str = "replay"):
-        self._records: dict[int, AttentionRecord | AttentionWeights] = {}
+    def __init__(self, decode: str = "replay", last_echoes: dict[int, int] | None = None):
+        self.by_layer: dict[int, AttentionRecord | AttentionWeights] = {}
+        self._last_echoes = last_echoes or {}
         self._grad_enabled = torch.is_grad_enabled()
         self._decode = decode
 
-    def record(
-        self, call: AttentionRecord, module: nn.Module, value: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Run the call of a source layer and keep it, or its attention weights. Returns as [`AttentionRecord.attend`]."""
+    def record(self, call: AttentionRecord, module: nn.Module, value: torch.Tensor) -> AttentionOutput:
+        """Run the call of a source layer and keep it, or its attention weights."""
         if self._grad_enabled and not torch.is_grad_enabled():
             raise ValueError(REENTRANT_ERROR)
         kept, is_one_token = call, call.query.shape[2] == 1
@@ -258,23 +207,15 @@ class EchoRecords:
         found = kept.attend(module, value)
         if self._decode != "replay" and makes_weights:
             kept = AttentionWeights(found[1], is_eager=True)
-        self._records[module.layer_idx] = kept
+        self.by_layer[module.layer_idx] = kept
         return found
 
-    def below(self, layer: int) -> "EchoRecords":
-        """New records with those of the layers below one."""
-        records = EchoRecords(self._decode)
-        records._records = {each: record for each, record in self._records.items() if each < layer}
-        return records
-
-    def keep(self, layer: int, record: AttentionRecord | AttentionWeights) -> None:
-        """Keep a record of elsewhere as that of a source layer."""
-        self._records[layer] = record
-
-    def get(self, layer: int, device: torch.device) -> AttentionRecord | AttentionWeights:
+    def get(self, layer: int, device: torch.device, echo: int | None = None) -> AttentionRecord | AttentionWeights:
         # Where it was needed once it stays: the echoes of a block mostly lie on one device.
-        self._records[layer] = self._records[layer].to(device)
-        return self._records[layer]
+        record = self.by_layer[layer] = self.by_layer[layer].to(device)
+        if echo is not None and echo == self._last_echoes.get(layer) and not self._grad_enabled:
+            del self.by_layer[layer]
+        return record
 
     def to(self, *args, **kwargs) -> "EchoRecords":
         return self
@@ -289,10 +230,9 @@ def _not_plain_error(layer: int, record: AttentionRecord) -> str:
     )
 
 
-def _give_records(
-    config: EchoAttConfig, module: nn.Module, args: tuple, kwargs: dict[str, Any]
-) -> tuple[tuple, dict[str, Any]]:
-    return args, {"echo_records": EchoRecords(config.echo_decode)} | kwargs
+def _give_records(config: EchoAttConfig, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    last_echoes = {config.echo_sources[layer]: layer for layer in config.echo_layers}
+    return args, {"echo_records": EchoRecords(config.echo_decode, last_echoes)} | kwargs
 
 
 def record_attention(
@@ -303,23 +243,8 @@ def record_attention(
     attention_mask: Any,
     echo_records: EchoRecords | None = None,
     **kwargs,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """
-    Attention function of source layers: record the call, and run it in the implementation the user chose.
-
-    Args:
-        module (`nn.Module`):
-            Attention module of the family.
-        query (`torch.Tensor` of shape `(B, H, T, D)`), key and value (`torch.Tensor` of shape `(B, H_kv, S, D)`):
-            As the family hands them to the attention interface.
-        attention_mask (`torch.Tensor` or `None`):
-            As the implementation takes it.
-        echo_records (`EchoRecords`):
-            Where the call is recorded.
-
-    Returns:
-        `tuple`: output `(B, T, H, D)` and, in eager mode, the attention weights `(B, H, T, S)`.
-    """
+) -> AttentionOutput:
+    """Attention function of source layers: record the call, and run it in the implementation the user chose."""
     if echo_records is None:
         raise ValueError(
             f"EchoAtt does not support the family {module.config.model_type!r} yet: its layers do not hand keyword "
@@ -334,7 +259,7 @@ AttentionInterface.register(RECORD_ATTENTION, record_attention)
 
 def _cache_values(cache: Cache, value: torch.Tensor, layer: int) -> torch.Tensor:
     """
-    Append the values of an echo layer to the cache and return all it has.
+    Append the values `(B, H_kv, T, D)` of an echo layer to the cache and return all it has, `(B, H_kv, S, D)`.
 
     They go where caches expect keys, of which an echo has none: lengths, cropping and beam reordering are all taken
     from that slot. The other slot stays empty where the cache lets it.
@@ -362,21 +287,22 @@ class EchoAttention:
         past_key_values: Cache | None = None,
         layer_past: Cache | None = None,
         **kwargs,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        record = echo_records.get(self.echo_source, hidden_states.device)
-        input_shape = hidden_states.shape[:-1]
-        value = self.v_proj(hidden_states)
+    ) -> AttentionOutput:
+        record = echo_records.get(self.echo_source, hidden_states.device, self.layer_idx)
+        input_shape = hidden_states.shape[:-1]  # (B, T)
+        value = self.v_proj(hidden_states)  # (B, T, H_kv · D)
         if self.echo_clip is not None:
             value = value.clamp(-self.echo_clip, self.echo_clip)
-        value = value.view(*input_shape, -1, self.echo_head_dim).transpose(1, 2)
+        value = value.view(*input_shape, -1, self.echo_head_dim).transpose(1, 2)  # (B, H_kv, T, D)
         cache = past_key_values if layer_past is None else layer_past
         if cache is not None:
-            value = _cache_values(cache, value, self.layer_idx)
-        output, weights = record.attend(self, value)
+            value = _cache_values(cache, value, self.layer_idx)  # (B, H_kv, S, D)
+        output, weights = record.attend(self, value)  # (B, T, H, D), (B, H, T, S) or None
         if self.echo_gate is not None:
-            gate = getattr(self, self.echo_gate)(hidden_states).sigmoid()
-            output = output * gate.view(*output.shape[:3], -1)  # for each feature, or for each head
-        output = getattr(self, self.echo_output)(output.reshape(*input_shape, -1).contiguous())
+            gate = getattr(self, self.echo_gate)(hidden_states).sigmoid()  # (B, T, H · D) or (B, T, H)
+            output = output * gate.view(*output.shape[:3], -1)
+        output = output.reshape(*input_shape, -1).contiguous()  # (B, T, H · D)
+        output = getattr(self, self.echo_output)(output)  # (B, T, hidden size)
         if self.echo_dropout:
             output = nn.functional.dropout(output, self.echo_dropout, self.training)
         return output, weights
@@ -397,146 +323,69 @@ def _rebuild_echo_attention(attention_class: type[nn.Module]) -> nn.Module:
     return echo_class.__new__(echo_class)
 
 
-def find_attention_modules(model: nn.Module, needed: Iterable[int] = ()) -> dict[int, nn.Module]:
-    """
-    The attention modules of a decoder whose weights can be shared.
-
-    Args:
-        model (`nn.Module`):
-            Model of a family of transformers.
-        needed (iterable of `int`, *optional*):
-            Layers that must have one. Others may do without, such as the recurrent layers of a hybrid.
-
-    Returns:
-        `dict[int, nn.Module]`: attention modules by layer, in the order of layers.
-
-    Raises:
-        `ValueError`: a layer that needs one, or every layer, has no attention or one that cannot be shared.
-    """
-    found, reasons = {}, {}
-    for module in model.modules():
-        if hasattr(module, "layer_idx") and any(hasattr(module, name) for name in PROJECTIONS):
-            reason = _unsupported_reason(module)
-            if reason is None:
-                found.setdefault(module.layer_idx, module)
-            else:
-                reasons.setdefault(module.layer_idx, f"its attention {type(module).__name__} {reason}")
-    missing = [layer for layer in needed if layer not in found]
-    if missing or not found:
-        which = f"its layer {missing[0]}" if missing and found else "it"
-        reason = f"{which} has no attention with query, key and value projections, separate or fused"
-        if not found and reasons:
-            reason = next(iter(reasons.values()))
-        elif missing and missing[0] in reasons:
-            reason = reasons[missing[0]]
-        family = getattr(model.config, "model_type", type(model).__name__)
-        raise ValueError(f"EchoAtt does not support the family {family!r} yet: {reason}.")
-    return dict(sorted(found.items()))
-
-
-def find_decoder(model: nn.Module) -> PreTrainedModel:
-    """
-    The innermost model of a decoder language model, which calls the layers.
-
-    Args:
-        model (`nn.Module`):
-            Model of a family of transformers, or what holds one.
-    """
-    return [module for module in model.modules() if isinstance(module, PreTrainedModel)][-1]
-
-
-def find_output_projection(attention: nn.Module) -> nn.Module:
-    """
-    The output projection of an attention module.
-
-    Args:
-        attention (`nn.Module`):
-            Attention module, as returned by [`find_attention_modules`].
-    """
-    return getattr(attention, _output_name(attention))
-
-
-def _output_name(attention: nn.Module) -> str:
-    return next(name for name in _OUTPUT_MODULES if hasattr(attention, name))
-
-
-def _unsupported_reason(attention: nn.Module) -> str | None:
-    """Why an attention module does more than an echo layer can take over, or `None` if it does not."""
-    if _eager_attention(attention) is None:
-        return "does not call the attention interface of transformers"
-    known = {*_QUERY_KEY_MODULES, *PROJECTIONS, *_OUTPUT_MODULES, *_GATE_MODULES, *_DROPOUT_MODULES}
-    unknown = [name for name, _ in attention.named_children() if name not in known]
-    if unknown:
-        return f"has the modules {', '.join(unknown)}"
-    if not any(hasattr(attention, name) for name in _OUTPUT_MODULES):
-        return f"has no output projection named {' or '.join(_OUTPUT_MODULES)}"
-    parameters = [name for name, _ in attention.named_parameters(recurse=False) if name not in known]
-    if parameters:
-        return f"has parameters of its own: {', '.join(parameters)}"
-    if all(name == "q_proj" for name in PROJECTIONS if hasattr(attention, name)):
-        return "has no value projection"
-    return None
-
-
-def find_fused_modules(attention: nn.Module) -> list[str]:
-    """Names of the projections that make several things at once, one of which an echo layer keeps."""
-    names = [name for name in FUSED_MODULES if hasattr(attention, name)]
-    if "q_proj" in names and attention.q_proj.out_features != 2 * count_query_features(attention):
-        names.remove("q_proj")  # queries alone
-    return names
-
-
-def _head_dim(attention: nn.Module) -> int:
-    return attention.head_dim if hasattr(attention, "head_dim") else attention.head_size
-
-
-def count_query_features(attention: nn.Module) -> int:
-    """
-    Features of the queries of an attention module, its heads times their size.
-
-    Args:
-        attention (`nn.Module`):
-            Attention module, as returned by [`find_attention_modules`].
-    """
-    return attention.config.num_attention_heads * _head_dim(attention)
-
-
-def count_value_features(attention: nn.Module) -> int:
-    """
-    Features of the values of an attention module, its key-value heads times their size.
-
-    Args:
-        attention (`nn.Module`):
-            Attention module, as returned by [`find_attention_modules`].
-    """
-    if hasattr(attention, "v_proj"):
-        return attention.v_proj.out_features
-    fused = getattr(attention, find_fused_modules(attention)[0])
-    features = fused.nf if isinstance(fused, Conv1D) else fused.out_features
-    return (features - count_query_features(attention)) // 2
-
-
-def _eager_attention(module: nn.Module) -> Callable | None:
+def find_eager_attention(attention: nn.Module) -> Callable | None:
     """The family's eager attention, which its attention module passes to the attention interface as the default."""
-    for cls in type(module).__mro__:
+    for cls in type(attention).__mro__:
         function = getattr(sys.modules.get(cls.__module__), "eager_attention_forward", None)
         if function is not None and issubclass(cls, nn.Module):
             return function
     return None
 
 
+def can_share(attention: nn.Module) -> bool:
+    """Whether an echo layer can take over all that an attention does: it knows its call, modules and parameters."""
+    has_values = any(hasattr(attention, name) for name in PROJECTIONS if name != "q_proj")
+    has_output = any(hasattr(attention, name) for name in OUTPUT_MODULES)
+    parts = {name for name, _ in (*attention.named_children(), *attention.named_parameters(recurse=False))}
+    return has_values and has_output and parts <= KNOWN_MODULES and find_eager_attention(attention) is not None
+
+
+def find_shareable(model: nn.Module) -> dict[int, nn.Module]:
+    """The attention modules of a decoder that can be shared, by layer."""
+    found = {}
+    for module in model.modules():
+        if hasattr(module, "layer_idx") and can_share(module):
+            found.setdefault(module.layer_idx, module)
+    return dict(sorted(found.items()))
+
+
+def find_decoder(model: nn.Module) -> PreTrainedModel:
+    """The innermost model of a decoder language model, which calls the layers."""
+    return [module for module in model.modules() if isinstance(module, PreTrainedModel)][-1]
+
+
+def get_head_dim(attention: nn.Module) -> int:
+    """The size of the heads of an attention module."""
+    return attention.head_dim if hasattr(attention, "head_dim") else attention.head_size
+
+
+def find_fused_modules(attention: nn.Module) -> dict[str, int]:
+    """Projections that make several things at once, each with the features that an echo layer keeps of it."""
+    queries, found = attention.config.num_attention_heads * get_head_dim(attention), {}
+    for name in (name for name in FUSED_MODULES if hasattr(attention, name)):
+        projection = getattr(attention, name)
+        features = projection.nf if isinstance(projection, Conv1D) else projection.out_features
+        if name != "q_proj":
+            found[name] = (features - queries) // 2
+        elif features == 2 * queries:  # queries and gates, and not queries alone
+            found[name] = queries
+    return found
+
+
 def _share_attention(model: PreTrainedModel, config: EchoAttConfig) -> None:
     """Turn the attention modules of `model` into source and echo layers as `config.echo_sources` says, in place."""
-    if not config.echo_layers:
-        return
-    attentions = find_attention_modules(model, [*config.source_layers, *config.echo_layers])
+    attentions = find_shareable(model) if config.echo_layers else {}
+    for layer in (*config.source_layers, *config.echo_layers):
+        if layer not in attentions:
+            raise ValueError(
+                f"EchoAtt does not support the family {config.text_config.model_type!r} yet: the attention of its layer "
+                f"{layer} has not the modules that are expected. Another version of transformers or of echoatt_hf may."
+            )
     for layer in config.source_layers:
-        attentions[layer].eager_attention = _eager_attention(attentions[layer])
+        attentions[layer].eager_attention = find_eager_attention(attentions[layer])
         attentions[layer].config = View(config.text_config, _attn_implementation=RECORD_ATTENTION)
     for layer in config.echo_layers:
-        attention, source = attentions[layer], attentions[config.echo_sources[layer]]
-        _check_same_heads(attention, source)
-        _make_echo(attention, source.layer_idx)
+        _make_echo(attentions[layer], config.echo_sources[layer])
 
 
 def _extend_tp_plan(model: PreTrainedModel) -> None:
@@ -552,24 +401,22 @@ def _extend_tp_plan(model: PreTrainedModel) -> None:
 
 def _make_echo(attention: nn.Module, source: int) -> None:
     """Turn a family's attention module into that of an echo of layer `source`, in place."""
-    attention.eager_attention = _eager_attention(attention)
+    attention.eager_attention = find_eager_attention(attention)
     attention.echo_source = source
-    attention.echo_head_dim = _head_dim(attention)
-    attention.echo_output = _output_name(attention)
+    attention.echo_head_dim = get_head_dim(attention)
+    attention.echo_output = next(name for name in OUTPUT_MODULES if hasattr(attention, name))
     attention.echo_clip = getattr(attention.config, "clip_qkv", None)
     # Where a family drops part of its attention's output, an echo layer does too.
     attention.echo_dropout = getattr(attention, "residual_dropout", 0.0)
     if hasattr(attention, "resid_dropout"):
         attention.echo_dropout = attention.resid_dropout.p
-    for name in find_fused_modules(attention):
-        fused, kept = getattr(attention, name), FUSED_MODULES[name]
+    for name, features in find_fused_modules(attention).items():
+        fused = getattr(attention, name)
         inputs = fused.nx if isinstance(fused, Conv1D) else fused.in_features
-        features = count_value_features(attention) if kept == "v_proj" else count_query_features(attention)
         like = {"device": fused.weight.device, "dtype": fused.weight.dtype}
-        setattr(attention, kept, nn.Linear(inputs, features, fused.bias is not None, **like))
+        setattr(attention, FUSED_MODULES[name], nn.Linear(inputs, features, fused.bias is not None, **like))
         delattr(attention, name)
-    gates = [name for name in _GATE_MODULES if getattr(attention, name, None) is not None]
-    attention.echo_gate = gates[0] if gates else None
+    attention.echo_gate = next((name for name in _GATE_MODULES if getattr(attention, name, None) is not None), None)
     parameters = [name for name, _ in attention.named_parameters(recurse=False)]
     for name in _QUERY_KEY_MODULES:
         if hasattr(attention, name):
@@ -577,20 +424,6 @@ def _make_echo(attention: nn.Module, source: int) -> None:
         if name in parameters:  # the family still initializes it
             setattr(attention, name, torch.empty(0))
     attention.__class__ = _echo_attention_class(type(attention))
-
-
-def _check_same_heads(echo: nn.Module, source: nn.Module) -> None:
-    shapes = [(_head_dim(module), count_value_features(module)) for module in (echo, source)]
-    if shapes[0] != shapes[1]:
-        raise ValueError(
-            f"Layer {echo.layer_idx} cannot echo layer {source.layer_idx}: their heads differ (head size and value "
-            f"features {shapes[0]} and {shapes[1]}). Choose a source with the same heads."
-        )
-
-
-# What generation asks a model about its cache, under names private to transformers: whether it cannot go back, as that of
-# recurrent layers, and whether it is one of transformers' own.
-_GENERATION_TRAITS = ("_is_stateful", "_supports_default_dynamic_cache")
 
 
 class EchoAttPreTrainedModel(PreTrainedModel):
@@ -614,13 +447,15 @@ class EchoAttPreTrainedModel(PreTrainedModel):
         return kwargs
 
     def _share(self, model: PreTrainedModel) -> PreTrainedModel:
+        """Let the layers of the family's model share their attention, and take over what it says about itself."""
         _share_attention(model, self.config)
         if self.config.echo_layers:
-            # By whichever way the decoder is called: fused language model heads leave the family's head out.
+            # On the decoder, as fused language model heads call it without the family's head.
             give_records = functools.partial(_give_records, self.config)
             find_decoder(model).register_forward_pre_hook(give_records, with_kwargs=True)
         _extend_tp_plan(model)
-        for name in _GENERATION_TRAITS:
+        # Generation reads here whether a cache cannot go back, and whether it is one of transformers' own.
+        for name in ("_is_stateful", "_supports_default_dynamic_cache"):
             if hasattr(model, name):
                 setattr(self, name, getattr(model, name))
         # The family decides which implementations are its defaults.
@@ -628,20 +463,18 @@ class EchoAttPreTrainedModel(PreTrainedModel):
         self.config._experts_implementation = model.config._experts_implementation
         return model
 
-    # What transformers else finds out by looking for a decorator in this file.
+    # transformers looks for a decorator in this file otherwise.
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:
         return True
 
+    # transformers initializes the weights, with its code alone. In custom code it would take modules without weights of
+    # their own for initialized, and some families initialize buffers of their layers from there.
     @classmethod
     def is_custom_code(cls) -> bool:
-        """
-        `False`: weights are initialized by code of transformers alone. Of custom code it takes modules for initialized
-        that have no weights themselves, and some families initialize buffers of their layers from there.
-        """
         return False
 
-    # transformers' one place through which every way to enable gradient checkpointing goes.
+    # Every way to enable gradient checkpointing leads here.
     def _set_gradient_checkpointing(self, enable: bool = True, gradient_checkpointing_func=checkpoint, **kwargs):
         options = getattr(gradient_checkpointing_func, "keywords", {})
         if enable and options.get("use_reentrant", False):
@@ -651,19 +484,21 @@ class EchoAttPreTrainedModel(PreTrainedModel):
         )
 
     def save_pretrained(self, save_directory, **kwargs):
-        """
-        Save the model with the code that loads it where `echoatt_hf` is not installed. See
-        [`~PreTrainedModel.save_pretrained`].
-        """
+        """Save the model and the code that loads it without `echoatt_hf`. See [`~PreTrainedModel.save_pretrained`]."""
         if type(self)._auto_class is not None:
             # Saving writes the auto class of the model at hand only; the checkpoint serves all of them.
-            self.config.auto_map = copy.deepcopy(_AUTO_MAP)
-        with _of_its_own_class(self):
+            self.config.auto_map = dict(_AUTO_MAP)
+        # FSDP2 puts a class of its own, from a file of torch, in its place, which would be saved as the code of the model.
+        found = type(self)
+        self.__class__ = next(each for each in found.__mro__ if not each.__module__.startswith("torch."))
+        try:
             super().save_pretrained(save_directory, **kwargs)
+        finally:
+            self.__class__ = found
 
     def push_to_hub(self, repo_id: str, **kwargs):
         """
-        Push the model with the code that loads it and, where `echoatt_hf` is installed, a card that says what it is. See
+        Push the model, the code that loads it and, where `echoatt_hf` is installed, a card that says what it is. See
         [`~PreTrainedModel.push_to_hub`].
         """
         try:
@@ -673,27 +508,12 @@ class EchoAttPreTrainedModel(PreTrainedModel):
         return push_model(self, repo_id, **kwargs)
 
 
-@contextmanager
-def _of_its_own_class(model: nn.Module) -> Iterator[None]:
-    """
-    In this context a model that FSDP2 divided has the class that it had before: FSDP2 puts one of its own in its place, made
-    in a file of torch, which would be saved as the code of the model.
-    """
-    found = type(model)
-    model.__class__ = next(each for each in found.__mro__ if not each.__module__.startswith("torch."))
-    try:
-        yield
-    finally:
-        model.__class__ = found
-
-
 class EchoAttModel(EchoAttPreTrainedModel):
     """
     The base family's headless model with shared attention.
 
     Args:
-        config (`EchoAttConfig`):
-            Configuration; the base family is that of its `text_config`.
+        config (`EchoAttConfig`): configuration; the base family is that of its `text_config`.
     """
 
     def __init__(self, config: EchoAttConfig):
@@ -714,21 +534,11 @@ class EchoAttModel(EchoAttPreTrainedModel):
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
-        use_cache: bool | None = None,
         **kwargs,
     ) -> BaseModelOutputWithPast:
         """As the forward pass of the base family: `input_ids` `(B, T)`, `attention_mask` `(B, S)` with 1 = keep."""
-        return self.family_model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            **self._family_kwargs(kwargs),
-        )
+        inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
+        return self.family_model(**inputs, **self._family_kwargs(kwargs))
 
     def get_input_embeddings(self) -> nn.Module:
         return self.family_model.get_input_embeddings()
@@ -742,8 +552,7 @@ class EchoAttForCausalLM(EchoAttPreTrainedModel, GenerationMixin):
     The base family's causal language model with shared attention.
 
     Args:
-        config (`EchoAttConfig`):
-            Configuration; the base family is that of its `text_config`.
+        config (`EchoAttConfig`): configuration; the base family is that of its `text_config`.
 
     Example:
 
@@ -767,11 +576,7 @@ class EchoAttForCausalLM(EchoAttPreTrainedModel, GenerationMixin):
     def from_teacher(
         cls, teacher: "PreTrainedModel | str", plan: Sequence[int], share_weights: bool = False
     ) -> "EchoAttForCausalLM":
-        """
-        A student that inherits every weight it has from a teacher: what [`make_student`] of `echoatt_hf` makes.
-
-        [`convert`] makes it too, tunes it to its teacher, and reports what it did.
-        """
+        """A student with the weights of a teacher: see [`make_student`] of `echoatt_hf`, and [`convert`] to tune it too."""
         try:
             from echoatt_hf.conversion.student import make_student
         except ImportError as error:
@@ -795,10 +600,7 @@ class EchoAttForCausalLM(EchoAttPreTrainedModel, GenerationMixin):
         As the forward pass of the base family: `input_ids` and `labels` `(B, T)`, labels of -100 are not predicted,
         `attention_mask` `(B, S)` with 1 = keep; logits `(B, T, V)`. `token_type_ids` are for the families that have them.
         """
-        if (
-            token_type_ids is not None
-            and "token_type_ids" in inspect.signature(self.language_model.forward).parameters
-        ):
+        if token_type_ids is not None and "token_type_ids" in signature(self.language_model.forward).parameters:
             kwargs["token_type_ids"] = token_type_ids
         return self.language_model(
             input_ids=input_ids,
@@ -822,28 +624,17 @@ class EchoAttForCausalLM(EchoAttPreTrainedModel, GenerationMixin):
         """`PreTrainedModel`: the base family's headless model, which gives hidden states for a head of the caller's."""
         return self.language_model.base_model
 
-    def get_input_embeddings(self) -> nn.Module:
-        return self.language_model.get_input_embeddings()
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        self.language_model.set_input_embeddings(value)
-
+    # The family's head, under the name that trainers, and transformers' accessors of embeddings, look for.
     @property
     def lm_head(self) -> nn.Module:
-        """`nn.Module`: the family's head, under the name that trainers look for."""
-        return self.get_output_embeddings()
+        """`nn.Module`: the family's head."""
+        return self.language_model.get_output_embeddings()
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "lm_head":  # a module would not go to a setter
-            self.set_output_embeddings(value)
+            self.language_model.set_output_embeddings(value)
         else:
             super().__setattr__(name, value)
-
-    def get_output_embeddings(self) -> nn.Module:
-        return self.language_model.get_output_embeddings()
-
-    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
-        self.language_model.set_output_embeddings(new_embeddings)
 
 
 class EchoAttForSequenceClassification(GenericForSequenceClassification, EchoAttPreTrainedModel):
@@ -851,8 +642,7 @@ class EchoAttForSequenceClassification(GenericForSequenceClassification, EchoAtt
     An [`EchoAttModel`] with a classification head on the last token that is not padding.
 
     Args:
-        config (`EchoAttConfig`):
-            Configuration; `num_labels` and `problem_type` are its own, the base family is that of its `text_config`.
+        config (`EchoAttConfig`): configuration, with `num_labels` and `problem_type`.
     """
 
     base_model_prefix = "language_model"
@@ -870,9 +660,8 @@ class EchoAttForTokenClassification(GenericForTokenClassification, EchoAttPreTra
     An [`EchoAttModel`] with a classification head on each token.
 
     Args:
-        config (`EchoAttConfig`):
-            Configuration; `num_labels` is its own, the base family is that of its `text_config`. A dropout of
-            `classifier_dropout`, else of `hidden_dropout`, else of 0.1 goes before the head.
+        config (`EchoAttConfig`): configuration, with `num_labels`. A dropout of `classifier_dropout`, else of
+            `hidden_dropout`, else of 0.1 goes before the head.
     """
 
     base_model_prefix = "language_model"
@@ -887,36 +676,28 @@ class EchoAttForTokenClassification(GenericForTokenClassification, EchoAttPreTra
         self.post_init()
 
 
-_AUTO_MAP = {"AutoConfig": "configuration_echoatt.EchoAttConfig"}
-for _auto_class, _model_class, _class_names in (
-    ("AutoModel", EchoAttModel, modeling_auto.MODEL_MAPPING_NAMES),
-    ("AutoModelForCausalLM", EchoAttForCausalLM, modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES),
-    (
-        "AutoModelForSequenceClassification",
+# Trainers and pipelines go by the names of classes. Without its own a student's labels are not shifted where they are
+# smoothed, and it learns to copy its input.
+AUTO_CLASSES = {
+    "AutoModel": (EchoAttModel, modeling_auto.MODEL_MAPPING_NAMES),
+    "AutoModelForCausalLM": (EchoAttForCausalLM, modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES),
+    "AutoModelForSequenceClassification": (
         EchoAttForSequenceClassification,
         modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
     ),
-    (
-        "AutoModelForTokenClassification",
+    "AutoModelForTokenClassification": (
         EchoAttForTokenClassification,
         modeling_auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
     ),
-):
+}
+_AUTO_MAP = {"AutoConfig": "configuration_echoatt.EchoAttConfig"}
+for _auto_class, (_model_class, _class_names) in AUTO_CLASSES.items():
     _model_class.register_for_auto_class(_auto_class)
     _AUTO_MAP[_auto_class] = f"modeling_echoatt.{_model_class.__name__}"
-    # Trainers and pipelines go by the names of classes: without its own a student's labels are not shifted where they are
-    # smoothed, and it learns to copy its input.
     _class_names.setdefault(EchoAttConfig.model_type, _model_class.__name__)
 
 __all__ = [
-    "EchoAttForCausalLM",
-    "EchoAttForSequenceClassification",
-    "EchoAttForTokenClassification",
-    "EchoAttModel",
+    *(model_class.__name__ for model_class, _ in AUTO_CLASSES.values()),
     "EchoAttPreTrainedModel",
     "EchoRecords",
-    "count_query_features",
-    "count_value_features",
-    "find_attention_modules",
-    "find_output_projection",
 ]

@@ -29,6 +29,9 @@ __all__ = [
 BUILTIN_TEACHER = "builtin"
 """Name of the teacher that ships with the package."""
 
+GGUF_SUFFIX = ".gguf"
+"""What the name of a GGUF file ends with."""
+
 STDLIB = "stdlib"
 """Name of the built-in data: the sources of the standard library of the running Python."""
 
@@ -40,6 +43,31 @@ HIDDEN_DISTANCES = ("relative", "squared")
 
 HIDDEN_LAYERS = ("all", "blocks")
 """Names of the layers whose hidden states are compared, where they are not listed."""
+
+
+def name_gguf_file(model: str | None, gguf_file: str | None) -> str | None:
+    """
+    The one name of a GGUF file in a folder or a repository, as a teacher or model is named everywhere.
+
+    Args:
+        model (`str`, *optional*): the folder or the repository, `owner/name` or `owner/name@revision`.
+        gguf_file (`str`, *optional*): the file in it; if not given, the model is not of that kind.
+
+    Raises:
+        `ValueError`: the file is none, or there is nothing in which it is.
+    """
+    if gguf_file is None:
+        return model
+    if not gguf_file.endswith(GGUF_SUFFIX) or Path(gguf_file).is_absolute():
+        raise ValueError(
+            f"gguf_file is {gguf_file!r}; give the name of a {GGUF_SUFFIX} file in the folder or repository."
+        )
+    if model is None or model == BUILTIN_TEACHER:
+        raise ValueError(f"gguf_file is {gguf_file!r}, but no folder or repository is given in which it is.")
+    if Path(model).expanduser().exists():
+        return str(Path(model) / gguf_file)
+    repository, at, revision = model.partition("@")
+    return f"{repository}/{gguf_file}{at}{revision}"
 
 
 def check_divergence(name: str) -> None:
@@ -112,6 +140,7 @@ MAY_CHANGE_ON_RESUME = (
     "distillation.torch_compile",
     "distillation.save_steps",
     "distillation.eval_steps",
+    "distillation.evaluation_batch_size",
     "store.batch_size",
 )
 """Settings that a resumed run may have others of than it began with: they say what a step needs, not what is made."""
@@ -370,6 +399,7 @@ class DistillationSettings:
     weight_decay: float = setting(0.0, "Weight decay of AdamW.")
     save_steps: int = setting(200, "Steps between checkpoints.")
     eval_steps: int = setting(0, "Steps between evaluations of the loss on held-out rows; 0 for none on the way.")
+    evaluation_batch_size: int = setting(8, "Rows in a forward pass of an evaluation.")
     bf16: bool = setting(
         False,
         "Compute in bfloat16 while training. With or without it the weights that are trained are in float32 meanwhile, "
@@ -390,7 +420,7 @@ class DistillationSettings:
     )
 
     def __post_init__(self):
-        _check_at_least_one(self, "steps", "batch_size", "accumulation_steps", "save_steps")
+        _check_at_least_one(self, "steps", "batch_size", "accumulation_steps", "save_steps", "evaluation_batch_size")
         _check_choice("recipe", self.recipe, RECIPES)
         for settings_field in fields(self):
             name, value = settings_field.name, RECIPES[self.recipe].get(settings_field.name)
@@ -527,9 +557,10 @@ class StoredTeacherSettings:
 @dataclass(frozen=True)
 class _RunSettings:
     """
-    Settings of a step. Those with a model have a `dtype`, one of `DTYPES`: in which its weights are loaded, and in which a
-    student is saved. `"auto"` is the dtype of the checkpoint; a CPU then computes in float32, but what is saved is in the
-    dtype of the checkpoint. What is trained is in float32 meanwhile, see `DistillationSettings.bf16`.
+    Settings of a step. A teacher or model is named as for [`load_model`]. Those with a model have a `dtype`, one of `DTYPES`:
+    in which its weights are loaded, and in which a student is saved. `"auto"` is the dtype of the checkpoint, bfloat16 of a
+    quantized GGUF file; a CPU then computes in float32, but what is saved is in the dtype of the checkpoint. What is trained
+    is in float32 meanwhile, see `DistillationSettings.bf16`.
     """
 
     def __post_init__(self):

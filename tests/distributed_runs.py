@@ -24,8 +24,9 @@ from echoatt_hf import (
     write_stored_teacher,
 )
 from echoatt_hf.cli import app as cli
-from echoatt_hf.distillation import losses, stored_teacher
+from echoatt_hf.distillation import stored_teacher
 from echoatt_hf.distillation.checkpoints import train_from_last_checkpoint, whole_state
+from echoatt_hf.models import heads
 from echoatt_hf.models.heads import OutputHead
 from echoatt_hf.models.loading import load_tokenizer
 from echoatt_hf.pipeline import steps
@@ -60,7 +61,7 @@ class RecordingTrainer(EchoAttTrainer):
 
 def make_trainer(folder, processes, family="llama", rows=None, **changes):
     """A trainer of the tiny student, of global batches of the same rows for any number of processes."""
-    losses.CHUNK_BYTES = 4 * 97 * 5  # five tokens
+    heads.CHUNK_BYTES = 4 * 97 * 5  # five tokens
     unset_hf_deepspeed_config()  # of the trainer before
     teacher = make_teacher(family)
     values = {

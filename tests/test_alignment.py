@@ -8,7 +8,8 @@ from conftest import make_batch, make_teacher, plan_of
 
 from echoatt_hf import AttentionSimilarity, EchoAttForCausalLM, align_heads
 from echoatt_hf.conversion.alignment import count_heads, count_kv_heads, match_heads, permute_heads
-from echoatt_hf.modeling_echoatt import AttentionRecord, EchoRecords, find_attention_modules
+from echoatt_hf.modeling_echoatt import AttentionRecord, EchoRecords
+from echoatt_hf.models.families import find_attention_modules
 
 
 # Linear and transposed projections, biases, fused values, gates for each feature and for each head, one head of values.
@@ -70,7 +71,7 @@ def test_heads_and_attention_in_another_order_give_the_same(family):
         AttentionRecord("eager", query[:, order], key[:, moved_groups], None, {"scaling": 1.0}),
     ):
         records = EchoRecords()
-        records.keep(echo.echo_source, record)
+        records.by_layer[echo.echo_source] = record
         outputs.append(echo(hidden, echo_records=records)[0])
         permute_heads(echo, order)
     torch.testing.assert_close(outputs[1], outputs[0], rtol=1e-5, atol=1e-5)

@@ -2,12 +2,13 @@
 
 import json
 import subprocess
+import weakref
 
 import pytest
 import torch
 from conftest import make_batch, make_teacher, plan_of, train_byte_level_bpe
 from processes import run_python
-from transformers import PreTrainedTokenizerFast
+from transformers import DynamicCache, PreTrainedTokenizerFast
 
 from echoatt_hf import BenchmarkSettings, EchoAttForCausalLM, format_benchmark, run_benchmark
 from echoatt_hf.benchmark import speed, steps
@@ -162,6 +163,21 @@ def test_decoding_starts_after_the_context(family, context):
     step()
     step()
     assert lengths == [(context + index, (3, 1)) for index in range(2 * steps.DECODED_TOKENS)]
+
+
+def test_there_is_the_cache_of_one_model_at_a_time(folder, monkeypatch):
+    alive, counts = weakref.WeakSet(), []
+
+    class Counted(DynamicCache):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            alive.add(self)
+            counts.append(len(alive))
+
+    monkeypatch.setattr(steps, "DynamicCache", Counted)
+    settings = BenchmarkSettings(measure=["decode"], context=[12], batch_size=[1, 2], repeats=2, baseline=["eager"])
+    run_benchmark(settings, str(folder / "teacher"), PLAN)
+    assert counts == [1] * 2 * 3 * 3
 
 
 def test_training_leaves_the_weights_the_models_share():

@@ -1,6 +1,7 @@
 """Decoding with the attention weights of the source: the same as replay and as the slow oracle, where it is chosen and why."""
 
 import copy
+import weakref
 
 import pytest
 import torch
@@ -10,7 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 
 from echoatt_hf import EchoAttForCausalLM
-from echoatt_hf.modeling_echoatt import AttentionRecord, AttentionWeights, find_attention_modules
+from echoatt_hf.modeling_echoatt import AttentionRecord, AttentionWeights, EchoRecords
+from echoatt_hf.models.families import find_attention_modules
 
 
 # Grouped, multi-query and plain heads; sliding windows; rotary embedding in part, learned positions; norms; experts.
@@ -27,15 +29,16 @@ def make_student(family: str = "llama", attention: str | None = "sdpa", **overri
 
 @torch.no_grad()
 def record_of(model: EchoAttForCausalLM, **inputs) -> AttentionRecord | AttentionWeights:
-    """What the first source of a model records."""
+    """What the first source of a model records, as its first echo finds it."""
     seen = []
-    attention = find_attention_modules(model)[model.config.source_layers[0]]
-    hook = attention.register_forward_pre_hook(
-        lambda module, args, kwargs: seen.append(kwargs["echo_records"]), with_kwargs=True
+    echo = find_attention_modules(model)[model.config.echo_layers[0]]
+    hook = echo.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["echo_records"].get(module.echo_source, torch.device("cpu"))),
+        with_kwargs=True,
     )
     model(**inputs)
     hook.remove()
-    return seen[0].get(attention.layer_idx, torch.device("cpu"))
+    return seen[0]
 
 
 @pytest.mark.parametrize("cache", CACHES)
@@ -246,3 +249,21 @@ def test_unknown_echo_decode_is_refused_at_once(value):
         config.echo_decode = value
     with pytest.raises(ValueError, match="it must be one of auto, weights, replay"):
         type(config)(text_config=config.text_config, echo_sources=config.echo_sources, echo_decode=value)
+
+
+@pytest.mark.parametrize(("with_gradients", "alive"), [(False, 0), (True, 2)])
+def test_a_record_goes_with_its_last_echo(with_gradients, alive, monkeypatch):
+    """Of a prompt; where a backward pass may compute layers again all stay."""
+    student = EchoAttForCausalLM.from_teacher(make_teacher("llama", num_hidden_layers=7), [0, 1, 1, 1, 4, 4, 6])
+    attentions, made, found = find_attention_modules(student), [], []
+    record = EchoRecords.record
+
+    def remember(self, call, *args):
+        made.append(weakref.ref(call))
+        return record(self, call, *args)
+
+    monkeypatch.setattr(EchoRecords, "record", remember)
+    attentions[6].register_forward_pre_hook(lambda *_: found.append(sum(call() is not None for call in made)))
+    with torch.set_grad_enabled(with_gradients):
+        student(**make_batch(2, 12), use_cache=False)
+    assert len(made) == 2 and found == [alive]

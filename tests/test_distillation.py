@@ -33,11 +33,11 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 from echoatt_hf import EchoAttForCausalLM, convert, load_model
-from echoatt_hf.distillation import losses
 from echoatt_hf.distillation.adapters import add_lora, merge_lora
 from echoatt_hf.distillation.losses import relative_distance
 from echoatt_hf.distillation.trainer import EchoAttTrainer, EchoAttTrainingArguments
-from echoatt_hf.modeling_echoatt import find_attention_modules
+from echoatt_hf.models import heads
+from echoatt_hf.models.families import find_attention_modules
 from echoatt_hf.text.rows import collate_rows
 
 
@@ -191,7 +191,7 @@ def test_first_loss_is_the_weighted_sum_of_the_parts(teacher, student, tmp_path)
 @pytest.fixture
 def small_chunks(monkeypatch):
     """Five tokens in a chunk."""
-    monkeypatch.setattr(losses, "CHUNK_BYTES", 4 * VOCAB * 5)
+    monkeypatch.setattr(heads, "CHUNK_BYTES", 4 * VOCAB * 5)
 
 
 @pytest.fixture

@@ -12,9 +12,9 @@ import pytest
 import torch
 from conftest import make_teacher, process_environment, train_byte_level_bpe
 from processes import run_python
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from echoatt_hf import SharingPlan
+from echoatt_hf import EchoAttConfig, EchoAttForCausalLM, SharingPlan
 from echoatt_hf.analysis.similarity import AttentionSimilarity
 from echoatt_hf.planning.paper import plan_like_paper
 from echoatt_hf.settings import DistillationSettings
@@ -286,6 +286,34 @@ def test_stored_teachers_are_measured(study, example, monkeypatch, capsys):
     assert perplexity["top 3, renormalised"] != perplexity["top 3"]
     assert [line.strip("|").split("|")[0].strip() for line in speed[2:]] == ["live", "top 3", "top 200"]
     assert "tokens/s" in speed[0] and "uses" in speed[-1] or "never" in speed[-1]
+
+
+def test_memory_is_counted_from_the_sizes_of_models(example, capsys):
+    counting = example("count_memory")
+    counting.main(["--row-length", "512"])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2 + len(counting.COMMANDS) and all(line.count("|") == lines[0].count("|") for line in lines)
+    for shape in (*counting.COUNTED.values(), counting.SHAPES["SmolLM2-135M"]):
+        with torch.device("meta"):
+            teacher = AutoModelForCausalLM.from_config(AutoConfig.for_model(**{"model_type": "llama"} | shape))
+            plan = SharingPlan.from_ratio(shape["num_hidden_layers"], counting.RATIO)
+            student = EchoAttForCausalLM(EchoAttConfig(text_config=teacher.config, echo_sources=list(plan)))
+        counted = counting.sizes_of(shape, 512, 8, 2**26)
+        norms = (2 * counted.layers + 1) * counted.hidden
+        assert (counted.weights + norms, counted.student + norms) == (
+            teacher.num_parameters(),
+            student.num_parameters(),
+        )
+
+
+def test_memory_is_measured_beside_what_is_counted(example, capsys, monkeypatch):
+    counting = example("count_memory")
+    sizes = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 6}
+    heads = {"model_type": "llama", "num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": True}
+    monkeypatch.setitem(counting.SHAPES, "SmolLM2-135M", sizes | heads)
+    counting.main(["--measure", "SmolLM2-135M", "--row-length", "32", "--calibration-rows", "4"])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split("|")[1].strip() for line in lines[2:]] == ["`analyze`", "`convert`", "`evaluate --teacher`"]
 
 
 @pytest.mark.slow

@@ -30,7 +30,7 @@ from transformers import (
 
 from echoatt_hf import EchoAttForCausalLM, convert, evaluate_model, search_plan
 from echoatt_hf.conversion.student import _inherited_state
-from echoatt_hf.modeling_echoatt import find_attention_modules
+from echoatt_hf.models.families import find_attention_modules
 
 
 pytestmark = pytest.mark.families

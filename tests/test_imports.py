@@ -117,9 +117,13 @@ LOADED = {
     "echoatt --help": ({"cli", "settings"}, set()),
     "echoatt --version": ({"cli", "settings"}, set()),
     "echoatt distill --help": ({"cli", "settings"}, set()),
-    "import echoatt_hf": ({"configuration_echoatt", "modeling_echoatt", "registration"}, {"torch", "transformers", "peft"}),
+    "import echoatt_hf": ({"configuration_echoatt", "registration"}, {"torch", "transformers"}),
     "from echoatt_hf import SharingPlan": (
-        {"configuration_echoatt", "modeling_echoatt", "registration", "planning"},
+        {"configuration_echoatt", "registration", "planning"},
+        {"torch", "transformers"},
+    ),
+    "from echoatt_hf import EchoAttConfig; EchoAttConfig()": (
+        {"configuration_echoatt", "modeling_echoatt", "registration"},
         {"torch", "transformers", "peft"},
     ),
     "from echoatt_hf import EchoAttTrainer": (

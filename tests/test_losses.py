@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from conftest import CHECKPOINTING, FP32_TOLERANCE, make_batch, make_teacher, plan_of, positions_with_target
 from families import FAMILIES, VOCAB_SIZE
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaForCausalLM
 
 from echoatt_hf import EchoAttForCausalLM
@@ -30,6 +31,7 @@ from echoatt_hf.distillation.losses import (
     squared_distance,
     target_mask,
 )
+from echoatt_hf.models import heads
 from echoatt_hf.models.heads import OutputHead
 
 
@@ -64,7 +66,7 @@ def random_batch(seed=0, batch=3, length=7):
 @pytest.fixture
 def chunks_of(monkeypatch):
     """Set how many tokens a chunk may have."""
-    return lambda tokens, vocab_size=VOCAB_SIZE: monkeypatch.setattr(losses, "CHUNK_BYTES", 4 * vocab_size * tokens)
+    return lambda tokens, vocab_size=VOCAB_SIZE: monkeypatch.setattr(heads, "CHUNK_BYTES", 4 * vocab_size * tokens)
 
 
 # Against slow twins that loop over tokens.
@@ -235,7 +237,7 @@ def test_gradients_of_chunks_are_those_of_finite_differences(name, chunks_of):
 def test_chunks_are_even_and_within_the_bound(tokens, chunks_of):
     chunks_of(tokens)
     for number in (1, 6, 7, 8, 21, 24):
-        chunks = list(losses._chunks(number, VOCAB_SIZE))
+        chunks = list(heads.token_chunks(number, VOCAB_SIZE, torch.device("cpu")))
         assert [place for chunk in chunks for place in range(number)[chunk]] == list(range(number))
         assert len(chunks) == math.ceil(number / tokens) and max(c.stop - c.start for c in chunks) <= tokens
 
@@ -366,6 +368,36 @@ def test_chunks_in_mixed_precision(chunks_of):
     for name, gradient in gradients_of(found, student).items():
         assert gradient.dtype == torch.float32
         assert (gradient - expected_gradients[name]).norm() <= 2e-2 * expected_gradients[name].norm() + 1e-6, name
+
+
+class CountedCasts(TorchDispatchMode):
+    """How often a tensor of a shape is cast to bfloat16."""
+
+    def __init__(self, shape):
+        super().__init__()
+        self.shape, self.count = shape, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten._to_copy.default and args[0].shape == self.shape:
+            self.count += kwargs.get("dtype") == torch.bfloat16
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("is_frozen", [False, True])
+def test_a_head_is_cast_once_for_all_chunks(chunks_of, is_frozen):
+    chunks_of(5)
+    student, teacher = models_of("llama", tie_word_embeddings=False)
+    head = student.get_output_embeddings().weight
+    head.requires_grad_(not is_frozen)
+    batch, labels = labelled_batch()
+    with CountedCasts(head.shape) as casts:
+        loss, _ = loss_in_chunks(
+            student, teacher, batch, labels, context=partial(torch.autocast, "cpu", torch.bfloat16)
+        )
+    # In the pass of each model for one token's logits, which autocast keeps with gradients, and for all chunks.
+    assert casts.count <= 2 * 2
+    loss.backward()
+    assert (head.grad is None) == is_frozen and teacher.lm_head.weight.dtype == head.dtype == torch.float32
 
 
 def test_gradients_of_a_bfloat16_head_are_added_up_in_float32(chunks_of):

@@ -44,7 +44,7 @@ from echoatt_hf import (
     EchoAttForTokenClassification,
     EchoAttModel,
 )
-from echoatt_hf.modeling_echoatt import find_attention_modules
+from echoatt_hf.models.families import find_attention_modules
 from echoatt_hf.planning.sharing import SharingPlan
 
 
@@ -333,11 +333,26 @@ def test_plan_that_does_not_fit_the_teacher(tiny_teacher, plan, message):
 def test_echo_with_other_heads_is_refused(tiny_teacher):
     config = copy.deepcopy(tiny_teacher.config)
     config.num_key_value_heads = 4
-    student_config = EchoAttConfig(text_config=tiny_teacher.config, echo_sources=PLAN)
     tiny_teacher.model.layers[2].self_attn = type(tiny_teacher.model.layers[2].self_attn)(config, layer_idx=2)
-    model = EchoAttForCausalLM(student_config)
     with pytest.raises(ValueError, match="Layer 2 cannot echo layer 1: their heads differ"):
-        model._share(tiny_teacher)
+        EchoAttForCausalLM.from_teacher(tiny_teacher, PLAN)
+
+
+def test_student_whose_family_has_changed_is_refused(tiny_teacher, tmp_path, monkeypatch):
+    """As another version of transformers may change it: an echo layer would leave out what it does not know."""
+    EchoAttForCausalLM.from_teacher(tiny_teacher, PLAN).save_pretrained(tmp_path)
+    attention_class = type(tiny_teacher.model.layers[0].self_attn)
+    family_init = attention_class.__init__
+
+    def init(self, *args, **kwargs):
+        family_init(self, *args, **kwargs)
+        self.value_norm = torch.nn.LayerNorm(4)
+
+    monkeypatch.setattr(attention_class, "__init__", init)
+    with pytest.raises(ValueError, match="'llama' yet: the attention of its layer 1 has not the modules .* expected"):
+        EchoAttForCausalLM.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="'llama' yet: its attention LlamaAttention has the modules value_norm"):
+        EchoAttForCausalLM.from_teacher(make_teacher("llama"), plan_of("llama"))
 
 
 def test_conversion_under_zero3_is_refused(tiny_teacher, monkeypatch):

@@ -14,8 +14,11 @@ from processes import ForkedPython, run_python
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from echoatt_hf import EchoAttTrainer
+from echoatt_hf.distillation.two_stages import make_training_arguments
+from echoatt_hf.evaluation.held_out import evaluate_model
 from echoatt_hf.outputs.files import replace_folder, whole_folder, write_whole
 from echoatt_hf.publishing.card import find_gaps
+from echoatt_hf.settings import DistillationSettings
 
 
 LAYERS = 6
@@ -345,6 +348,24 @@ def test_adapters_on_a_student_that_is_there(workplace, tmp_path, run_in_process
     assert not any("lora" in name for name in model.state_dict())
 
 
+def test_rows_in_a_forward_pass_of_an_evaluation(workplace, tmp_path, run_in_process, monkeypatch):
+    def remember(*args, **options):
+        with (tmp_path / "seen").open("a") as file:
+            file.write(f"{options['batch_size']} ")
+        return evaluate_model(*args, **options)
+
+    monkeypatch.setattr("echoatt_hf.pipeline.steps.evaluate_model", remember)
+    convert = ["convert", workplace / "teacher", "--plan", "0,1,1,1,1,5", "--no-align", "--no-refit"]
+    assert run_in_process(*convert, "--output", tmp_path / "converted").returncode == 0
+    distill = ["distill", tmp_path / "converted", "--teacher", workplace / "teacher", "--data", workplace / "text"]
+    distill += [*FAST[:4], "--batch-size", 4, "--steps", 2, "--stage2-steps", 1, "--evaluation-batch-size", 3]
+    result = run_in_process(*distill, "--output", tmp_path / "out")
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "seen").read_text() == "3 3 3 3 "
+    settings = DistillationSettings(evaluation_batch_size=3)
+    assert make_training_arguments(settings, tmp_path).per_device_eval_batch_size == 3
+
+
 # Bad input: one line, exit code 2, nothing written.
 
 BAD_INPUT = {
@@ -354,6 +375,7 @@ BAD_INPUT = {
     "teacher without config": (["text"], "config.json"),
     "encoder": (["bert"], "not a decoder language model"),
     "encoder-decoder": (["t5"], "not a decoder language model"),
+    "evaluation without rows": (["--evaluation-batch-size", "0"], "evaluation_batch_size is 0; it must be at least 1"),
     "ratio above 1": (["--ratio", "1.5"], "ratio is 1.5"),
     "ratio of 0": (["--ratio", "0"], "ratio is 0.0"),
     "ratio impossible for the depth": (["--ratio", "0.9"], "at most"),

@@ -16,8 +16,8 @@ from echoatt_hf import (
     StoredTeacher,
     write_stored_teacher,
 )
-from echoatt_hf.distillation import losses
 from echoatt_hf.distillation.two_stages import make_training_arguments
+from echoatt_hf.models import heads
 from echoatt_hf.settings import RECIPES, DistillationSettings
 from echoatt_hf.text.rows import collate_rows
 
@@ -77,7 +77,7 @@ def reference(student, teacher, rows, layers=(4, 5)):
 @pytest.mark.parametrize("chunk", [2**26, 4 * 97 * 5], ids=["at-once", "in-chunks"])
 def test_the_paper_s_recipe_equals_the_reference(pair, tmp_path, monkeypatch, chunk):
     """Loss, parts and every gradient of a step of stage 1."""
-    monkeypatch.setattr(losses, "CHUNK_BYTES", chunk)
+    monkeypatch.setattr(heads, "CHUNK_BYTES", chunk)
     teacher, student = copy.deepcopy(pair)
     expected = reference(student, teacher, make_rows())
     total = 0.25 * expected["hidden"] + 0.25 * expected["kl"] + 0.5 * expected["hard_label"]

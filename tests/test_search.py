@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from conftest import make_batch, make_teacher
 
 from echoatt_hf import (
@@ -201,3 +202,26 @@ def test_impossible_numbers_are_refused(llama, rows):
             search_plan(teacher, rows, similarity, **options)
     with pytest.raises(ValueError, match="at least 2 rows"):
         search_plan(teacher, rows[:1], similarity, ratio=0.43)
+
+
+def test_a_teacher_that_is_spread_over_devices_stays_so(llama, rows):
+    """The layers of one have a forward pass of accelerate's, which moves what they are given."""
+    teacher, similarity = copy.deepcopy(llama[0]), llama[1]
+    for layer in teacher.model.layers:
+        add_hook_to_module(layer, AlignDevicesHook(execution_device="cpu"))
+    forwards = [vars(layer)["forward"] for layer in teacher.model.layers]
+    found = search_plan(teacher, rows, similarity, ratio=0.29, width=2)
+    assert [vars(layer).get("forward") for layer in teacher.model.layers] == forwards
+    expected = search_plan(llama[0], rows, similarity, ratio=0.29, width=2)
+    assert found.plan == expected.plan and found.kl == pytest.approx(expected.kl, rel=1e-4)
+
+
+def test_the_search_keeps_no_logits_of_rows(llama, rows, monkeypatch):
+    teacher, similarity = llama
+    made = []
+    hook = teacher.register_forward_hook(lambda module, args, output: made.append(output.logits.shape[1]))
+    monkeypatch.setattr(search_module, "sample_gradients", lambda *args: None)
+    monkeypatch.setattr(search_module.TunedPairs, "effects", lambda self, pairs, *args: dict.fromkeys(pairs, 1.0))
+    search_plan(teacher, rows, similarity, ratio=0.29, width=2, **UNTUNED)
+    hook.remove()
+    assert 1 in made and max(made) <= 4 < 16, "a conversion is checked on four tokens"

@@ -183,11 +183,11 @@ def test_stopped_store_becomes_the_same(store, tmp_path, teacher, tokenizer, row
 
     folder, ask, asked = tmp_path / "store", stored_teacher._ask, []
 
-    def stop(teacher, columns, top_k):
+    def stop(teacher, head, columns, top_k):
         asked.append(len(columns["input_ids"]))
         if sum(asked) > 4 * stop_after + 3:  # in the second batch of a shard
             raise KeyboardInterrupt
-        return ask(teacher, columns, top_k)
+        return ask(teacher, head, columns, top_k)
 
     with monkeypatch.context() as patch:
         patch.setattr(stored_teacher, "_ask", stop)
@@ -199,7 +199,7 @@ def test_stopped_store_becomes_the_same(store, tmp_path, teacher, tokenizer, row
             StoredTeacher(folder)
     (folder / ".shard-00001.safetensors.abc").write_bytes(b"half")  # what a killed run leaves
     asked.clear()
-    monkeypatch.setattr(stored_teacher, "_ask", lambda *given: asked.append(len(given[1]["input_ids"])) or ask(*given))
+    monkeypatch.setattr(stored_teacher, "_ask", lambda *given: asked.append(len(given[2]["input_ids"])) or ask(*given))
     write(folder, teacher, tokenizer, rows)
     assert sum(asked) == 12 - 4 * stop_after  # what was there is kept
     assert files_of(folder) == files_of(store)

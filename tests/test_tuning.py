@@ -11,7 +11,8 @@ from echoatt_hf.analysis.similarity import measure_attention_similarity
 from echoatt_hf.conversion import regression, tuning
 from echoatt_hf.conversion.pairs import TunedPairs, sample_gradients
 from echoatt_hf.conversion.tuning import refit_outputs, tune_student
-from echoatt_hf.modeling_echoatt import EchoRecords, find_attention_modules, find_output_projection
+from echoatt_hf.modeling_echoatt import EchoRecords
+from echoatt_hf.models.families import find_attention_modules, find_output_projection
 
 
 def make_rows(count, length=16, seed=0):

@@ -275,7 +275,8 @@ def test_only_the_logits_that_are_needed(model, tokenizer, files, expected, monk
     seen = []
 
     def record(module, args, kwargs, output):
-        seen.append((kwargs["input_ids"].shape[1], output.logits.shape[1]))
+        if kwargs["input_ids"].shape[1] > 2:  # the head is tried out on two tokens
+            seen.append((kwargs["input_ids"].shape[1], output.logits.shape[1]))
 
     hook = model.register_forward_hook(record, with_kwargs=True)
     evaluate_zero_shot(model, tokenizer, {"last": files["last"]}, batch_size=4)
@@ -384,7 +385,7 @@ def test_context_length_as_lm_eval_finds_it(tokenizer, tmp_path):
     short = copy.deepcopy(tokenizer)
     short.model_max_length = 55
     evaluate(BloomForCausalLM(BloomConfig(hidden_size=8, **sizes)), short)
-    assert seen == [77, 2048, 55]
+    assert [length for length in seen if length > 2] == [77, 2048, 55]  # on two tokens heads are tried out
 
 
 # Files.

@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from ..modeling_echoatt import AttentionRecord, EchoRecords, find_attention_modules
+from ..modeling_echoatt import AttentionRecord, EchoRecords
+from ..models.families import find_attention_modules
 from ..models.inference import inference
 from ..models.recording import compute_attention_weights, recording
 from ..outputs.files import write_whole

@@ -9,7 +9,8 @@ from torch import nn
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from ..modeling_echoatt import View, find_attention_modules, view_attention
+from ..modeling_echoatt import View, view_attention
+from ..models.families import find_attention_modules
 
 
 __all__ = ["share_keys_values"]

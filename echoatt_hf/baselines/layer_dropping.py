@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..models.inference import compare_predictions
+from ..models.predictions import compare_predictions
 
 
 __all__ = ["check_same_model", "choose_layers_to_drop", "drop_layers"]

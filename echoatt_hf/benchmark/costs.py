@@ -27,13 +27,8 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ..baselines.kv_sharing import NoProjection
-from ..modeling_echoatt import (
-    AttentionRecord,
-    EchoAttention,
-    count_query_features,
-    count_value_features,
-    find_attention_modules,
-)
+from ..modeling_echoatt import AttentionRecord, EchoAttention
+from ..models.families import count_query_features, count_value_features, find_attention_modules
 
 
 __all__ = ["Costs", "count_costs", "is_replayed"]

@@ -52,7 +52,7 @@ def run_benchmark(
     All are in one process and take turns, each time in another order, and so do training steps of all kinds, so that what
     else the machine does meets all of them; each ratio is the median over rounds of the teacher's time to the model's in
     the same round. Models share one copy of the weights where they have the same. Decoding is timed in steps of four tokens
-    with a dynamic cache, which goes on growing by them.
+    with a dynamic cache. It is made anew for each step, and not timed: there is the cache of one model at a time.
 
     Args:
         settings ([`BenchmarkSettings`]):
@@ -132,7 +132,7 @@ def _measure_together(
         first = index % len(turns)
         for cell, contender in turns[first:] + turns[:first]:
             bar.update()
-            key = cell.measure, contender.name
+            step, key = None, (cell.measure, contender.name)
             if key in errors:
                 continue
             for model in (teacher, contender.model):
@@ -142,14 +142,17 @@ def _measure_together(
                 if index == 0:
                     _check_memory(settings, cell, contender, teacher)
                     replays[key] = is_replayed(contender.model.eval(), 1 if cell.measure == "decode" else 2)
-                    steps[key] = STEPS[cell.measure](settings, contender, teacher, prompt)
+                step = steps.get(key) or STEPS[cell.measure](settings, contender, teacher, prompt)
+                if cell.measure != "decode":  # whose cache goes with it
+                    steps[key] = step
+                if index == 0:
                     with peak_memory(teacher.device) as peak:
-                        steps[key]()
+                        step()
                     memory[key] = peak.bytes
                 elif index < settings.warmup:
-                    steps[key]()
+                    step()
                 else:
-                    seconds.setdefault(key, []).append(_time(steps[key], teacher.device) / _tokens_in_step(cell))
+                    seconds.setdefault(key, []).append(_time(step, teacher.device) / _tokens_in_step(cell))
             except (MemoryError, RuntimeError) as error:  # torch's own on a GPU, what its CPU allocator raises
                 if not _is_out_of_memory(error):
                     raise

@@ -26,6 +26,7 @@ from ..settings import (
     StudentSettings,
     ZeroShotSettings,
     default_of,
+    name_gguf_file,
 )
 
 
@@ -44,14 +45,26 @@ EXPECTED_ERRORS = (ValueError, OSError, FloatingPointError, MemoryError)
 DIVIDED_COMMANDS = ("compress", "distill", "evaluate")
 
 Teacher = Annotated[
-    str, typer.Argument(help="'builtin', a folder, or a repository of the Hub: owner/name or owner/name@revision.")
+    str,
+    typer.Argument(
+        help="'builtin', a folder, a repository of the Hub (owner/name or owner/name@revision), or a .gguf file, also of a "
+        "repository: owner/name/file.gguf."
+    ),
+]
+GgufFile = Annotated[
+    str | None,
+    typer.Option(
+        help="GGUF file in the folder or repository of the teacher, or of the model where there is no teacher: the same as "
+        "its name with /file.gguf."
+    ),
 ]
 Output = Annotated[Path, typer.Option(help="What to write.", show_default=False)]
 Dtype = Annotated[
     str,
     typer.Option(
         help="Type of the weights, and of the student that is saved: 'float32', 'bfloat16', 'float16', or 'auto', that of "
-        "the checkpoint, with which a CPU computes in float32. What is trained is in float32 meanwhile."
+        "the checkpoint (bfloat16 of a quantized GGUF file), with which a CPU computes in float32. What is trained is in "
+        "float32 meanwhile."
     ),
 ]
 Similarity = Annotated[
@@ -144,6 +157,7 @@ def compress(
     distillation: DistillationSettings,
     output: Output,
     teacher: Teacher = "builtin",
+    gguf_file: GgufFile = None,
     dtype: Dtype = "auto",
     overwrite: Overwrite = False,
     resume: Resume = False,
@@ -154,7 +168,12 @@ def compress(
     from ..publishing.card import format_table
 
     settings = CompressionSettings(
-        teacher=teacher, plan=plan, calibration=calibration, data=data, distillation=distillation, dtype=dtype
+        teacher=name_gguf_file(teacher, gguf_file),
+        plan=plan,
+        calibration=calibration,
+        data=data,
+        distillation=distillation,
+        dtype=dtype,
     )
     report = compress(settings, output, overwrite=overwrite, resume=resume)
     print(f"\n{SharingPlan(report['plan']['echo_sources'])}")
@@ -169,6 +188,7 @@ def analyze(
     data: DataSettings,
     output: Output,
     teacher: Teacher = "builtin",
+    gguf_file: GgufFile = None,
     dtype: Dtype = "auto",
     calibration_rows: Annotated[int, typer.Option(help="Rows on which similarity is measured.")] = 48,
     calibration_seed: Annotated[int, typer.Option(help="Seed with which these rows are drawn.")] = 0,
@@ -178,6 +198,7 @@ def analyze(
     from ..pipeline.steps import analyze
 
     calibration = CalibrationSettings(calibration_rows=calibration_rows, calibration_seed=calibration_seed)
+    teacher = name_gguf_file(teacher, gguf_file)
     settings = CompressionSettings(teacher=teacher, calibration=calibration, data=data, dtype=dtype)
     layers = analyze(settings, output, overwrite=overwrite)["layers"]
     print("layer  most similar earlier layer")
@@ -194,6 +215,7 @@ def plan(
     calibration: CalibrationSettings,
     data: DataSettings,
     teacher: Teacher = "builtin",
+    gguf_file: GgufFile = None,
     dtype: Dtype = "auto",
     similarity: Similarity = None,
     output: Annotated[Path | None, typer.Option(help="JSON file to write the plan to.")] = None,
@@ -205,6 +227,7 @@ def plan(
     from ..planning.sharing import SharingPlan
     from ..search.effect import PlanSearch
 
+    teacher = name_gguf_file(teacher, gguf_file)
     settings = CompressionSettings(teacher=teacher, plan=plan, calibration=calibration, data=data, dtype=dtype)
     found = make_plan(settings, output, similarity=similarity, overwrite=overwrite, resume=resume)
     made = SharingPlan(found["plan"]["echo_sources"])
@@ -222,6 +245,7 @@ def convert(
     data: DataSettings,
     output: Output,
     teacher: Teacher = "builtin",
+    gguf_file: GgufFile = None,
     dtype: Dtype = "auto",
     similarity: Similarity = None,
     overwrite: Overwrite = False,
@@ -230,6 +254,7 @@ def convert(
     from ..conversion.convert import ConversionReport
     from ..pipeline.steps import convert
 
+    teacher = name_gguf_file(teacher, gguf_file)
     settings = CompressionSettings(teacher=teacher, plan=plan, calibration=calibration, data=data, dtype=dtype)
     report = convert(settings, output, similarity=similarity, overwrite=overwrite)
     print(f"{ConversionReport(**report)}\n\nwritten to {output}")
@@ -242,6 +267,7 @@ def store_teacher(
     store: StoredTeacherSettings,
     output: Output,
     teacher: Teacher = "builtin",
+    gguf_file: GgufFile = None,
     dtype: Dtype = "auto",
     overwrite: Overwrite = False,
     resume: Resume = False,
@@ -249,7 +275,7 @@ def store_teacher(
     """Keep what a teacher says of each token of a text, to distil from without it."""
     from ..pipeline.steps import store_teacher
 
-    settings = StoreSettings(teacher=teacher, data=data, store=store, dtype=dtype)
+    settings = StoreSettings(teacher=name_gguf_file(teacher, gguf_file), data=data, store=store, dtype=dtype)
     manifest = store_teacher(settings, output, overwrite=overwrite, resume=resume)
     size = sum(shard["bytes"] for shard in manifest["shards"])
     print(f"{manifest['tokens']:,} tokens in {manifest['rows']:,} rows and {len(manifest['shards']):,} files")
@@ -275,6 +301,7 @@ def distill(
     stored_teacher: Annotated[
         Path | None, typer.Option(help="Folder of `echoatt store-teacher`, in place of teacher and data.")
     ] = None,
+    gguf_file: GgufFile = None,
     dtype: Dtype = "auto",
     overwrite: Overwrite = False,
     resume: Resume = False,
@@ -285,7 +312,7 @@ def distill(
     from ..publishing.card import format_table
 
     stored = str(stored_teacher) if stored_teacher is not None else None
-    settings = StudentSettings(student, teacher, stored, data, distillation, dtype)
+    settings = StudentSettings(student, name_gguf_file(teacher, gguf_file), stored, data, distillation, dtype)
     report = distill(settings, output, overwrite=overwrite, resume=resume)
     if processes().is_main_process:
         print(f"\n{format_table(report['results'])}\n\nwritten to {output}")
@@ -298,6 +325,7 @@ def evaluate(
     model: Annotated[str, typer.Argument(help="Folder or repository of a student or any causal language model.")],
     teacher: Annotated[str | None, typer.Option(help="Model to compare with: agreement and KL.")] = None,
     batch_size: Annotated[int, typer.Option(help="Rows in a forward pass.")] = 8,
+    gguf_file: GgufFile = None,
     dtype: Dtype = "auto",
     output: Annotated[Path | None, typer.Option(help="JSON file to write the results to.")] = None,
     overwrite: Overwrite = False,
@@ -306,6 +334,10 @@ def evaluate(
     from ..models.devices import processes
     from ..pipeline.steps import evaluate
 
+    if teacher is None:
+        model = name_gguf_file(model, gguf_file)
+    else:
+        teacher = name_gguf_file(teacher, gguf_file)
     settings = EvaluationSettings(model, teacher, data, batch_size, dtype)
     results = evaluate(settings, output, overwrite=overwrite)
     if not processes().is_main_process:
@@ -329,6 +361,7 @@ def zero_shot(
     ],
     limit: Annotated[int | None, typer.Option(help="Questions to take of each file, the first ones.")] = None,
     batch_size: Annotated[int, typer.Option(help="Texts in a forward pass.")] = 16,
+    gguf_file: GgufFile = None,
     dtype: Dtype = "auto",
     output: Annotated[Path | None, typer.Option(help="JSON file to write the results to.")] = None,
     overwrite: Overwrite = False,
@@ -337,6 +370,7 @@ def zero_shot(
     from ..evaluation.zero_shot import format_zero_shot
     from ..pipeline.steps import zero_shot
 
+    model = name_gguf_file(model, gguf_file)
     settings = ZeroShotSettings(model, _parse_tasks(task), limit, batch_size, dtype)
     results = zero_shot(settings, output, overwrite=overwrite)
     print(format_zero_shot(results))
@@ -351,8 +385,8 @@ def benchmark(
     teacher: Annotated[
         str,
         typer.Argument(
-            help="'builtin', a folder, a repository of the Hub, or, with random weights, TinyLlama-1.1B, SmolLM2-135M, "
-            "SmolLM2-360M, Qwen2.5-0.5B or Llama-3.2-1B."
+            help="'builtin', a folder, a repository of the Hub, a .gguf file, or, with random weights, TinyLlama-1.1B, "
+            "SmolLM2-135M, SmolLM2-360M, Qwen2.5-0.5B or Llama-3.2-1B."
         ),
     ] = "TinyLlama-1.1B",
     student_or_plan: Annotated[
@@ -361,6 +395,7 @@ def benchmark(
             help="A student, source indices such as 0,1,1,1,4, a plan's .json file, or the ratio of evenly spread blocks."
         ),
     ] = "0.41",
+    gguf_file: GgufFile = None,
     output: Annotated[Path | None, typer.Option(help="Folder for benchmark.json, .md and .png.")] = None,
     overwrite: Overwrite = False,
 ) -> None:
@@ -371,6 +406,7 @@ def benchmark(
 
     if output is not None:
         check_output_folder(output, overwrite)
+    teacher = name_gguf_file(teacher, gguf_file)
     results = run_benchmark(settings, teacher, student_or_plan, progress=True)
     print(format_benchmark(results))
     if output is not None:

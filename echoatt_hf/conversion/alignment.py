@@ -9,7 +9,8 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ..analysis.similarity import AttentionSimilarity
-from ..modeling_echoatt import EchoAttention, EchoAttForCausalLM, find_attention_modules, find_output_projection
+from ..modeling_echoatt import EchoAttention, EchoAttForCausalLM
+from ..models.families import find_attention_modules, find_output_projection
 
 
 __all__ = ["align_heads", "match_heads", "permute_heads"]

@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 
 from ..analysis.similarity import AttentionSimilarity, measure_on_rows
 from ..modeling_echoatt import FUSED_MODULES, EchoAttForCausalLM
-from ..models.inference import compare_predictions
+from ..models.predictions import compare_predictions
 from ..models.sizes import count_kv_bytes_per_token
 from ..outputs.provenance import describe_teacher
 from ..planning.sharing import SharingPlan

@@ -12,7 +12,8 @@ from tqdm.auto import tqdm
 from transformers import BatchEncoding, PreTrainedModel
 
 from ..analysis.similarity import AttentionSimilarity
-from ..modeling_echoatt import EchoRecords, find_attention_modules, find_output_projection
+from ..modeling_echoatt import EchoRecords
+from ..models.families import find_attention_modules, find_output_projection
 from ..models.inference import inference
 from ..models.layerwise import run_until
 from ..models.recording import recording

@@ -20,11 +20,10 @@ from ..modeling_echoatt import (
     EchoAttForCausalLM,
     EchoAttPreTrainedModel,
     EchoRecords,
-    count_value_features,
-    find_attention_modules,
     find_fused_modules,
 )
 from ..models.checks import check_no_nan
+from ..models.families import check_same_heads, count_value_features, find_attention_modules
 from ..models.inference import inference
 from ..models.loading import load_model
 from ..models.recording import recording
@@ -71,8 +70,10 @@ def _make_student(teacher: PreTrainedModel, plan: Sequence[int], share_weights: 
     text_config = copy.deepcopy(teacher.config)
     text_config.architectures = None
     text_config.name_or_path = ""  # a path of this machine would end up in the student's config.json
-    if hasattr(text_config, "auto_map"):
-        del text_config.auto_map  # code of the teacher's repository, which the student does not have
+    # Code of the teacher's repository, and what was said of the file its weights were read from: not the student's.
+    for name in ("auto_map", "quantization_config", "_model_name_or_path"):
+        if hasattr(text_config, name):
+            delattr(text_config, name)
     # What is so, not what the configuration says: merged adapters of the head leave it untied, and users tie by hand.
     embeddings, head = teacher.get_input_embeddings(), teacher.get_output_embeddings()
     if teacher._tied_weights_keys and head is not None:
@@ -83,6 +84,10 @@ def _make_student(teacher: PreTrainedModel, plan: Sequence[int], share_weights: 
         attn_implementation=teacher.config._attn_implementation,
         dtype=teacher.dtype,
     )
+    if config.echo_layers:
+        check_same_heads(
+            find_attention_modules(teacher, [*config.source_layers, *config.echo_layers]), config.echo_sources
+        )
     with torch.device("meta"):
         student = EchoAttForCausalLM._from_config(config)
         _check_initialization(student)
@@ -253,7 +258,7 @@ def _errors_of_echoes(
             layer = attention.layer_idx
             for how, found_in in (("replay", records), ("weights", by_weights)):
                 own = EchoRecords()
-                own.keep(config.echo_sources[layer], found_in.get(layer, expected.device))
+                own.by_layer[config.echo_sources[layer]] = found_in.get(layer, expected.device)
                 kwargs = {name: caches[how] if isinstance(value, Cache) else value for name, value in kwargs.items()}
                 found, _ = echoes[layer](*args, **(kwargs | {"echo_records": own}))
                 yield (layer, f"{step} by {how}"), _relative_error(found, expected)
@@ -294,13 +299,15 @@ def _check_teacher(teacher: PreTrainedModel) -> None:
             "DeepSpeed's ZeRO-3 is set up, which divides the weights of every new model among processes: convert in one "
             "process, before arguments for training are made, save the student, and load it where you train."
         )
+    # transformers says so of every model of a GGUF file, also of one with plain weights.
+    is_quantized = getattr(teacher, "is_quantized", False) and getattr(teacher, "quantization_method", None) != "gguf"
     for name, parameter in teacher.named_parameters():
         kind = type(parameter.data)
         if kind.__name__ == "DTensor":
             raise ValueError(
                 "The teacher is sharded over processes: convert in one process, with a teacher loaded whole."
             )
-        if getattr(teacher, "is_quantized", False) or kind is not torch.Tensor or not parameter.is_floating_point():
+        if is_quantized or kind is not torch.Tensor or not parameter.is_floating_point():
             raise ValueError(
                 f"The teacher is quantized ({name} is a {kind.__name__} of {parameter.dtype}): convert the unquantized "
                 "model, and quantize the student afterwards."

@@ -14,13 +14,8 @@ from tqdm.auto import tqdm
 from transformers import BatchEncoding, PreTrainedModel
 
 from ..analysis.similarity import AttentionSimilarity
-from ..modeling_echoatt import (
-    EchoAttention,
-    EchoAttForCausalLM,
-    EchoRecords,
-    find_attention_modules,
-    find_output_projection,
-)
+from ..modeling_echoatt import EchoAttention, EchoAttForCausalLM, EchoRecords
+from ..models.families import find_attention_modules, find_output_projection
 from ..models.inference import inference
 from ..models.layerwise import find_layers, keep_layer_outputs, run_to_call, run_until, starting_at
 from ..text.rows import batch_rows

@@ -7,12 +7,13 @@ one chunk of tokens only.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
+from ..models.heads import token_chunks
 from ..settings import DIVERGENCES, HIDDEN_DISTANCES
 
 
@@ -40,8 +41,6 @@ __all__ = [
 ]
 
 IGNORED_LABEL = -100
-# Of the float32 logits of a chunk. Several tensors of this size exist at a time; smaller ones make matrix products slower.
-CHUNK_BYTES = 2**26
 # A probability of 0 has no finite logarithm; the lowest float16 gives 0 as well.
 _NO_PROBABILITY = torch.finfo(torch.float16).min
 
@@ -325,7 +324,7 @@ def chunked_loss(
         without.
     """
     states = states.flatten(0, 1)
-    chunks = list(_chunks(len(states), vocab_size))
+    chunks = list(token_chunks(len(states), vocab_size, states.device))
     if torch.is_grad_enabled() and (states.requires_grad or parameters):
         return _ChunkedLoss.apply(losses, logits_of, chunks, states, *parameters)
     parts = sum(losses.parts(logits_of(states[tokens]), tokens) for tokens in chunks)
@@ -364,13 +363,6 @@ class _ChunkedLoss(torch.autograd.Function):
     def backward(ctx, gradient: torch.Tensor, _):
         found = [kept * gradient for kept in ctx.saved_tensors]
         return None, None, None, *([] if ctx.needs_input_grad[3] else [None]), *found
-
-
-def _chunks(number: int, vocab_size: int) -> Iterator[slice]:
-    """Slices of `number` tokens, as even as can be."""
-    most = max(1, CHUNK_BYTES // (4 * vocab_size))
-    length = math.ceil(number / math.ceil(number / most)) if number else 1
-    return (slice(start, start + length) for start in range(0, number, length))
 
 
 def _upcast(tensor: torch.Tensor) -> torch.Tensor:
@@ -495,6 +487,8 @@ def _mean_over_layers(
     mask = target_mask(labels)
     total = student_states[0].new_zeros((), dtype=torch.float32)
     for student, teacher in zip(student_states, teacher_states, strict=True):
+        # A model may be spread over devices, and its teacher over others.
+        of_tokens = distances(student.float(), teacher.to(student.device).float())
         # Filled, not multiplied: where a row is padding the teacher's state may have no length.
-        total = total + distances(student.float(), teacher.float()).masked_fill(~mask, 0.0).sum()
+        total = total + of_tokens.masked_fill(~mask.to(student.device), 0.0).sum().to(total.device)
     return total / len(student_states) / num_tokens

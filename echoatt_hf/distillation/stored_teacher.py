@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..models.checks import check_no_nan, find_tokenizer, hash_tokenizer, hash_weights
 from ..models.devices import explained_memory_errors, processes
+from ..models.heads import OutputHead, predict
 from ..models.inference import inference
 from ..outputs.files import hash_file, write_whole
 from ..outputs.provenance import describe_environment
@@ -215,6 +216,7 @@ def write_stored_teacher(
     bar = tqdm(total=total, unit=" rows", desc="store the teacher", disable=not progress, leave=False)
     remedy = f"a forward pass has batch_size {batch_size} rows. Give a smaller one, and go on where this run ended"
     with bar, explained_memory_errors(remedy), inference(teacher):
+        head = OutputHead.find(teacher)
         for number, columns in enumerate(_stack_shards(chain([first], iterator), dtypes, shard_rows)):
             input_ids = columns["input_ids"]
             for values in columns.values():
@@ -227,7 +229,7 @@ def write_stored_teacher(
             answers = []
             for start in range(0, len(input_ids), batch_size):
                 part = {name: values[start : start + batch_size] for name, values in columns.items()}
-                answers.append(_ask(teacher, part, top_k))
+                answers.append(_ask(teacher, head, part, top_k))
                 bar.update(len(answers[-1][0]))
             logprobs, ids = (np.concatenate(parts) for parts in zip(*answers, strict=True))
             if np.isnan(logprobs).any():
@@ -258,13 +260,15 @@ def write_stored_teacher(
     return manifest
 
 
-def _ask(teacher: PreTrainedModel, columns: dict[str, np.ndarray], top_k: int) -> tuple[np.ndarray, np.ndarray]:
+def _ask(
+    teacher: PreTrainedModel, head: OutputHead | None, columns: dict[str, np.ndarray], top_k: int
+) -> tuple[np.ndarray, np.ndarray]:
     """Log-probabilities `(B, T, k + 1)`, float16, and token ids `(B, T, k)`, the likeliest first, for rows `(B, T)`."""
     rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
-    logits = teacher(**stack_rows(rows).to(teacher.device), use_cache=False).logits
-    # One row at a time: float32 log-probabilities of a batch may not fit.
-    logprobs, ids = zip(*(keep_top(row, top_k) for row in logits), strict=True)
-    return torch.stack(logprobs).cpu().numpy(), torch.stack(ids).cpu().numpy()
+    logits = predict(teacher, head, stack_rows(rows))
+    kept = zip(*(keep_top(logits(tokens), top_k) for tokens in logits.chunks()), strict=True)
+    logprobs, ids = (torch.cat(parts).unflatten(0, (len(rows), -1)).cpu().numpy() for parts in kept)
+    return logprobs, ids
 
 
 def _stack_shards(

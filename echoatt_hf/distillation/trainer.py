@@ -25,8 +25,9 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.pytorch_utils import id_tensor_storage
 from transformers.trainer_utils import get_last_checkpoint
 
-from ..modeling_echoatt import EchoAttPreTrainedModel, find_attention_modules
+from ..modeling_echoatt import EchoAttPreTrainedModel
 from ..models.checks import check_no_nan, check_same_tokenizer
+from ..models.families import find_attention_modules
 from ..models.heads import OutputHead
 from ..settings import (
     DIVERGENCES,

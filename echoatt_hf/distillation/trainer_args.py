@@ -22,6 +22,7 @@ _SETTING_OF = {
     "num_train_epochs": "steps",
     "stage1_steps": "steps",
     "per_device_train_batch_size": "batch_size",
+    "per_device_eval_batch_size": "evaluation_batch_size",
     "per_gpu_train_batch_size": "batch_size",
     "gradient_accumulation_steps": "accumulation_steps",
     "eval_strategy": "eval_steps",

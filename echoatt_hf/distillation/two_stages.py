@@ -127,12 +127,12 @@ def make_training_arguments(settings: DistillationSettings, output_dir: Path) ->
         "output_dir": str(output_dir),
         "stage1_steps": settings.stage1_steps,
         "per_device_train_batch_size": batch_size // (accumulation_steps * number),
+        "per_device_eval_batch_size": values.pop("evaluation_batch_size"),
         "gradient_accumulation_steps": accumulation_steps,
         "eval_strategy": "steps" if settings.eval_steps else "no",
         "use_cpu": default_device() == "cpu",
     }
     defaults = {
-        "per_device_eval_batch_size": 8,
         "lr_scheduler_type": "cosine",
         "logging_steps": 10,
         "save_total_limit": 2,

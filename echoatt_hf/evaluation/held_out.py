@@ -9,8 +9,8 @@ from datasets import Dataset
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..models.checks import check_same_tokenizer
-from ..models.inference import compare_predictions
 from ..models.loading import load_placed
+from ..models.predictions import compare_predictions
 from ..text.documents import load_documents
 from ..text.readers import check_text
 from ..text.rows import pack_rows

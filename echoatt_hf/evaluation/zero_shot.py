@@ -4,7 +4,7 @@ import inspect
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,8 +12,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 
+from ..models.devices import to_float64
+from ..models.heads import HeadLogits, OutputHead, predict
 from ..models.inference import inference
 from ..outputs.tables import format_markdown
 from ..text.readers import check_text
@@ -350,11 +352,12 @@ def _score(model: PreTrainedModel, requests: Sequence[_Request], batch_size: int
     # The longest first: little padding, and memory that does not suffice is found out at once.
     order = sorted(range(len(requests)), key=lambda index: -len(requests[index].tokens))
     can_keep = "logits_to_keep" in inspect.signature(model.forward).parameters
+    head = OutputHead.find(model) if can_keep else None
     scores: dict[int, _Score] = {}
     with inference(model), tqdm(total=len(order), desc="zero-shot", disable=not progress, leave=False) as bar:
         for start in range(0, len(order), batch_size):
             batch = order[start : start + batch_size]
-            scores.update(zip(batch, _score_batch(model, [requests[i] for i in batch], can_keep), strict=True))
+            scores.update(zip(batch, _score_batch(model, [requests[i] for i in batch], can_keep, head), strict=True))
             bar.update(len(batch))
     if any(math.isnan(score.log_likelihood) for score in scores.values()):
         # Of log-likelihoods that are not numbers the first would count as the highest.
@@ -362,7 +365,9 @@ def _score(model: PreTrainedModel, requests: Sequence[_Request], batch_size: int
     return [scores[index] for index in range(len(requests))]
 
 
-def _score_batch(model: PreTrainedModel, batch: Sequence[_Request], can_keep: bool) -> list[_Score]:
+def _score_batch(
+    model: PreTrainedModel, batch: Sequence[_Request], can_keep: bool, head: OutputHead | None
+) -> list[_Score]:
     lengths = [len(request.tokens) - 1 for request in batch]  # nothing is predicted from the last token
     input_ids = torch.zeros(len(batch), max(lengths), dtype=torch.long)
     mask = torch.zeros_like(input_ids)
@@ -371,25 +376,32 @@ def _score_batch(model: PreTrainedModel, batch: Sequence[_Request], can_keep: bo
         mask[row, :length] = 1
     first = min(length - request.scored for request, length in zip(batch, lengths, strict=True))
     options = {"logits_to_keep": max(lengths) - first} if can_keep else {}
-    inputs = {"input_ids": input_ids.to(model.device), "attention_mask": mask.to(model.device)}
-    logits = model(**inputs, use_cache=False, **options).logits
+    inputs = {"input_ids": input_ids, "attention_mask": mask}
+    logits = predict(model, head, BatchEncoding(inputs), **options)
+    width = len(logits.states) // len(batch)
     # Below zero if the model puts tokens of its own before the text, as prompt tuning does.
-    left_out = max(lengths) - logits.shape[1]
-    rows = [  # one at a time: float32 logits of a batch may not fit
-        _score_row(logits[row, length - left_out - request.scored : length - left_out], request)
-        for row, (request, length) in enumerate(zip(batch, lengths, strict=True))
-    ]
-    # Summed in float64, which not every device has: a sum of thousands of nats keeps four decimals.
-    log_probs = torch.cat([row[0] for row in rows]).cpu().double().split([request.scored for request in batch])
-    are_greedy = torch.stack([row[1] for row in rows]).tolist()
-    return [_Score(part.sum().item(), greedy) for part, greedy in zip(log_probs, are_greedy, strict=True)]
+    left_out = max(lengths) - width
+    ends = [row * width + length - left_out for row, length in enumerate(lengths)]
+    scored = [request.scored for request in batch]
+    places = torch.cat([torch.arange(end - count, end) for end, count in zip(ends, scored, strict=True)])
+    targets = torch.tensor([token for request in batch for token in request.tokens[-request.scored :]])
+    found = _score_tokens(replace(logits, states=logits.states[places.to(logits.states.device)]), targets)
+    log_probs, are_first = (parts.split(scored) for parts in found)
+    return [_Score(part.sum().item(), bool(first.all())) for part, first in zip(log_probs, are_first, strict=True)]
 
 
-def _score_row(logits: torch.Tensor, request: _Request) -> tuple[torch.Tensor, torch.Tensor]:
-    """From logits `(N, V)` the log-probabilities `(N,)` of the scored tokens, and whether all are ranked first, `()`."""
-    log_probs = F.log_softmax(logits.float(), dim=-1)
-    targets = torch.tensor(request.tokens[-request.scored :], device=logits.device)
-    return log_probs.gather(-1, targets[:, None]).squeeze(-1), (log_probs.argmax(-1) == targets).all()
+def _score_tokens(logits: HeadLogits, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    The log-probabilities `(N,)` of tokens, and whether each is ranked first, `(N,)`. In float64, which not every device has:
+    a sum of thousands of nats keeps four decimals.
+    """
+    found = []
+    for tokens in logits.chunks():
+        log_probs = F.log_softmax(logits(tokens).float(), dim=-1)
+        expected = targets[tokens].to(log_probs.device)
+        found.append((log_probs.gather(-1, expected[:, None])[:, 0].cpu(), (log_probs.argmax(-1) == expected).cpu()))
+    log_probs, are_first = map(torch.cat, zip(*found, strict=True))
+    return to_float64(log_probs), are_first
 
 
 # Metrics.

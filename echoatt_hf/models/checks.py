@@ -49,7 +49,7 @@ def find_tokenizer(model: PreTrainedModel) -> PreTrainedTokenizerBase | None:
     if not name:
         return None
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        tokenizer = AutoTokenizer.from_pretrained(name, gguf_file=getattr(model, "loaded_gguf_file", None))
     except (OSError, ValueError, ImportError):
         return None
     # Of a folder without tokenizer files some families make an empty tokenizer.

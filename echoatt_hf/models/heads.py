@@ -1,6 +1,7 @@
 """What a causal language model does after its decoder, for some tokens at a time."""
 
 import logging
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,14 +12,19 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
-from transformers import PreTrainedModel
+from transformers import BatchEncoding, PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from ..modeling_echoatt import find_decoder
 from .inference import inference
 
 
-__all__ = ["HeadCall", "HeadLogits", "OutputHead"]
+__all__ = ["HeadCall", "HeadLogits", "OutputHead", "predict", "token_chunks"]
+
+# Of the float32 logits of a chunk. Several tensors of this size exist at a time; smaller ones make matrix products slower,
+# on an accelerator those of four times the size too.
+CHUNK_BYTES = 2**26
+ACCELERATOR_CHUNKS = 4
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -87,7 +93,9 @@ class OutputHead:
             return False
         scale = expected.abs().max().clamp_min(torch.finfo(expected.dtype).tiny)
         tolerance = 1e-3 if torch.finfo(expected.dtype).eps < 1e-6 else 5e-2
-        return last.shape[1] == 1 and ((found - expected[0]).abs().max() / scale).item() < tolerance
+        return (
+            last.shape[1] == 1 and ((found.to(expected.device) - expected[0]).abs().max() / scale).item() < tolerance
+        )
 
     def _is_one_product(self, model: nn.Module) -> bool:
         """Whether logits are states times the weights of the head, and nothing else: without a bias, a scale or a cap."""
@@ -200,6 +208,36 @@ class HeadLogits:
     def __call__(self, tokens: slice) -> torch.Tensor:
         return self.logits_of(self.states[tokens])
 
+    def chunks(self) -> Iterator[slice]:
+        """Slices of all tokens, see [`token_chunks`]."""
+        return token_chunks(len(self.states), self(slice(0, 1)).shape[-1], self.states.device)
+
+
+def token_chunks(number: int, vocab_size: int, device: torch.device) -> Iterator[slice]:
+    """Slices of `number` tokens, as even as can be, whose logits on `device` are no larger than those of a chunk."""
+    limit = CHUNK_BYTES * (1 if device.type == "cpu" else ACCELERATOR_CHUNKS)
+    most = max(1, limit // (4 * vocab_size))
+    length = math.ceil(number / math.ceil(number / most)) if number else 1
+    return (slice(start, start + length) for start in range(0, number, length))
+
+
+def predict(model: PreTrainedModel, head: OutputHead | None, batch: BatchEncoding, **options) -> HeadLogits:
+    """
+    What a model predicts on a batch `(B, T)`: the logits of its B · T tokens, made for those that are asked for.
+
+    Args:
+        model (`PreTrainedModel`): causal language model.
+        head ([`OutputHead`], *optional*): its head; without it the logits of all tokens are made.
+        batch (`BatchEncoding`): tokens.
+        options: of the forward pass.
+    """
+    batch = batch.to(model.device)
+    if head is None:
+        return HeadLogits(model(**batch, use_cache=False, **options).logits.flatten(0, 1), nn.Identity())
+    with head.last_states() as kept:
+        model(**batch, use_cache=False, **(options | {"logits_to_keep": 1}))
+    return head.logits(kept)
+
 
 class _AfterDecoder(nn.Module):
     """
@@ -215,10 +253,23 @@ class _AfterDecoder(nn.Module):
         # Of accelerate: the forward pass of the module that was copied.
         self.language_model.__dict__.pop("forward", None)
         self._output, self._states = output, None
+        self._is_cast = False
 
     def forward(self, states: torch.Tensor) -> torch.Tensor:
+        if not self._is_cast and torch.is_autocast_enabled(states.device.type):
+            self._cast_frozen(torch.get_autocast_dtype(states.device.type))
         self._states = states[None]
         return self.language_model(use_cache=False).logits[0]
+
+    def _cast_frozen(self, dtype: torch.dtype) -> None:
+        """Cast once what autocast would cast for every chunk: it keeps what it has cast of weights with gradients alone."""
+        self._is_cast = True
+        for module in self.language_model.modules():
+            if type(module) is nn.Linear and module.weight.dtype == torch.float32:
+                module._parameters = {  # of the copy
+                    name: value if value is None or value.requires_grad else nn.Parameter(value.to(dtype), False)
+                    for name, value in module._parameters.items()
+                }
 
     def _decode(self, *args, **kwargs):
         """In place of the decoder: what it returned, with other last hidden states."""

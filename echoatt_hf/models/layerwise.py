@@ -35,13 +35,17 @@ def starting_at(layers: nn.ModuleList | None, index: int, output: Any) -> Iterat
         output: what layer `index - 1` returned.
     """
     skipped = list(layers[:index]) if layers is not None else []
+    # Of accelerate: the forward pass of a layer of a model that is spread over devices.
+    own = [vars(layer).get("forward") for layer in skipped]
     for layer in skipped:
         layer.forward = lambda *args, **kwargs: output
     try:
         yield
     finally:
-        for layer in skipped:
+        for layer, forward in zip(skipped, own, strict=True):
             del layer.forward
+            if forward is not None:
+                layer.forward = forward
 
 
 @contextmanager

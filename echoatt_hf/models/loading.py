@@ -1,8 +1,11 @@
-"""Where teachers come from: the one that ships with the package, a path, or the Hub."""
+"""Where teachers come from: the one that ships with the package, a path, or the Hub; as a folder or a GGUF file."""
 
 import json
+import logging
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from huggingface_hub import constants, get_token, hf_hub_download, is_offline_mode, try_to_load_from_cache
@@ -19,6 +22,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GgufConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -26,7 +30,7 @@ from transformers import (
 from transformers.utils import CONFIG_NAME
 
 from ..configuration_echoatt import EchoAttConfig, check_base_family
-from ..settings import BUILTIN_TEACHER
+from ..settings import BUILTIN_TEACHER, GGUF_SUFFIX
 from .devices import default_device
 from .dtypes import cast_weights
 
@@ -44,6 +48,12 @@ __all__ = [
 ]
 
 
+logger = logging.getLogger(__name__)
+
+GGUF_FLOATS = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+"""Types of tensors in a GGUF file that are no blocks of integers; norms are F32 in all files, so it is the last."""
+
+
 def builtin_teacher_path() -> Path:
     """Folder of the teacher that ships with the package: a small Llama-type model of Python source."""
     return Path(__file__).parents[1] / "builtin_teacher"
@@ -56,23 +66,56 @@ def load_model(name: str | Path, dtype: torch.dtype | str = torch.float32) -> Pr
     Args:
         name (`str` or `Path`):
             `"builtin"`, a folder, or a repository of the Hub, of which `"owner/name@revision"` is a branch, tag or commit.
-            Remote code is not run.
+            Remote code is not run. Of GGUF files, `"folder/model.gguf"` or `"owner/name/model.gguf"`, also with
+            `@revision`: such a model is loaded with plain weights, as if it had never been quantized. Needs the package
+            `gguf`.
         dtype (`torch.dtype` or `str`, *optional*, defaults to `torch.float32`):
-            Type of the weights in memory; `"auto"` takes the one they are stored in.
+            Type of the weights in memory; `"auto"` takes the one they are stored in. Of a quantized GGUF file that is
+            bfloat16: blocks of integers have no such type, and models are trained in this one. It rounds less than the
+            blocks did, takes half the memory of float32, and has its range, which float16 does not.
 
     Returns:
-        `PreTrainedModel`: in evaluation mode; its `loaded_commit` is the commit it was loaded from, if it is on the Hub.
+        `PreTrainedModel`: in evaluation mode; its `loaded_commit` is the commit it was loaded from, if it is on the Hub, and
+        its `loaded_gguf_file` the file, if it was one.
 
     Raises:
-        `FileNotFoundError`: there is no such folder or repository.
-        `ValueError`: it is not a decoder language model.
+        `FileNotFoundError`: there is no such folder, file or repository, or it cannot be read.
+        `ValueError`: it is not a decoder language model, weights are missing in a GGUF file, or the package `gguf` is not
+            installed.
     """
     config = load_config(name)
     if not isinstance(config, EchoAttConfig):
         check_base_family(config)
-    model = _load(name, AutoModelForCausalLM.from_pretrained, dtype=dtype)
-    # transformers does not keep the commit, and what the name stands for changes.
-    model.loaded_commit = _find_commit(*_resolve(name))
+    source = _resolve(name)
+    if source.gguf_file is None:
+        model = _load(name, AutoModelForCausalLM.from_pretrained, dtype=dtype)
+    else:
+        model = _load_gguf(name, config, dtype)
+    # transformers does not keep them, and what the name stands for changes.
+    model.loaded_commit, model.loaded_gguf_file = _find_commit(source), source.gguf_file
+    return model
+
+
+def _load_gguf(name: str | Path, config: PreTrainedConfig, dtype: torch.dtype | str) -> PreTrainedModel:
+    types, is_rope_scaled = _load(name, _read_gguf)
+    is_known = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default") != "default"
+    if is_rope_scaled and not is_known:
+        logger.warning(
+            f"{str(name)!r} scales its rotary frequencies, which transformers does not read from such a file: the model differs "
+            "from the one that it was made from, most in long rows. The repository of that model has them in its config.json."
+        )
+    if dtype == "auto":
+        is_quantized = not types <= set(GGUF_FLOATS)
+        dtype = torch.bfloat16 if is_quantized else next(GGUF_FLOATS[each] for each in GGUF_FLOATS if each in types)
+    # Else transformers keeps the blocks where it has a kernel for them, and takes the model for quantized where not.
+    options = {"config": config, "dtype": dtype, "quantization_config": GgufConfig(dequantize=True)}
+    model, info = _load(name, AutoModelForCausalLM.from_pretrained, output_loading_info=True, **options)
+    if info["missing_keys"]:
+        missing = sorted(info["missing_keys"])
+        raise ValueError(
+            f"{str(name)!r} lacks {len(missing)} of the model's weights, such as {missing[0]!r}: transformers does not read "
+            "all of this file. Give the repository of the model that it was made from."
+        )
     return model
 
 
@@ -88,10 +131,10 @@ def load_typed(name: str | Path, dtype: str = "auto") -> tuple[PreTrainedModel, 
 
     Args:
         name (`str` or `Path`):
-            `"builtin"`, a folder, or a repository of the Hub.
+            As for [`load_model`].
         dtype (`str`, *optional*, defaults to `"auto"`):
-            Type of its weights, one of `DTYPES`. `"auto"` is the one of the checkpoint, but float32 on a CPU, where many
-            have no arithmetic for half precision.
+            Type of its weights, one of `DTYPES`. `"auto"` is the one of the checkpoint, see [`load_model`], but float32 on
+            a CPU, where many have no arithmetic for half precision.
 
     Returns:
         `tuple`: the model, and the type that a student of it is saved in: `dtype`, or the one of the checkpoint.
@@ -160,7 +203,7 @@ def load_json(name: str | Path, file: str) -> dict:
         `ValueError`: the file is not JSON.
     """
 
-    def find(source: str, **options) -> Path | None:
+    def find(source: str, gguf_file: str | None = None, **options) -> Path | None:
         if Path(source).is_dir():
             return Path(source) / file
         try:
@@ -177,45 +220,120 @@ def load_json(name: str | Path, file: str) -> dict:
         raise ValueError(f"{file} of {str(name)!r} is not JSON ({error}): delete it, or make it anew.") from error
 
 
+class _Source(NamedTuple):
+    """What a name stands for: a folder or a repository, its revision, and the GGUF file in it if it is one."""
+
+    path: str
+    revision: str | None = None
+    gguf_file: str | None = None
+
+
 def _load(name: str | Path, load: Callable, **options):
-    """Call `load` with the folder or repository and the revision, and say in one line what could not be loaded."""
-    source, revision = _resolve(name)
+    """Call `load` with the folder or repository, revision and file, and say in one line what could not be loaded."""
+    source = _resolve(name)
+    options |= {key: value for key, value in source._asdict().items() if key != "path" and value}
     try:
-        return load(source, **options, **({"revision": revision} if revision else {}))
+        if source.gguf_file:
+            _check_gguf(_find_gguf(**source._asdict()))
+        return load(source.path, **options)
     except Exception as error:  # damaged files raise errors of all kinds
-        reason = explain_hub_error(error, source, revision)
+        reason = explain_hub_error(error, source.path, source.revision)
         if reason is None:
             lines = str(error).strip().splitlines() or [type(error).__name__]
             kind = "" if isinstance(error, (OSError, ValueError)) else f"{type(error).__name__}: "
-            reason = f"{kind}{lines[0]} Give a folder, a repository of the Hub, or {BUILTIN_TEACHER!r}."
+            allowed = f"a folder, a repository of the Hub, or {BUILTIN_TEACHER!r}"
+            if source.gguf_file:
+                allowed = "a whole GGUF file that transformers reads, or the repository of the model it was made from"
+            reason = f"{kind}{lines[0]} Give {allowed}."
         raise FileNotFoundError(f"{str(name)!r} cannot be loaded: {reason}") from error
 
 
-def _find_commit(source: str, revision: str | None) -> str | None:
+def _find_gguf(path: str, gguf_file: str, revision: str | None = None) -> Path:
+    if Path(path).is_dir():
+        return Path(path) / gguf_file
+    try:
+        return Path(hf_hub_download(path, gguf_file, revision=revision))
+    except EntryNotFoundError as error:
+        if isinstance(error, LocalEntryNotFoundError):
+            raise
+        raise FileNotFoundError(f"The repository has no file {gguf_file!r}.") from error
+
+
+def _check_gguf(path: Path) -> None:
+    with path.open("rb") as file:
+        if file.read(4) != b"GGUF":
+            raise ValueError("It is not a GGUF file: its first four bytes are not 'GGUF'.")
+
+
+def _read_gguf(path: str, **source) -> tuple[set[str], bool]:
+    """Types of the tensors of a GGUF file, and whether it scales rotary frequencies."""
+    from gguf import GGUFReader
+
+    reader = GGUFReader(_find_gguf(path, **source))
+    scaling = [each.contents() for name, each in reader.fields.items() if name.endswith(".rope.scaling.type")]
+    has_factors = any(tensor.name.startswith(("rope_freqs", "rope_factors")) for tensor in reader.tensors)
+    return {tensor.tensor_type.name for tensor in reader.tensors}, has_factors or scaling not in ([], ["none"])
+
+
+def _find_commit(source: _Source) -> str | None:
     """The commit of a repository that is in the cache as this revision."""
-    cached = None if Path(source).is_dir() else try_to_load_from_cache(source, CONFIG_NAME, revision=revision)
-    return Path(cached).parent.name if isinstance(cached, str) else None
+    file = source.gguf_file or CONFIG_NAME
+    cached = (
+        None if Path(source.path).is_dir() else try_to_load_from_cache(source.path, file, revision=source.revision)
+    )
+    return Path(cached).parents[len(Path(file).parts) - 1].name if isinstance(cached, str) else None
 
 
-def _resolve(name: str | Path) -> tuple[str, str | None]:
-    """The folder or the repository that a name stands for, and the revision that it asks for."""
+def _resolve(name: str | Path) -> _Source:
+    """What a name stands for. Raises if there is nothing of that name, as far as can be known without the Hub."""
     if str(name) == BUILTIN_TEACHER:
-        return str(builtin_teacher_path()), None
+        return _Source(str(builtin_teacher_path()))
     path = Path(name).expanduser()
     if path.is_dir():
         if not (path / "config.json").exists() and not (path / "tokenizer_config.json").exists():
-            raise FileNotFoundError(f"The folder {str(name)!r} holds no model: it has no config.json.")
-        return str(path), None
+            raise FileNotFoundError(
+                f"The folder {str(name)!r} holds no model: it has no config.json.{_name_ggufs(path)}"
+            )
+        return _Source(str(path))
     if "://" in str(name):
         raise FileNotFoundError(
             f"{str(name)!r} is an address: give the repository as owner/name, or owner/name@revision."
         )
     repository, at, revision = str(name).partition("@")  # which no name of a repository holds
+    gguf_file = None
+    if path.is_file() and path.suffix == GGUF_SUFFIX:
+        _check_gguf_package(name)
+        return _Source(str(path.parent), None, path.name)
+    if repository.endswith(GGUF_SUFFIX) and not path.exists():
+        parts = repository.split("/")
+        is_local = path.is_absolute() or repository.startswith((".", "~")) or Path(*parts[:-1][:2]).exists()
+        if is_local or len(parts) == 1:
+            raise FileNotFoundError(
+                f"There is no file {str(name)!r}: check the path, or give owner/name/file{GGUF_SUFFIX} for a file on the "
+                f"Hub.{_name_ggufs(path.parent)}"
+            )
+        if len(parts) > 2:  # else a repository whose name ends so
+            _check_gguf_package(name)
+            repository, gguf_file = "/".join(parts[:2]), "/".join(parts[2:])
     if path.exists() or path.is_absolute() or repository.startswith((".", "~")) or repository.count("/") > 1:
         raise FileNotFoundError(f"There is no model folder {str(name)!r}: check the path.")
     if at and not (repository and revision):
         raise FileNotFoundError(f"{str(name)!r} lacks the repository or the revision: give owner/name@revision.")
-    return repository, revision or None
+    return _Source(repository, revision or None, gguf_file)
+
+
+def _check_gguf_package(name: str | Path) -> None:
+    if find_spec("gguf") is None:
+        raise ValueError(
+            f"{str(name)!r} is a GGUF file, which the package gguf reads, and that is not installed: "
+            '`pip install "echoatt-hf[gguf]"`.'
+        )
+
+
+def _name_ggufs(folder: Path) -> str:
+    """A sentence that names the GGUF files of a folder, for an error; empty if it has none."""
+    files = sorted(each.name for each in folder.glob(f"*{GGUF_SUFFIX}")) if folder.is_dir() else []
+    return f" Its GGUF files are {', '.join(files)}: name one, as in {folder / files[0]}." if files else ""
 
 
 def explain_hub_error(

@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from ..modeling_echoatt import RECORD_ATTENTION, AttentionRecord, EchoAttention, View, _eager_attention
+from ..modeling_echoatt import RECORD_ATTENTION, AttentionRecord, EchoAttention, View, find_eager_attention
 
 
 __all__ = ["compute_attention_weights", "recording"]
@@ -30,7 +30,7 @@ def recording(attentions: Iterable[nn.Module]) -> Iterator[None]:
         if isinstance(attention, EchoAttention) or isinstance(attention.config, View):
             raise ValueError("The model is already an EchoAtt student: give the model it was made from.")
     for attention in attentions:
-        attention.eager_attention = _eager_attention(attention)
+        attention.eager_attention = find_eager_attention(attention)
         attention.config = View(attention.config, _attn_implementation=RECORD_ATTENTION)
     try:
         yield

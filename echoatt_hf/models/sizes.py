@@ -3,7 +3,8 @@
 from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import QuantizedLayer
 
-from ..modeling_echoatt import EchoAttention, count_value_features, find_attention_modules
+from ..modeling_echoatt import EchoAttention
+from .families import count_value_features, find_attention_modules
 
 
 __all__ = ["count_cache_bytes", "count_kv_bytes_per_token"]

@@ -55,10 +55,12 @@ def describe_teacher(teacher: PreTrainedModel) -> dict[str, str]:
         teacher (`PreTrainedModel`): the teacher.
 
     Returns:
-        `dict`: its `name`; of one from the Hub, its `repository` and, if the commit is known, its `revision`; of the
-        built-in one, its `license`. Empty of one that was made in memory.
+        `dict`: its `name`; of one from the Hub, its `repository` and, if the commit is known, its `revision`; of a GGUF
+        file, its `gguf_file`; of the built-in one, its `license`. Empty of one that was made in memory.
     """
-    name = teacher.name_or_path
+    name, gguf_file = teacher.name_or_path, getattr(teacher, "loaded_gguf_file", None)
+    if gguf_file is not None and Path(name).exists():
+        return {"name": Path(gguf_file).stem, "gguf_file": gguf_file}
     if name == str(builtin_teacher_path()):
         return {"name": "the built-in teacher of echoatt_hf", "license": "apache-2.0"}
     if Path(name).exists():
@@ -66,7 +68,8 @@ def describe_teacher(teacher: PreTrainedModel) -> dict[str, str]:
     commit = getattr(teacher, "loaded_commit", None)  # of what `load_model` loaded
     if commit is None and not isinstance(try_to_load_from_cache(name, CONFIG_NAME), str):
         return {"name": Path(name).name}
-    return {"name": name, "repository": name} | ({"revision": commit} if commit else {})
+    described = {"name": name, "repository": name, "revision": commit, "gguf_file": gguf_file}
+    return {key: value for key, value in described.items() if value}
 
 
 def describe_conversion(student: str | Path) -> dict:

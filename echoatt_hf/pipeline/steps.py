@@ -497,7 +497,7 @@ def _train_and_write(
 ) -> dict:
     """Distil and evaluate, and write the student to `work / "student"`."""
     start, distillation = time.time(), settings.distillation
-    evaluations = _Evaluations(work / "evaluations.json", models, held_out_rows)
+    evaluations = _Evaluations(work / "evaluations.json", models, held_out_rows, distillation.evaluation_batch_size)
     processes().wait_for_everyone()  # all have read the same evaluations
     if models.teacher is not None:
         evaluations.run("teacher", models.teacher)
@@ -577,8 +577,8 @@ class _Models:
 class _Evaluations:
     """Evaluations of the models of a run, kept in a file so that a resumed run does not repeat them."""
 
-    def __init__(self, file: Path, models: _Models, rows: list[dict]):
-        self._file, self._models, self._rows = file, models, rows
+    def __init__(self, file: Path, models: _Models, rows: list[dict], batch_size: int):
+        self._file, self._models, self._rows, self._batch_size = file, models, rows, batch_size
         self._computed = models.student.dtype
         self._done: dict[str, dict] = json.loads(file.read_text()) if file.exists() else {}
         # Before training, while the student has no adapters, which will be merged.
@@ -598,6 +598,7 @@ class _Evaluations:
                 self._rows,
                 teacher=self._models.teacher,
                 tokenizer=self._models.tokenizer,
+                batch_size=self._batch_size,
                 description=f"evaluate {name}" if processes().is_main_process else None,
                 among_processes=True,
             )

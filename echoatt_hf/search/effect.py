@@ -18,8 +18,10 @@ from ..conversion.tuning import hold_out
 from ..modeling_echoatt import EchoRecords
 from ..models.checks import hash_weights
 from ..models.devices import explained_memory_errors
-from ..models.inference import inference, sum_logits
+from ..models.heads import OutputHead, predict
+from ..models.inference import inference
 from ..models.layerwise import find_layers, keep_layer_outputs, starting_at
+from ..models.predictions import sum_predictions
 from ..outputs.files import write_whole
 from ..planning.paper import plan_like_paper, published_plan
 from ..planning.rules import plan_from_similarity
@@ -108,7 +110,8 @@ def search_plan(
         block_size (`int`, *optional*):
             Most layers in a block, its source included.
         search_rows (`int`, *optional*, defaults to 8):
-            Most rows to measure plans on, whose teacher logits are kept in memory. 8 rows of 256 tokens tell pairs apart.
+            Most rows to measure plans on. What the teacher predicts on them is kept in memory: its last hidden states, or its
+            logits where its head cannot be called alone. 8 rows of 256 tokens tell pairs apart.
         width (`int`, *optional*, defaults to 8):
             Pairs measured in each round.
         align, refit (`bool`, *optional*, defaults to `True`):
@@ -271,7 +274,8 @@ class _Measure:
     ):
         self._teacher, self._batches, self._tuned, self._state, self._bar = teacher, batches, tuned, state, bar
         self._layers = find_layers(teacher)
-        self._logits = [teacher(**batch, use_cache=False).logits for batch in batches]
+        self._head = OutputHead.find(teacher)
+        self._logits = [predict(teacher, self._head, batch) for batch in batches]
         self._plan: list[int] = []
         self._kept: list[tuple[EchoRecords, list]] = []
 
@@ -299,10 +303,10 @@ class _Measure:
                 if first:
                     kept, outputs = self._kept[index]
                     output = outputs[first - 1]
-                    records = kept.below(first)
+                    records.by_layer |= {layer: kept.by_layer[layer] for layer in kept.by_layer if layer < first}
                 with starting_at(self._layers, first, output):
-                    logits = self._teacher(**batch, use_cache=False, echo_records=records).logits
-                total += sum_logits(logits, expected, batch["input_ids"])[1].item()
+                    logits = predict(self._teacher, self._head, batch, echo_records=records)
+                total += sum_predictions(logits, expected, batch["input_ids"])[1].item()
                 tokens += batch["input_ids"][:, 1:].numel()
         return total / tokens
 
