@@ -15,8 +15,6 @@ from processes import run_python
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from echoatt_hf import EchoAttConfig, EchoAttForCausalLM, SharingPlan
-
-from echoatt_hf import SharingPlan
 from echoatt_hf.analysis.similarity import AttentionSimilarity
 from echoatt_hf.planning.paper import plan_like_paper
 from echoatt_hf.settings import DistillationSettings
