@@ -157,11 +157,12 @@ def run_together(folder: Path) -> dict:
     student = EchoAttForCausalLM.from_teacher(teacher, plan_of("llama"))
     calls = []
     student.register_forward_hook(lambda *given: calls.append(None))
+    tried = 2  # passes in which the head is tried out
     for count in (1, 5):
         calls.clear()
         rows = rows_of_ids()[:count]
         found = evaluate_model(student, rows, teacher=teacher, batch_size=2, among_processes=True)
-        evaluated.append([found, len(calls)])
+        evaluated.append([found, len(calls) - tried])
     reads = {"text": 0, "files": 0}
 
     def counted(module, name, kind):
@@ -175,7 +176,7 @@ def run_together(folder: Path) -> dict:
 
     counted(steps, "load_rows", "text")
     model = load_model("builtin")
-    models = steps._Models(None, model, load_tokenizer("builtin", model))
+    models = steps._Models(None, model, load_tokenizer("builtin", model), model.dtype)
     text = folder / "text.txt"
     if dist.get_rank() == 0:
         text.write_text("\n<|endoftext|>\n".join(f"Story {n} of some words, and some more." for n in range(99)))

@@ -216,7 +216,7 @@ def write_stored_teacher(
     bar = tqdm(total=total, unit=" rows", desc="store the teacher", disable=not progress, leave=False)
     remedy = f"a forward pass has batch_size {batch_size} rows. Give a smaller one, and go on where this run ended"
     with bar, explained_memory_errors(remedy), inference(teacher):
-        head = OutputHead.find(teacher)
+        head = OutputHead.find(teacher, among_processes=False)
         for number, columns in enumerate(_stack_shards(chain([first], iterator), dtypes, shard_rows)):
             input_ids = columns["input_ids"]
             for values in columns.values():

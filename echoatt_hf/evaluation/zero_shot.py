@@ -352,7 +352,7 @@ def _score(model: PreTrainedModel, requests: Sequence[_Request], batch_size: int
     # The longest first: little padding, and memory that does not suffice is found out at once.
     order = sorted(range(len(requests)), key=lambda index: -len(requests[index].tokens))
     can_keep = "logits_to_keep" in inspect.signature(model.forward).parameters
-    head = OutputHead.find(model) if can_keep else None
+    head = OutputHead.find(model, among_processes=False) if can_keep else None
     scores: dict[int, _Score] = {}
     with inference(model), tqdm(total=len(order), desc="zero-shot", disable=not progress, leave=False) as bar:
         for start in range(0, len(order), batch_size):

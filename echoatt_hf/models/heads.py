@@ -56,12 +56,13 @@ class OutputHead:
         self._is_plain = False
 
     @classmethod
-    def find(cls, model: nn.Module, with_liger: bool = False) -> "OutputHead | None":
+    def find(cls, model: nn.Module, with_liger: bool = False, *, among_processes: bool = True) -> "OutputHead | None":
         """
         The output head of a model; `None`, and a warning, where it cannot be had apart from the rest.
 
         The family's code may be anything: it is tried out on two tokens, whose logits must be the same one by one as from
-        the model. Of several processes, which all have to ask, all get a head or none.
+        the model. Of several processes, which all have to ask, all get a head or none; a process that asks for itself
+        gives `among_processes=False`.
         """
         head = None
         # With ZeRO-3 a module's parameters exist only in its own forward and backward passes. And a forward pass without
@@ -74,7 +75,7 @@ class OutputHead:
                     head, found._is_plain = found, with_liger and found._is_one_product(model)
             except Exception as error:  # it is not known what a family's code does without its decoder
                 logger.debug("The output head cannot be called alone.", exc_info=error)
-        if _all_processes(head is not None):
+        if _all_processes(head is not None) if among_processes else head is not None:
             return head
         logger.warning(
             "The output head of %s cannot be called on some tokens at a time: the logits of whole batches are computed, "

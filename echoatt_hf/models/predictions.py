@@ -81,7 +81,7 @@ def compare_predictions(
         "student is trained), or shorter rows"
     )
     with explained_memory_errors(remedy), inference(*models):
-        heads = [OutputHead.find(each) for each in models]
+        heads = [OutputHead.find(each, among_processes=among_processes) for each in models]
         for batch, counts in tqdm(batches, total=count, desc=description, disable=description is None, leave=False):
             logits = [predict(each, head, batch) for each, head in zip(models, heads, strict=True)]
             found = sum_predictions(logits[0], None if teacher is None else logits[-1], batch["input_ids"])

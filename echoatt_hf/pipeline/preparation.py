@@ -14,7 +14,6 @@ from ..configuration_echoatt import EchoAttConfig, check_base_family
 from ..conversion.convert import ConversionReport, convert
 from ..conversion.tuning import hold_out
 from ..modeling_echoatt import EchoAttForCausalLM
-from ..models.devices import processes
 from ..models.dtypes import cast_weights
 from ..models.inference import inference
 from ..models.loading import load_config, load_placed, load_tokenizer
@@ -71,9 +70,8 @@ def load_rows(
             source is both to train on and held out, or the text does not fill a row.
     """
     _check_rows(settings, model)
-    with processes().main_process_first():  # the others find what it has tokenized in the cache
-        groups, held_out = _load_both(settings)
-        parts = [_pack(settings, group.documents, tokenizer) for group in groups]
+    groups, held_out = _load_both(settings)
+    parts = [_pack(settings, group.documents, tokenizer) for group in groups]
     return mix_rows(parts, [group.weight for group in groups]), _first_rows(settings, held_out, tokenizer)
 
 

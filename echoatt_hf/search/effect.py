@@ -274,7 +274,7 @@ class _Measure:
     ):
         self._teacher, self._batches, self._tuned, self._state, self._bar = teacher, batches, tuned, state, bar
         self._layers = find_layers(teacher)
-        self._head = OutputHead.find(teacher)
+        self._head = OutputHead.find(teacher, among_processes=False)
         self._logits = [predict(teacher, self._head, batch) for batch in batches]
         self._plan: list[int] = []
         self._kept: list[tuple[EchoRecords, list]] = []
