@@ -8,7 +8,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING, AutoConfig, PreTrainedConfig
 
 
-ECHOATT_VERSION = "0.1.0.dev0"
+ECHOATT_VERSION = "0.2.0"
 
 ECHO_DECODES = ("auto", "weights", "replay")
 

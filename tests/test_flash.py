@@ -7,7 +7,7 @@ import torch
 import transformers.modeling_flash_attention_utils as flash
 from conftest import FP32_TOLERANCE, decode, make_batch, make_teacher, plan_of
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import AttentionInterface, DynamicCache, GenerationConfig, PreTrainedModel
+from transformers import AttentionInterface, ContinuousBatchingConfig, DynamicCache, GenerationConfig, PreTrainedModel
 from transformers.integrations.flash_attention import flash_attention_forward
 
 from echoatt_hf import EchoAttForCausalLM, convert
@@ -100,7 +100,13 @@ def test_paged_attention(attention):
     student = EchoAttForCausalLM.from_teacher(make_teacher("llama", attention), plan_of("llama"))
     prompt = make_batch(1, 7)["input_ids"]
     options = GenerationConfig(max_new_tokens=5, do_sample=False, eos_token_id=-1, pad_token_id=0)
-    found = student.generate_batch([prompt[0].tolist()], generation_config=options, progress_bar=False)
+    found = student.generate_batch(
+        [prompt[0].tolist()],
+        generation_config=options,
+        # Without it the pages take most of the memory that is free.
+        continuous_batching_config=ContinuousBatchingConfig(num_blocks=16, max_batch_tokens=32),
+        progress_bar=False,
+    )
     (result,) = found.values()
     expected = student.generate(prompt, generation_config=options)[0, 7:].tolist()
     assert result.error is None and result.generated_tokens == expected

@@ -18,7 +18,9 @@ STUDENTS = sorted(path.parent.name for path in FIXTURES.glob("*/config.json"))
 
 def test_fixtures_are_small_and_say_who_wrote_them():
     assert {name.split("_")[0] for name in STUDENTS} >= {"llama", "phi3", "qwen3"}
-    assert sum(path.stat().st_size for path in FIXTURES.rglob("*") if path.is_file()) < 200_000
+    for version in {name.split("_", 1)[1] for name in STUDENTS}:
+        sizes = [path.stat().st_size for path in FIXTURES.glob(f"*_{version}/*")]
+        assert sum(sizes) < 200_000
     for name in STUDENTS:
         config = json.loads((FIXTURES / name / "config.json").read_text())
         assert config["echoatt_version"] == name.split("_", 1)[1]

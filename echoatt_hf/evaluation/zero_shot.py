@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from tqdm.auto import tqdm
 from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 
+from ..models.devices import to_float64
 from ..models.heads import HeadLogits, OutputHead, predict
 from ..models.inference import inference
 from ..outputs.tables import format_markdown
@@ -400,7 +401,7 @@ def _score_tokens(logits: HeadLogits, targets: torch.Tensor) -> tuple[torch.Tens
         expected = targets[tokens].to(log_probs.device)
         found.append((log_probs.gather(-1, expected[:, None])[:, 0].cpu(), (log_probs.argmax(-1) == expected).cpu()))
     log_probs, are_first = map(torch.cat, zip(*found, strict=True))
-    return log_probs.double(), are_first
+    return to_float64(log_probs), are_first
 
 
 # Metrics.
