@@ -193,7 +193,7 @@ def main(folder: Path, alone: Path) -> None:
     facts = run_everywhere(folder, alone)
     if folder.name == "ddp_cpu2":
         facts |= run_replicated(folder)
-    (folder / f"facts{dist.get_rank()}.json").write_text(json.dumps(facts, default=int))  # token ids may be those of NumPy
+    (folder / f"facts{dist.get_rank()}.json").write_text(json.dumps(facts, default=int))
     dist.barrier()
     dist.destroy_process_group()
 
