@@ -640,7 +640,7 @@ def test_too_little_memory_is_one_line_in_every_command(workplace, tmp_path, run
     def fail(*given, **options):
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
-    monkeypatch.setattr("echoatt_hf.analysis.similarity.measure_on_rows", fail)
+    monkeypatch.setattr("echoatt_hf.pipeline.steps.measure_on_rows", fail)
     analyze = ["analyze", "teacher", "--data", "text", "--row-length", 32, "--calibration-rows", 4]
     result = run_in_process(*analyze, "--output", tmp_path / "out")
     assert result.exit_code == 2 and "There is not enough memory (CUDA out of memory.)" in result.stderr
