@@ -148,8 +148,8 @@ def test_killed_store_goes_on_to_the_same_store(workplace, tmp_path, when):
 KILLED_RUNS = {  # the fault, and the last checkpoint that is whole
     "in a step": ((STEP, 4, "before"), 2),
     "between the files of a checkpoint": (("torch:save", 6, "before"), 2),  # the second checkpoint's optimizer
-    "before a checkpoint is sealed": (("echoatt_hf.pipeline.unfinished:seal_folder", 2, "before"), 2),
-    "after a checkpoint is sealed": (("echoatt_hf.pipeline.unfinished:seal_folder", 2, "after"), 4),
+    "before a checkpoint is sealed": (("echoatt_hf.distillation.checkpoints:seal_folder", 2, "before"), 2),
+    "after a checkpoint is sealed": (("echoatt_hf.distillation.checkpoints:seal_folder", 2, "after"), 4),
     "before the student is in place": ((REPLACE, 1, "before"), 8),
     "after the student is in place": ((REPLACE, 1, "after"), 8),
 }
