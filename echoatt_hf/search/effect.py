@@ -144,7 +144,7 @@ def search_plan(
     others = space.other_plans(similarity, ratio, teacher.config)
     tuned.keep(_shortlist(expected, [list(plan) for plan in others.values()]))
     bar = tqdm(total=count * width + len(others), desc="search", disable=not progress, leave=False)
-    remedy = f"plans are measured on search_rows {search_rows}, whose logits are kept. Give fewer, or shorter rows"
+    remedy = f"plans are measured on search_rows {search_rows}, of which the layer outputs are kept. Give fewer, or shorter rows"
     with bar, explained_memory_errors(remedy), inference(teacher):
         measure = _Measure(teacher, batches, tuned, kept, bar)
         plan, rounds, current = list(range(space.num_layers)), [], 0.0
