@@ -6,6 +6,7 @@ from typing import Any
 
 from huggingface_hub.dataclasses import strict
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING, AutoConfig, PreTrainedConfig
+from transformers.utils import is_torch_available
 
 
 ECHOATT_VERSION = "0.2.0"
@@ -51,6 +52,8 @@ def check_echo_sources(echo_sources: list[int], num_layers: int, layer_types: li
 
 def check_base_family(config: PreTrainedConfig) -> None:
     """Raise `ValueError` if a configuration is not that of a decoder language model with attention to share."""
+    if not is_torch_available():  # as on a Mac with mlx_lm, where tokenizers ask for the configuration
+        return
     # Encoders have a causal language model too, for use inside of encoder-decoders.
     is_encoder = type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False)
     layer_types, reason = getattr(config, "layer_types", None), None

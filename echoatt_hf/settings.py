@@ -18,6 +18,7 @@ __all__ = [
     "DataSource",
     "DistillationSettings",
     "EvaluationSettings",
+    "ExportSettings",
     "PlanSettings",
     "StoreSettings",
     "StoredTeacherSettings",
@@ -31,6 +32,9 @@ BUILTIN_TEACHER = "builtin"
 
 GGUF_SUFFIX = ".gguf"
 """What the name of a GGUF file ends with."""
+
+EXPORT_TARGETS = ("mlx",)
+"""Names of the runtimes with model code of their own for which students are exported."""
 
 STDLIB = "stdlib"
 """Name of the built-in data: the sources of the standard library of the running Python."""
@@ -646,6 +650,17 @@ class ZeroShotSettings(_RunSettings):
         _check_at_least_one(self, "batch_size")
         if self.limit is not None:
             _check_at_least_one(self, "limit")
+
+
+@dataclass(frozen=True)
+class ExportSettings:
+    """Which student [`export`] writes, a folder or a repository, and for which runtime, one of `EXPORT_TARGETS`."""
+
+    student: str
+    to: str = "mlx"
+
+    def __post_init__(self):
+        _check_choice("to", self.to, EXPORT_TARGETS)
 
 
 def options_of(kind: type, given: dict[str, Any]) -> list[str]:

@@ -20,6 +20,7 @@ from ..settings import (
     DataSettings,
     DistillationSettings,
     EvaluationSettings,
+    ExportSettings,
     PlanSettings,
     StoredTeacherSettings,
     StoreSettings,
@@ -427,6 +428,24 @@ def _parse_tasks(arguments: list[str]) -> dict[str, str]:
     return tasks
 
 
+@app.command(epilog="Example: echoatt export student --to mlx --output student-mlx")
+@with_settings()
+def export(
+    student: Annotated[str, typer.Argument(help="Folder or repository of a student.")],
+    output: Output,
+    to: Annotated[
+        str,
+        typer.Option(help="'mlx': for mlx_lm, with the model file that it runs; of llama, mistral, qwen2 and qwen3."),
+    ] = "mlx",
+    overwrite: Overwrite = False,
+) -> None:
+    """Write a student in the form that another runtime loads."""
+    from ..pipeline.steps import export
+
+    print("\n".join(export(ExportSettings(student, to), output, overwrite=overwrite)))
+    print(f'\nwritten to {output}; to run it: mlx_lm.generate --model {output} --trust-remote-code --prompt "..."')
+
+
 @app.command(epilog="Example: echoatt push student OWNER/NAME --dry-run")
 @with_settings()
 def push(
@@ -441,6 +460,9 @@ def push(
         str | None, typer.Option(help="Licence, by the Hub's name; if not given, that of the card or of the teacher.")
     ] = None,
     commit_message: Annotated[str, typer.Option(help="Title of the commit.")] = "Upload EchoAtt student",
+    mlx: Annotated[
+        bool, typer.Option("--mlx", help="Send the model file of mlx_lm too, as `echoatt export --to mlx` adds it.")
+    ] = False,
     allow: Annotated[
         list[str] | None,
         typer.Option(
@@ -462,6 +484,7 @@ def push(
             create_pr=create_pr,
             license=license,
             commit_message=commit_message,
+            mlx=mlx,
             allow=allow or (),
             dry_run=dry_run,
         )

@@ -8,7 +8,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from huggingface_hub import constants, get_token, hf_hub_download, is_offline_mode, try_to_load_from_cache
+from huggingface_hub import (
+    constants,
+    get_token,
+    hf_hub_download,
+    is_offline_mode,
+    snapshot_download,
+    try_to_load_from_cache,
+)
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
@@ -40,6 +47,7 @@ __all__ = [
     "builtin_teacher_path",
     "explain_hub_error",
     "load_config",
+    "load_folder",
     "load_json",
     "load_model",
     "load_placed",
@@ -183,6 +191,24 @@ def load_tokenizer(name: str | Path, model: PreTrainedModel) -> PreTrainedTokeni
             "tokenizer the model was trained with."
         )
     return tokenizer
+
+
+def load_folder(name: str | Path) -> Path:
+    """
+    The folder that holds all files of a model, in the cache if the model is on the Hub.
+
+    Args:
+        name (`str` or `Path`):
+            As for [`load_model`], but no GGUF file.
+
+    Raises:
+        `FileNotFoundError`: there is no such folder or repository, or it cannot be read.
+    """
+
+    def find(source: str, **options) -> Path:
+        return Path(source if Path(source).is_dir() else snapshot_download(source, **options))
+
+    return _load(name, find)
 
 
 def load_json(name: str | Path, file: str) -> dict:

@@ -6,6 +6,7 @@ publish. Each takes settings and where to write, and returns what it found as JS
 import json
 import shlex
 import shutil
+import tempfile
 import time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
@@ -30,7 +31,7 @@ from ..modeling_echoatt import EchoAttForCausalLM
 from ..models.checks import check_same_tokenizer
 from ..models.devices import check_one_process, default_device, processes
 from ..models.dtypes import as_saved, cast_weights
-from ..models.loading import load_config, load_placed, load_tokenizer, load_typed
+from ..models.loading import load_config, load_folder, load_placed, load_tokenizer, load_typed
 from ..models.sizes import count_kv_bytes_per_token
 from ..outputs.files import check_output_file, check_output_folder, whole_folder, write_whole
 from ..outputs.provenance import (
@@ -42,12 +43,15 @@ from ..outputs.provenance import (
 )
 from ..planning.sharing import SharingPlan
 from ..publishing.card import write_model_card
+from ..publishing.mlx import add_mlx_file, check_mlx
+from ..publishing.push import stage_student
 from ..settings import (
     CalibrationSettings,
     CompressionSettings,
     DataSettings,
     DistillationSettings,
     EvaluationSettings,
+    ExportSettings,
     PlanSettings,
     StoreSettings,
     StudentSettings,
@@ -75,6 +79,7 @@ __all__ = [
     "convert",
     "distill",
     "evaluate",
+    "export",
     "plan",
     "store_teacher",
     "write_student",
@@ -211,6 +216,43 @@ def evaluate(settings: EvaluationSettings, output: str | Path | None = None, *, 
         about = {"model": settings.model, "teacher": settings.teacher}
         write_whole(output, json.dumps(about | results, indent=2) + "\n")
     return results
+
+
+EXPORTERS = {"mlx": (check_mlx, add_mlx_file)}
+"""How students are exported: a check of their configuration, and what is added to their folder."""
+
+
+def export(settings: ExportSettings, output: str | Path, *, overwrite: bool = False) -> list[str]:
+    """
+    Write a student in the form that a runtime with model code of its own loads: a copy of its folder with what that
+    runtime needs. It is still the student that transformers loads, and can be published with [`push_student`].
+
+    Args:
+        settings ([`ExportSettings`]):
+            Which student, and for which runtime.
+        output (`str` or `Path`):
+            Folder to write.
+        overwrite:
+            See [`compress`].
+
+    Returns:
+        `list[str]`: names of the files, sorted.
+
+    Raises:
+        `ValueError`: it is no student, or the runtime cannot run it; the message says why.
+    """
+    output = Path(output)
+    check, add = EXPORTERS[settings.to]
+    check_output_folder(output, overwrite)
+    check(load_config(settings.student))  # before the weights are fetched
+    folder = load_folder(settings.student)
+    with whole_folder(output, overwrite) as made, tempfile.TemporaryDirectory() as staging:
+        staged = Path(staging)
+        stage_student(folder, staged)
+        add(staged)
+        write_model_card(staged, name=output.resolve().name)
+        shutil.copytree(staged, made, dirs_exist_ok=True)
+    return sorted(path.relative_to(output).as_posix() for path in output.rglob("*") if path.is_file())
 
 
 def zero_shot(settings: ZeroShotSettings, output: str | Path | None = None, *, overwrite: bool = False) -> dict:

@@ -14,6 +14,7 @@ from ..outputs.files import write_whole
 from ..outputs.tables import format_markdown
 from ..planning.sharing import SharingPlan
 from ..settings import CalibrationSettings, DataSettings, DistillationSettings, PlanSettings, options_of
+from .mlx import MLX_FILE
 
 
 __all__ = [
@@ -140,11 +141,12 @@ def make_card(
     pipeline_tag, auto_class = USES[architecture]
     own = parse_card(old).data if old else ModelCardData()
     results = _eval_results(report, zero_shot, pipeline_tag)
+    has_mlx = (folder / MLX_FILE).exists()
     title = title or (f"EchoAtt student of {base['name']}" if base else "EchoAtt student")
     data = ModelCardData(
         library_name="transformers",
         pipeline_tag=pipeline_tag,
-        tags=["echoatt", "attention-sharing", "distillation", *_listed(tags)],
+        tags=["echoatt", "attention-sharing", "distillation", *(["mlx"] if has_mlx else []), *_listed(tags)],
         base_model=base.get("repository"),
         base_model_relation="finetune" if base.get("repository") else None,
         datasets=_listed(datasets) or report.get("data", {}).get("repositories") or None,
@@ -166,6 +168,7 @@ def make_card(
         auto_class=auto_class,
         conversion=ConversionReport(**conversion) if conversion else None,
         start=_describe_start(report, conversion),
+        has_mlx=has_mlx,
         has_figure=(folder / "similarity.png").exists(),
         transformers_floor=TRANSFORMERS_FLOOR,
         citation=CITATION,

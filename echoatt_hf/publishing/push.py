@@ -39,9 +39,10 @@ from ..outputs.files import hash_file, write_whole
 from .callbacks import CODE_FILES, copy_code
 from .card import USES, find_gaps, has_own_text, make_card, read_card
 from .metadata import find_metadata_faults
+from .mlx import MLX_FILE, add_mlx_file
 
 
-__all__ = ["Publication", "push_model", "push_student"]
+__all__ = ["Publication", "push_model", "push_student", "stage_student"]
 
 logger = logging.get_logger(__name__)
 
@@ -128,6 +129,7 @@ def push_student(
     create_pr: bool = False,
     license: str | None = None,
     commit_message: str = "Upload EchoAtt student",
+    mlx: bool = False,
     allow: Sequence[str] = (),
     dry_run: bool = False,
     token: str | None = None,
@@ -159,6 +161,8 @@ def push_student(
             Licence of the student, by the Hub's name of it. If not given, that of the card, or of the teacher.
         commit_message (`str`, *optional*, defaults to `"Upload EchoAtt student"`):
             Title of the commit.
+        mlx (`bool`, *optional*, defaults to `False`):
+            Send the model file of mlx_lm too, see [`export`]. A folder that has one is sent with that of this version.
         allow (sequence of `str`, *optional*):
             What to send all the same of what the checks of the texts find: patterns for `file:text`, as the message shows
             them, where `*` stands for anything.
@@ -182,7 +186,9 @@ def push_student(
         raise ValueError(f"A pull request goes to main, not to {revision!r}: leave out the revision or the request.")
     with tempfile.TemporaryDirectory() as staging:
         staged = Path(staging)
-        left_out = _stage(folder, staged)
+        left_out = stage_student(folder, staged)
+        if mlx:
+            add_mlx_file(staged)
         _write_card(staged, api, repo_id, revision, license)
         _check_files(staged, folder, allow, token)
         if dry_run:
@@ -232,18 +238,34 @@ def push_model(
 # What is sent
 
 
-def _stage(folder: Path, staged: Path) -> list[str]:
-    """Link what is sent of `folder` into `staged`, with the code of this version. Returns what is left out."""
+def stage_student(folder: Path, staged: Path) -> list[str]:
+    """
+    Link what is published of a student's folder into another, with the code of this version.
+
+    Args:
+        folder (`Path`): the folder of the student.
+        staged (`Path`): an empty folder.
+
+    Returns:
+        `list[str]`: names of the files that are left out.
+
+    Raises:
+        `FileNotFoundError`: the folder holds no model.
+        `ValueError`: it is no student, or its weights are not safetensors.
+    """
     if not (folder / "config.json").exists():
         raise FileNotFoundError(f"The folder {str(folder)!r} holds no model: it has no config.json.")
     files = _files_of(folder)
-    sent = [name for name in filter_repo_objects(files, ignore_patterns=_LEFT_OUT) if name not in CODE_FILES]
+    own_code = (*CODE_FILES, MLX_FILE)
+    sent = [name for name in filter_repo_objects(files, ignore_patterns=_LEFT_OUT) if name not in own_code]
     for name in sent:
         (staged / name).parent.mkdir(parents=True, exist_ok=True)
         (staged / name).symlink_to(files[name].resolve())
     _check_student(folder, staged)
     copy_code(staged)
-    return _summarize(sorted(files.keys() - {*sent, *CODE_FILES}), sent)
+    if MLX_FILE in files:
+        add_mlx_file(staged)
+    return _summarize(sorted(files.keys() - {*sent, *own_code}), sent)
 
 
 def _files_of(folder: Path) -> dict[str, Path]:
