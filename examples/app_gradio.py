@@ -11,14 +11,24 @@ import os
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from threading import Thread
 
+import matplotlib.image
+import numpy as np
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase, TextIteratorStreamer, set_seed
 
-from echoatt_hf import SharingPlan, load_model, load_tokenizer, measure_attention_similarity
+from echoatt_hf import (
+    SharingPlan,
+    count_kv_bytes_per_token,
+    load_model,
+    load_tokenizer,
+    measure_attention_similarity,
+)
 
 
 @dataclass(frozen=True)
@@ -36,41 +46,104 @@ def load_pair(teacher: str, student: str) -> Pair:
     return Pair(*models, load_tokenizer(student, models[1]))
 
 
-def generate(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, max_new_tokens: int, temperature: float
-) -> tuple[str, float]:
-    """The continuation of a prompt, and the tokens per second it took, prompt included. A temperature of 0 is greedy."""
-    inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
-    if inputs["input_ids"].shape[1] == 0:
+def encode(pair: Pair, prompt: str, max_new_tokens: int) -> BatchEncoding:
+    """
+    The tokens of a prompt, as a user's message where the tokenizer has a chat template.
+
+    Raises:
+        `ValueError`: it is empty, or too long for the context of the models.
+    """
+    if not prompt.strip():
         raise ValueError("The prompt is empty: write something to continue.")
+    if pair.tokenizer.chat_template:
+        message = [{"role": "user", "content": prompt}]
+        inputs = pair.tokenizer.apply_chat_template(
+            message, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+    else:
+        inputs = pair.tokenizer(prompt, return_tensors="pt")
+    length = inputs["input_ids"].shape[1]
+    most = min(
+        getattr(model.config, "max_position_embeddings", None) or length for model in (pair.teacher, pair.student)
+    )
+    if length + max_new_tokens > most:
+        raise ValueError(
+            f"The prompt has {length:,} tokens, which with {max_new_tokens} new ones do not fit into the context of {most:,}: "
+            "shorten it, or ask for fewer."
+        )
+    return inputs.to(pair.teacher.device)
+
+
+def generate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    inputs: BatchEncoding,
+    max_new_tokens: int,
+    temperature: float,
+) -> Iterator[tuple[str, str]]:
+    """The continuation as it grows, and its speed and the size of the model in words. A temperature of 0 is greedy."""
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
-    set_seed(0)
-    start = time.perf_counter()
-    tokens = model.generate(**inputs, max_new_tokens=max_new_tokens, **sampling)[0, inputs["input_ids"].shape[1] :]
-    if tokens.is_cuda:
-        torch.cuda.synchronize()
-    elapsed_s = time.perf_counter() - start
-    return tokenizer.decode(tokens, skip_special_tokens=True), len(tokens) / elapsed_s
+    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    made = {}
+
+    def run() -> None:
+        try:
+            set_seed(0)
+            made["tokens"] = model.generate(**inputs, **sampling, max_new_tokens=max_new_tokens, streamer=streamer)
+        except Exception as error:  # raised below, where the page sees it
+            made["error"] = error
+            streamer.end()
+
+    start, text = time.perf_counter(), ""
+    thread = Thread(target=run)
+    thread.start()
+    for part in streamer:
+        text += part
+        yield text, "..."
+    thread.join()
+    if "error" in made:
+        raise made["error"]
+    speed = (made["tokens"].shape[1] - inputs["input_ids"].shape[1]) / (time.perf_counter() - start)
+    yield (
+        text,
+        f"{speed:.1f} tokens/s, {model.num_parameters():,} parameters, "
+        f"{count_kv_bytes_per_token(model):,} bytes of KV cache per token",
+    )
 
 
-def draw_similarity(pair: Pair, text: str, path: str | Path) -> None:
-    """Heat map of how similarly the teacher's layers attend to a text, with the student's blocks marked."""
-    batch = pair.tokenizer(text, return_tensors="pt").to(pair.teacher.device)
-    similarity = measure_attention_similarity(pair.teacher, [dict(batch)])
-    similarity.plot(path, SharingPlan(pair.student.config.echo_sources))
+def draw_similarity(pair: Pair, inputs: BatchEncoding) -> np.ndarray:
+    """Heat map of how similarly the teacher's layers attend to a text, with the student's blocks marked, as an image."""
+    similarity = measure_attention_similarity(pair.teacher, [dict(inputs)])
+    with tempfile.TemporaryDirectory() as folder:  # nothing is left behind
+        path = Path(folder) / "similarity.png"
+        similarity.plot(path, SharingPlan(pair.student.config.echo_sources))
+        return (matplotlib.image.imread(path) * 255).astype(np.uint8)
 
 
-def compare(pair: Pair, prompt: str, max_new_tokens: int, temperature: float) -> tuple[str, str, str, str, str]:
-    """Texts of teacher and student, their speeds in words, and the file of the heat map."""
-    texts, speeds = [], []
-    for model in (pair.teacher, pair.student):
-        generate(model, pair.tokenizer, prompt, 1, 0)  # the first call of all also allocates and compiles
-        text, speed = generate(model, pair.tokenizer, prompt, int(max_new_tokens), temperature)
-        texts.append(text)
-        speeds.append(f"{speed:.1f} tokens/s, {model.num_parameters():,} parameters")
-    with tempfile.NamedTemporaryFile(suffix=".png", delete=False) as file:
-        draw_similarity(pair, prompt + texts[0], file.name)
-    return *texts, *speeds, file.name
+def compare(pair: Pair, prompt: str, max_new_tokens: int, temperature: float) -> Iterator[tuple]:
+    """
+    What the page shows, as it grows: a message if something is wrong, texts of teacher and student, what is said of them,
+    and the heat map.
+    """
+    try:
+        inputs = encode(pair, prompt, int(max_new_tokens))
+    except ValueError as error:
+        yield str(error), "", "", "", "", None
+        return
+    shown = {"teacher": ("", ""), "student": ("", "")}
+
+    def outputs(image: np.ndarray | None = None) -> tuple:
+        (text, said), (other_text, other_said) = shown.values()
+        return "", text, other_text, said, other_said, image
+
+    for name in shown:
+        model = getattr(pair, name)
+        model.generate(
+            **inputs, max_new_tokens=1, do_sample=False
+        )  # the first call of all also allocates and compiles
+        for shown[name] in generate(model, pair.tokenizer, inputs, int(max_new_tokens), temperature):
+            yield outputs()
+    yield outputs(draw_similarity(pair, inputs))
 
 
 def build_app(pair: Pair):
@@ -86,14 +159,17 @@ def build_app(pair: Pair):
             max_new_tokens = gradio.Slider(8, 256, 64, step=8, label="New tokens")
             temperature = gradio.Slider(0, 1.5, 0, step=0.1, label="Temperature (0 is greedy)")
         button = gradio.Button("Compare", variant="primary")
+        message = gradio.Markdown()
         with gradio.Row():
             columns = []
             for name in ("Teacher", "Student"):
                 with gradio.Column():
                     columns.append((gradio.Textbox(label=name, lines=12), gradio.Markdown()))
-        heat_map = gradio.Image(label="Similarity of the teacher's layers on this text", type="filepath")
+        heat_map = gradio.Image(label="Similarity of the teacher's layers on this text")
         texts, speeds = zip(*columns, strict=True)
-        button.click(partial(compare, pair), [prompt, max_new_tokens, temperature], [*texts, *speeds, heat_map])
+        button.click(
+            partial(compare, pair), [prompt, max_new_tokens, temperature], [message, *texts, *speeds, heat_map]
+        )
     return app
 
 

@@ -895,22 +895,63 @@ def pair(saved, tmp_path_factory):
     return app, app.load_pair(str(teacher), str(saved))
 
 
-def test_app_shows_both_texts_speeds_and_the_heat_map(pair):
+def test_app_streams_both_texts_and_shows_sizes_and_the_heat_map(pair, tmp_path, monkeypatch):
     app, models = pair
-    *texts, teacher_speed, student_speed, image = app.compare(models, "Once upon", 6, 0)
+    monkeypatch.setattr(app.tempfile, "tempdir", str(tmp_path))
+    *growing, last = app.compare(models, "Once upon", 6, 0)
+    message, *texts, teacher_words, student_words, image = last
+    inputs = models.tokenizer("Once upon", return_tensors="pt")
     for text, model in zip(texts, (models.teacher, models.student), strict=True):
-        ids = models.tokenizer("Once upon", return_tensors="pt")
-        expected = model.generate(**ids, max_new_tokens=6, do_sample=False)[0, ids["input_ids"].shape[1] :]
+        expected = model.generate(**inputs, max_new_tokens=6, do_sample=False)[0, inputs["input_ids"].shape[1] :]
         assert text == models.tokenizer.decode(expected, skip_special_tokens=True)
-    assert f"{models.teacher.num_parameters():,} parameters" in teacher_speed
-    assert f"{models.student.num_parameters():,} parameters" in student_speed and float(student_speed.split()[0]) > 0
-    assert Path(image).read_bytes().startswith(b"\x89PNG")
-    assert (
-        app.generate(models.student, models.tokenizer, "Once", 6, 1.0)[0]
-        == app.generate(models.student, models.tokenizer, "Once", 6, 1.0)[0]
-    )  # sampling starts from the same seed on both sides
-    with pytest.raises(ValueError, match="The prompt is empty"):
-        app.generate(models.student, models.tokenizer, "", 6, 0)
+    assert message == "" and len(growing) > 3
+    for number in (1, 2):  # no text gets shorter, and the student waits for the teacher
+        shown = [outputs[number] for outputs in growing]
+        assert all(later.startswith(earlier) for earlier, later in zip(shown, shown[1:], strict=False))
+    assert growing[0][2] == "" and growing[0][1] != texts[0]
+    for words, model in ((teacher_words, models.teacher), (student_words, models.student)):
+        assert f"{model.num_parameters():,} parameters" in words and float(words.split()[0]) > 0
+        assert f"{echoatt_hf.count_kv_bytes_per_token(model):,} bytes of KV cache per token" in words
+    assert teacher_words.split(",")[-1] != student_words.split(",")[-1]
+    assert image.ndim == 3 and image.dtype == "uint8" and image.min() < 100 and growing[0][-1] is None
+    assert list(tmp_path.iterdir()) == []
+    sampled = [list(app.generate(models.student, models.tokenizer, inputs, 6, 1.0))[-1][0] for _ in range(2)]
+    assert sampled[0] == sampled[1]  # sampling starts from the same seed on both sides
+
+
+@pytest.mark.parametrize(
+    ("prompt", "tokens", "message"),
+    [
+        ("", 6, "The prompt is empty: write something"),
+        (" \n", 6, "The prompt is empty: write something"),
+        ("Once upon a time " * 90, 6, "tokens, which with 6 new ones do not fit into the context of 128: shorten it"),
+        ("Once", 200, "with 200 new ones do not fit"),
+    ],
+)
+def test_app_says_on_the_page_what_is_wrong(pair, prompt, tokens, message):
+    app, models = pair
+    [outputs] = app.compare(models, prompt, tokens, 0)
+    assert message in outputs[0] and outputs[1:] == ("", "", "", "", None)
+
+
+def test_app_raises_what_goes_wrong_while_it_generates(pair, monkeypatch):
+    app, models = pair
+
+    def fail(**_):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(models.student, "generate", fail)
+    inputs = models.tokenizer("Once", return_tensors="pt")
+    with pytest.raises(RuntimeError, match="out of memory"):
+        list(app.generate(models.student, models.tokenizer, inputs, 4, 0))
+
+
+def test_app_uses_the_chat_template(pair, monkeypatch):
+    app, models = pair
+    monkeypatch.setattr(models.tokenizer, "chat_template", "User: {{ messages[0]['content'] }} Bot:")
+    inputs = app.encode(models, "Once", 4)
+    assert models.tokenizer.decode(inputs["input_ids"][0]) == "User: Once Bot:"
+    assert list(app.compare(models, "Once", 4, 0))[-1][0] == ""
 
 
 def test_app_without_gradio_needs_it_only_for_the_page(pair, monkeypatch):
@@ -930,6 +971,6 @@ def test_page_of_the_app(pair):
     assert isinstance(page, gradio.Blocks)
     [click] = page.fns.values()
     assert len(click.inputs) == 3 and [type(part).__name__ for part in click.outputs] == [
-        *("Textbox", "Textbox", "Markdown", "Markdown", "Image")
+        *("Markdown", "Textbox", "Textbox", "Markdown", "Markdown", "Image")
     ]
-    assert len(click.fn("Once upon", 4, 0)) == len(click.outputs)
+    assert all(len(outputs) == len(click.outputs) for outputs in click.fn("Once upon", 4, 0))
