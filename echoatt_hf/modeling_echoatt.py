@@ -220,6 +220,16 @@ class EchoRecords:
     def to(self, *args, **kwargs) -> "EchoRecords":
         return self
 
+    def __fx_create_arg__(self, tracer: "torch.fx.Tracer") -> "torch.fx.Node":
+        """
+        What a graph of torch.fx has in place of the object: one node, that makes it, for all layers.
+
+        There nothing goes after its last echo, as tools such as llm-compressor run the parts of a graph more than once.
+        """
+        if not hasattr(self, "_node"):
+            self._node = tracer.create_node("call_function", EchoRecords, (self._decode,), {})
+        return self._node
+
 
 def _not_plain_error(layer: int, record: AttentionRecord) -> str:
     more = sorted(name for name, value in record.kwargs.items() if value is not None and name not in _PLAIN_ARGUMENTS)

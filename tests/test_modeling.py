@@ -44,6 +44,7 @@ from echoatt_hf import (
     EchoAttForTokenClassification,
     EchoAttModel,
 )
+from echoatt_hf.modeling_echoatt import EchoRecords
 from echoatt_hf.models.families import find_attention_modules
 from echoatt_hf.planning.sharing import SharingPlan
 
@@ -913,3 +914,43 @@ def test_lora(tiny_teacher, checkpointing):
         assert type(merged) is EchoAttForCausalLM
         torch.testing.assert_close(merged(**batch).logits, logits, **FP32_TOLERANCE)
         assert torch.equal(merged.generate(**batch, max_new_tokens=5, do_sample=False), generated)
+
+
+class Writes(torch.nn.Module):
+    def forward(self, x, echo_records):
+        echo_records.by_layer[0] = x
+        return x + 1
+
+
+class Reads(torch.nn.Module):
+    def forward(self, x, echo_records):
+        return x * echo_records.by_layer[0]
+
+
+class Decoder(torch.nn.Module):
+    """Hands records to its layers as a student does."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = torch.nn.ModuleList([Writes(), Reads(), Reads()])
+
+    def forward(self, x):
+        records = EchoRecords("auto", {0: 1})
+        for layer in self.layers:
+            x = layer(x, echo_records=records)
+        return x
+
+
+def test_records_are_one_node_of_a_traced_graph():
+    """As llm-compressor traces a model, with the layers as they are."""
+
+    class Tracer(torch.fx.Tracer):
+        def is_leaf_module(self, module, name):
+            return name != ""
+
+    decoder, x = Decoder(), torch.arange(4.0)
+    graph = Tracer().trace(decoder)
+    assert sum(node.target is EchoRecords for node in graph.nodes) == 1
+    traced = torch.fx.GraphModule(decoder, graph)
+    for _ in range(2):
+        assert torch.equal(traced(x), decoder(x))
