@@ -11,6 +11,7 @@ from unittest import mock
 import pytest
 import torch
 from conftest import make_batch, make_config, plan_of, train_byte_level_bpe
+from datasets import Dataset, DatasetDict
 from transformers import PreTrainedTokenizerFast
 from upstream import FOLDER, find_tests, import_tests
 
@@ -49,6 +50,10 @@ EXPECTED = {
         for variant in ("0_fp16", "1_fp32", "2_bf16")
     },
 }
+
+
+# In place of a data set of the Hub.
+QUOTES = Dataset.from_dict({"quote": ["Once upon a time"] * 8})
 
 
 class StudentTester:
@@ -100,7 +105,8 @@ def save_students(folder: Path) -> tuple[str, ...]:
     tokenizer = train_byte_level_bpe(["Once upon a time"] * 3, 290, ["<|endoftext|>"])
     special = {"eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>"}
     for family in ("llama", "qwen2"):
-        config = make_config(family, vocab_size=300)
+        # Projections as wide as the ranks of PEFT's tests.
+        config = make_config(family, vocab_size=300, hidden_size=64, num_key_value_heads=4)
         torch.manual_seed(0)
         student = EchoAttForCausalLM(EchoAttConfig(text_config=config, echo_sources=plan_of(family)))
         student.save_pretrained(folder / f"tiny-{family}-student")
@@ -139,5 +145,9 @@ if folder is not None:
 
     class TestDecoderModels(decoders.TestDecoderModels):
         @pytest.fixture(autouse=True)
-        def in_the_folder_of_students(self, monkeypatch):
+        def on_students(self, request, monkeypatch):
             monkeypatch.chdir(_students.name)
+            monkeypatch.setattr(decoders, "load_dataset_english_quotes", lambda: DatasetDict(train=QUOTES))
+            if "use_reentrant" in request.fixturenames and request.getfixturevalue("use_reentrant"):
+                reason = EXPECTED["test_training_gradient_checkpointing_use_reentrant_true"][2]
+                request.node.add_marker(pytest.mark.xfail(raises=ValueError, reason=reason, strict=True))
