@@ -105,7 +105,7 @@ def pack_rows(
     Raises:
         `ValueError`: `row_length` is under 2, `row_start` is not known, the text does not fill a single row, there is no
             chat template for conversations, it refuses one, or the answers cannot be found in one (of streamed documents,
-            when the rows are read).
+            when the rows are read), or no row has an answer in it.
     """
     if row_length < 2:
         raise ValueError(f"row_length is {row_length}; it must be at least 2, one token to predict another from.")
@@ -144,6 +144,13 @@ def pack_rows(
     )
     if not len(rows):
         raise _too_little(row_length)
+    if assistant_only and not any(
+        pc.sum(pc.list_flatten(batch[ANSWERS])).as_py() for batch in rows.with_format("arrow").iter(batch_size=1000)
+    ):
+        raise ValueError(
+            f"No row of {row_length} tokens holds a token of an answer: give longer rows (--row-length), or data in which an "
+            "assistant answers."
+        )
     dropped = _Dropped(row_length, row_start)
     for batch in tokens.with_format("arrow").iter(batch_size=1000):
         lengths = pc.list_value_length(batch["input_ids"]).to_numpy()
