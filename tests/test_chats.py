@@ -3,6 +3,7 @@
 import copy
 import json
 import logging
+from dataclasses import replace
 from pathlib import Path
 
 import datasets
@@ -11,12 +12,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import make_teacher, plan_of, train_byte_level_bpe
+from conftest import make_teacher, train_byte_level_bpe
 from datasets import Dataset, DatasetDict
 from tokenizers import processors
 from transformers import PreTrainedTokenizerFast
+from typer.testing import CliRunner
 
 from echoatt_hf import EchoAttForCausalLM, EchoAttTrainer, EchoAttTrainingArguments, compress, evaluate_model
+from echoatt_hf.cli.app import app
 from echoatt_hf.distillation.stored_teacher import StoredTeacher, write_stored_teacher
 from echoatt_hf.models.predictions import compare_predictions
 from echoatt_hf.pipeline import steps
@@ -226,9 +229,7 @@ def test_completion_of_a_text(bos):
 
 
 def test_a_token_on_both_sides_of_the_prompt_is_of_the_completion(tokenizer):
-    joined = next(
-        token for token in tokenizer.get_vocab() if len(token) == 2 and token.isascii() and token.isalpha()
-    )
+    joined = next(token for token in tokenizer.get_vocab() if len(token) == 2 and token.isascii() and token.isalpha())
     documents = load_documents(Dataset.from_dict({"prompt": [joined[0]], "completion": [joined[1]]}))
     ((tokens, mask),) = tokens_of(documents, tokenizer)
     assert len(tokens) == 2 and mask == [1, 1]
@@ -353,9 +354,7 @@ def test_no_row_goes_on_with_a_conversation_unless_asked(row_start, streaming, t
     if streaming:
         documents = documents.to_iterable_dataset()
     with caplog.at_level(logging.WARNING):
-        rows = list(
-            pack_rows(documents, tokenizer, 48, row_start=row_start, document_masks=True, assistant_only=True)
-        )
+        rows = list(pack_rows(documents, tokenizer, 48, row_start=row_start, document_masks=True, assistant_only=True))
     found = [(row["input_ids"], row["assistant_masks"], row["position_ids"]) for row in rows]
     assert [tuple(list(values) for values in row) for row in found] == expected
     said = "conversations are longer than a row, and the last"
@@ -394,7 +393,9 @@ def test_settings_of_conversations(streaming, chat_file, tmp_path, tokenizer, mo
     )
     columns = {"input_ids", "position_ids", "assistant_masks"}
     rows, held_out = load_rows(settings, tokenizer, model)
-    assert set(next(iter(rows))) == set(held_out[0]) == set(load_held_out_rows(settings, tokenizer, model)[0]) == columns
+    assert (
+        set(next(iter(rows))) == set(held_out[0]) == set(load_held_out_rows(settings, tokenizer, model)[0]) == columns
+    )
     calibration = CompressionSettings(data=settings, calibration=CalibrationSettings(calibration_rows=4))
     assert set(load_calibration_rows(calibration, tokenizer, model)[0]) == {"input_ids", "position_ids"}
     rows, _ = load_rows(DataSettings(data=[str(chat_file)], document_masks=False, row_length=48), tokenizer, model)
@@ -402,13 +403,17 @@ def test_settings_of_conversations(streaming, chat_file, tmp_path, tokenizer, mo
     text = tmp_path / "text.txt"
     text.write_text("\n<|endoftext|>\n".join(TEXTS))
     mixed = DataSettings(
-        data=[f"{text}:1", f"{chat_file}:1"], row_length=48, streaming=streaming, assistant_only=True, held_out_fraction=0.4
+        data=[f"{text}:1", f"{chat_file}:1"],
+        row_length=48,
+        streaming=streaming,
+        assistant_only=True,
+        held_out_fraction=0.4,
     )
     masks = [row["assistant_masks"] for row, _ in zip(load_rows(mixed, tokenizer, model)[0], range(20), strict=False)]
     assert {min(mask) for mask in masks} == {0, 1}, "rows of text count as a whole"
     assert all(set(row) == columns for row in load_rows(mixed, tokenizer, model)[0].take(20))
     with pytest.raises(ValueError, match="assistant_only is set, but the data holds no conversations"):
-        load_rows(DataSettings(data=[str(text)], assistant_only=True, streaming=streaming), tokenizer, model)
+        load_rows(replace(mixed, data=[str(text)]), tokenizer, model)
 
 
 def test_rows_without_an_answer_are_refused(tokenizer):
@@ -445,7 +450,9 @@ def make_trainer(folder, student, teacher, rows, **options) -> EchoAttTrainer:
     )
 
 
-@pytest.mark.parametrize("weight", ["kl_weight", "hard_label_weight", "ce_weight", "hidden_weight", "attention_weight"])
+@pytest.mark.parametrize(
+    "weight", ["kl_weight", "hard_label_weight", "ce_weight", "hidden_weight", "attention_weight"]
+)
 def test_every_loss_is_that_of_answers_alone(weight, tokenizer, model, student, tmp_path):
     rows = answer_rows(tokenizer)
     trainer = make_trainer(tmp_path, student, model, rows, **{"kl_weight": 0.0, weight: 1.0})
@@ -467,7 +474,9 @@ def test_every_loss_is_that_of_answers_alone(weight, tokenizer, model, student, 
 
 def test_a_store_keeps_which_tokens_are_answers(tokenizer, model, student, tmp_path):
     rows = answer_rows(tokenizer)
-    manifest = write_stored_teacher(tmp_path / "store", model, tokenizer, rows.select(range(6)), rows.select([6]), top_k=8)
+    manifest = write_stored_teacher(
+        tmp_path / "store", model, tokenizer, rows.select(range(6)), rows.select([6]), top_k=8
+    )
     assert manifest["columns"] == ["input_ids", "position_ids", "assistant_masks"]
     assert manifest["bytes_per_token"] == 9 * 2 + 8 * 2 + 2 + 4 + 1
     store = StoredTeacher(tmp_path / "store")
@@ -522,8 +531,7 @@ def test_answers_are_evaluated_for_themselves(tokenizer, model, student):
             "input_ids": row["input_ids"],
             "position_ids": row["position_ids"],
             "labels": [
-                token if mask else -100
-                for token, mask in zip(row["input_ids"], row["assistant_masks"], strict=True)
+                token if mask else -100 for token, mask in zip(row["input_ids"], row["assistant_masks"], strict=True)
             ],
         }
         for row in rows
@@ -630,3 +638,26 @@ def test_a_student_learns_answers(teacher_folder, chat_file, tmp_path):
     written = json.loads((tmp_path / "found.json").read_text())
     assert written["by_position"] == found["by_position"] and len(found["by_position"]) == 4
     assert written["answer_kl"] == found["answer_kl"] > 0
+
+
+def run_echoatt(*arguments):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def test_answers_and_positions_from_the_command_line(teacher_folder, chat_file, tmp_path):
+    data = ["--data", chat_file, "--row-length", 48, "--evaluation-rows", 4]
+    result = run_echoatt(
+        "evaluate", teacher_folder, *data, "--assistant-only", "--stride", 12, "--position-buckets", 2,
+        "--output", tmp_path / "found.json",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert "answer_loss " in result.output and "| positions | tokens | perplexity |" in result.output
+    assert "|   0 to 23 |" in result.output and "|  24 to 47 |" in result.output
+    written = json.loads((tmp_path / "found.json").read_text())
+    assert written["scoring"] == {"stride": 12, "position_buckets": 2} and len(written["by_position"]) == 2
+    for bad, message in (
+        (["--stride", 40], "stride is 40; it must be from 1 to 24"),
+        (["--held-out-data", "stdlib", "--assistant-only"], "the data holds no conversations"),
+    ):
+        result = run_echoatt("evaluate", teacher_folder, *data, *bad)
+        assert result.exit_code == 2 and message in result.stderr and len(result.stderr.strip().splitlines()) == 1

@@ -209,7 +209,7 @@ def evaluate(settings: EvaluationSettings, output: str | Path | None = None, *, 
         among_processes=True,
     )
     if output is not None and processes().is_main_process:
-        about = {"model": settings.model, "teacher": settings.teacher}
+        about = {"model": settings.model, "teacher": settings.teacher, "scoring": asdict(settings.scoring)}
         write_whole(output, json.dumps(about | results, indent=2) + "\n")
     return results
 

@@ -39,9 +39,7 @@ def answer(
             padding=True,
             tokenizer_kwargs={"padding_side": "left"},
         ).to(model.device)
-        made = model.generate(
-            **inputs, **sampling, max_new_tokens=max_new_tokens, pad_token_id=tokenizer.pad_token_id
-        )
+        made = model.generate(**inputs, **sampling, max_new_tokens=max_new_tokens, pad_token_id=tokenizer.pad_token_id)
         for tokens in made[:, inputs["input_ids"].shape[1] :].tolist():
             text = tokenizer.decode(tokens, skip_special_tokens=True).strip()
             answers.append((text, tokenizer.eos_token_id in tokens))
