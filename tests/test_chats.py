@@ -1,6 +1,7 @@
 """Conversations as data: what is read, which tokens they become, which of them are answers, and how rows are packed."""
 
 import copy
+import importlib.util
 import json
 import logging
 from dataclasses import replace
@@ -661,3 +662,23 @@ def test_answers_and_positions_from_the_command_line(teacher_folder, chat_file, 
     ):
         result = run_echoatt("evaluate", teacher_folder, *data, *bad)
         assert result.exit_code == 2 and message in result.stderr and len(result.stderr.strip().splitlines()) == 1
+
+
+def test_a_model_writes_conversations_and_answers_beside_another(teacher_folder, tmp_path, capsys, monkeypatch):
+    script = Path(__file__).parents[1] / "examples" / "chat" / "answer.py"
+    spec = importlib.util.spec_from_file_location("answer", script)
+    answer = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(answer)
+    (tmp_path / "prompts.txt").write_text("What is 1 and 1?\n\nWhy?\n")
+    common = ["--prompts", str(tmp_path / "prompts.txt"), "--max-new-tokens", "4", "--dtype", "float32"]
+    answer.main([str(teacher_folder), str(teacher_folder), *common])
+    assert capsys.readouterr().out.count("\nWhy?\n  teacher: ") == 1
+    with pytest.raises(SystemExit):
+        answer.main([str(teacher_folder), str(teacher_folder), *common, "--output", str(tmp_path / "chats.jsonl")])
+    monkeypatch.setattr(answer, "answer", lambda *_: [("Two.", True), ("cut", False)])
+    answer.main([str(teacher_folder), *common, "--output", str(tmp_path / "chats.jsonl")])
+    (document,) = load_documents(tmp_path / "chats.jsonl")
+    assert json.loads(document["text"])["messages"] == [
+        {"role": "user", "content": "What is 1 and 1?"},
+        {"role": "assistant", "content": "Two."},
+    ]
