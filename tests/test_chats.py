@@ -653,7 +653,7 @@ def test_answers_and_positions_from_the_command_line(teacher_folder, chat_file, 
     )  # fmt: skip
     assert result.exit_code == 0, result.output
     assert "answer_loss " in result.output and "| positions | tokens | perplexity |" in result.output
-    assert "|   0 to 23 |" in result.output and "|  24 to 47 |" in result.output
+    assert "| 0 to 23   |" in result.output and "| 24 to 47  |" in result.output
     written = json.loads((tmp_path / "found.json").read_text())
     assert written["scoring"] == {"stride": 12, "position_buckets": 2} and len(written["by_position"]) == 2
     for bad, message in (

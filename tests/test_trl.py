@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import CHECKPOINTING, make_teacher, plan_of, train_byte_level_bpe
+from conftest import CHECKPOINTING, FP32_TOLERANCE, make_teacher, plan_of, train_byte_level_bpe
 from datasets import Dataset
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
@@ -89,7 +89,7 @@ def test_fine_tuning(student, tokenizer, tmp_path, options, adapters):
         reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "tuned")
         tokens = batch["input_ids"][:, :8]
         with torch.no_grad():
-            assert torch.equal(reloaded(tokens).logits, student.eval()(tokens).logits)
+            torch.testing.assert_close(reloaded(tokens).logits, student.eval()(tokens).logits, **FP32_TOLERANCE)
 
 
 # Conversations are prepared as TRL prepares them.
@@ -125,6 +125,7 @@ def _without_role(tokens, labels: list[int], tokenizer) -> list[int]:
     return [-100 if has_break and each else label for each, label in zip(is_break, labels, strict=True)]
 
 
+@pytest.mark.skipif(not TEMPLATES.exists(), reason="this TRL ships no chat templates")
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize(
     "template", ["qwen2_5.jinja", "llama3.jinja", "qwen2_5_training.jinja", "llama3_training.jinja"]
