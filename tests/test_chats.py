@@ -195,6 +195,23 @@ def test_texts_and_conversations_in_one_file(tokenizer, tmp_path):
     assert documents["chat"][:] == ["", f"{str(file)!r}, line 2"]
 
 
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")  # Python's own, of a fork
+def test_several_processes_make_the_same_rows_and_say_the_same(tokenizer, tmp_path):
+    documents = load_documents(write_json_lines([{"messages": chat} for chat in CHATS], tmp_path))
+    rows = [pack_rows(documents, tokenizer, 48, assistant_only=True, num_proc=number) for number in (1, 2)]
+    assert rows[0][:] == rows[1][:]
+    with pytest.raises(ValueError, match="line 1 holds a conversation, but the tokenizer has no chat template"):
+        pack_rows(documents, make_tokenizer(None), 48, num_proc=2)
+
+
+@pytest.mark.skipif(not hasattr(datasets, "Json"), reason="this version of datasets has no columns of JSON")
+def test_a_column_of_json_is_read_though_it_lies_as_text(tokenizer):
+    features = datasets.Features({"messages": datasets.Json()})
+    documents = load_documents(Dataset.from_dict({"messages": CHATS[1:3]}, features=features))
+    for found, chat in zip(tokens_of(documents, tokenizer), CHATS[1:3], strict=True):
+        check_tokens(found, tokenizer, expect(chat))
+
+
 def test_the_split_of_conversations_does_not_depend_on_their_place():
     rows = [{"messages": chat} for chat in CHATS]
     held_out = [
@@ -417,7 +434,10 @@ def test_settings_of_conversations(streaming, chat_file, tmp_path, tokenizer, mo
         load_rows(replace(mixed, data=[str(text)]), tokenizer, model)
 
 
-def test_rows_without_an_answer_are_refused(tokenizer):
+def test_rows_without_an_answer_are_refused(tokenizer, model, caplog):
+    row = {"input_ids": [5, 6, 7], "assistant_masks": [1, 0, 0]}
+    assert "answer_loss" not in evaluate_model(model, [row])
+    assert "None of the rows holds a token of an answer" in caplog.text
     documents = load_documents(Dataset.from_list([{"messages": chat} for chat in CHATS]))
     with pytest.raises(ValueError, match="No row of 16 tokens holds a token of an answer: .*--row-length"):
         pack_rows(documents, tokenizer, 16, assistant_only=True)

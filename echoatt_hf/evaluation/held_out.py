@@ -88,7 +88,9 @@ def evaluate_model(
         text_bytes = sum(_count_scored_bytes(tokenizer, row) for row in rows)
         agreement = {name: result.pop(name) for name in ("kl", "agreement") if name in result}
         result |= {"bits_per_byte": loss * tokens / math.log(2) / max(text_bytes, 1), **agreement}
-    if found.answers is not None and found.answers.tokens:
+    if found.answers is not None and not found.answers.tokens:
+        logger.warning("None of the rows holds a token of an answer: give longer rows, or more of them.")
+    elif found.answers is not None:
         result |= {f"answer_{name}": value for name, value in _describe(found.answers, teacher is not None).items()}
     if position_buckets:
         length = len(next(iter(rows))["input_ids"])

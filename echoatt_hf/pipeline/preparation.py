@@ -190,8 +190,9 @@ def _load_groups(sources: list[DataSource], streaming: bool) -> list[_Documents]
     """Documents of all sources together, one source after the other; with weights, of each one for itself."""
     if all(source.weight is None for source in sources):
         documents = load_documents(sources, streaming=streaming)
-        # Of a stream the first document is looked at, which is that of the first source.
-        looked_at = [load_documents(source, streaming=True) for source in sources] if streaming else [documents]
+        # Of a stream the first documents are looked at, which are those of the first source.
+        is_joined = streaming and len(sources) > 1
+        looked_at = [load_documents(source, streaming=True) for source in sources] if is_joined else [documents]
         return [_Documents(documents, 1.0, any(map(holds_chats, looked_at)))]
     loaded = [(load_documents(source, streaming=streaming), source.weight) for source in sources]
     return [
@@ -205,8 +206,8 @@ def _settle_masks(settings: DataSettings, groups: list[_Documents], model: PreTr
     has_chats = any(group.has_chats for group in groups)
     if settings.assistant_only and not has_chats:
         raise ValueError(
-            "assistant_only is set, but the data holds no conversations: leave the option out, or give data with the columns "
-            "messages, conversations, or prompt and completion."
+            "assistant_only is set, but the data holds no conversations (of a stream the first 16 documents of each source are "
+            "looked at): leave the option out, or give data with the columns messages, conversations, or prompt and completion."
         )
     if settings.document_masks is None:
         settings = replace(settings, document_masks=has_chats and _keeps_documents_apart(model))

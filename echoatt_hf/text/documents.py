@@ -10,7 +10,6 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import (
     Dataset,
@@ -149,12 +148,11 @@ def load_documents(
 
 
 def holds_chats(documents: Dataset | IterableDataset) -> bool:
-    """Whether there are conversations among the documents; of streamed ones, whether the first is one."""
+    """Whether there are conversations among the documents; of streamed ones, among the first 16."""
     if "chat" not in (documents.column_names or ["chat"]):
         return False
     if isinstance(documents, IterableDataset):
-        first = next(documents.iter(1), {"chat": [""]})
-        return bool(first["chat"][0])
+        return any(next(documents.iter(16), {"chat": []})["chat"])
     batches = documents.select_columns(["chat"]).with_format("arrow").iter(batch_size=10_000)
     return any(pc.any(pc.not_equal(batch["chat"], "")).as_py() for batch in batches)
 
@@ -319,11 +317,7 @@ def _iterate_stamped(parts: tuple[_Part, ...], stamps: tuple, version: int) -> I
 def _documents_of(data: Dataset, text_column: str | None) -> Dataset:
     """A data set of documents. Text stays as it lies in memory or on disk, without a copy."""
     columns = find_columns(data.column_names, text_column, "The data set")
-    if (
-        len(columns) > 1
-        or not pa.types.is_string(kind := data.data.schema.field(columns[0]).type)
-        and not (pa.types.is_large_string(kind))
-    ):
+    if len(columns) > 1 or data.features[columns[0]] not in (Value("string"), Value("large_string")):
         read = partial(_read_batch, text_column=text_column, version=_READERS_VERSION)
         data = data.select_columns(columns).with_format(None)
         return data.map(

@@ -72,7 +72,7 @@ def pack_rows(
 
     Documents are separated by the tokenizer's end-of-sequence token, if it has one. Conversations are written by its chat
     template, with nothing more. A row never goes on with a conversation: one that a row cuts is at the beginning of the
-    next row again, and only what is longer than a row is lost. What is left at the end and does not fill a row is dropped. Rows of a `Dataset` are kept in the cache of `datasets`, mapped into memory, and found
+    next row again, so that its first part is there twice, and only what is longer than a row is lost. What is left at the end and does not fill a row is dropped. Rows of a `Dataset` are kept in the cache of `datasets`, mapped into memory, and found
     there again for the same documents, tokenizer and options.
 
     Args:
