@@ -100,6 +100,23 @@ def pytest_configure(config):
     config.pluginmanager.register(FamilyTable(), "family_table")
     # Several processes take the files as they come, not those of many tests first: long ones would be left for the end.
     config.option.loadscopereorder = False
+    if asks_for_upstream(config):
+        for name in MARKS_OF_UPSTREAM:
+            config.addinivalue_line("markers", f"{name}: a mark of transformers' or PEFT's tests")
+
+
+MARKS_OF_UPSTREAM = ("accelerate_tests", "bitsandbytes", "order", "slow", "torch_compile_test")
+MARKS_OF_UPSTREAM += ("flash_attn_test", "flash_attn_3_test", "flash_attn_4_test", "all_flash_attn_test")
+
+
+def asks_for_upstream(config) -> bool:
+    return "upstream" in config.option.markexpr.split()
+
+
+def pytest_ignore_collect(collection_path, config):
+    """transformers' and PEFT's own tests take long to collect, and have other rules."""
+    if collection_path.name == "test_upstream.py" and not asks_for_upstream(config):
+        return True
 
 
 def pytest_collection_finish():
@@ -235,7 +252,10 @@ class _DeprecationsFail(logging.Handler):
 
 
 @pytest.fixture(autouse=True)
-def deprecations_in_the_log_fail():
+def deprecations_in_the_log_fail(request):
+    if request.node.get_closest_marker("upstream"):
+        yield
+        return
     handler = _DeprecationsFail()
     logger = logging.getLogger("transformers")
     logger.addHandler(handler)
