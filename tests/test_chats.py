@@ -205,7 +205,7 @@ def test_several_processes_make_the_same_rows_and_say_the_same(tokenizer, tmp_pa
 
 
 @pytest.mark.skipif(not hasattr(datasets, "Json"), reason="this version of datasets has no columns of JSON")
-def test_a_column_of_json_is_read_though_it_lies_as_text(tokenizer):
+def test_a_column_of_json_is_read(tokenizer):
     features = datasets.Features({"messages": datasets.Json()})
     documents = load_documents(Dataset.from_dict({"messages": CHATS[1:3]}, features=features))
     for found, chat in zip(tokens_of(documents, tokenizer), CHATS[1:3], strict=True):

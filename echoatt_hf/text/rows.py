@@ -2,10 +2,8 @@
 
 import copy
 import json
-import logging
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
@@ -19,20 +17,16 @@ from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 from ..settings import check_row_start, check_stride
 from .chats import ChatTokenizer, count_common
+from .packing import ANSWERS, PACKING_VERSION, Dropped, Packer, Part
 
 
 __all__ = ["collate_rows", "draw_rows", "mix_rows", "pack_rows", "slide_rows"]
-
-logger = logging.getLogger(__name__)
 
 ROW_COLUMNS = ("input_ids", "position_ids")
 """What a packed row may hold for the model, T numbers each. Other columns are not the model's."""
 
 STORED_COLUMNS = {"teacher_ids": np.int64, "teacher_logprobs": np.float16}
 """What a stored teacher adds to a row."""
-
-ANSWERS = "assistant_masks"
-"""Column that marks the tokens to learn from, as TRL has it: those of answers, and of plain text all."""
 
 TARGET_MASKS = ("completion_mask", ANSWERS)
 """Columns by which TRL marks the tokens that are to be predicted, 1 for those."""
@@ -48,9 +42,6 @@ _PIECE = 2**16
 
 _PIECES = 16
 """Pieces that are given to a tokenizer together, which its threads share."""
-
-_PACKING_VERSION = 3
-"""Part of the fingerprint of rows in the cache: raise it when documents are tokenized or packed in another way."""
 
 # Places where most tokenizers split a text in any case: after a line break, and before a space, that stand alone. In longer
 # runs of blanks the last one is often a token of its own, but not at the end of a text.
@@ -111,7 +102,7 @@ def pack_rows(
         raise ValueError(f"row_length is {row_length}; it must be at least 2, one token to predict another from.")
     check_row_start(row_start)
     tokenize = _Tokenize(tokenizer, assistant_only)
-    packer = _Packer(row_length, row_start, tokenize.prefix, document_masks, assistant_only)
+    packer = Packer(row_length, row_start, tokenize.prefix, document_masks, assistant_only)
     dtypes = {name: Value("int8" if name == ANSWERS else "int32") for name in packer.columns}
     features = Features({name: Sequence(dtype) for name, dtype in dtypes.items()})
     if isinstance(documents, IterableDataset):
@@ -151,7 +142,7 @@ def pack_rows(
             f"No row of {row_length} tokens holds a token of an answer: give longer rows (--row-length), or data in which an "
             "assistant answers."
         )
-    dropped = _Dropped(row_length, row_start)
+    dropped = Dropped(row_length, row_start)
     for batch in tokens.with_format("arrow").iter(batch_size=1000):
         lengths = pc.list_value_length(batch["input_ids"]).to_numpy()
         dropped.add(lengths, batch["is_chat"].to_numpy())
@@ -213,7 +204,7 @@ def draw_rows(
     if len(ends) and ends[-1] > 4 * count * window:
         tokenize = _Tokenize(tokenizer)
         for place in generator.permutation(ends[-1] // window):
-            packer = _Packer(row_length, row_start, tokenize.prefix, document_masks, False)
+            packer = Packer(row_length, row_start, tokenize.prefix, document_masks, False)
             found = packer.pack(_parts_between(documents, tokenize, ends, place * window, (place + 1) * window))
             if size := len(found["input_ids"]):
                 chosen = generator.integers(size)
@@ -224,9 +215,7 @@ def draw_rows(
     return [packed[int(index)] for index in generator.permutation(len(packed))[:count]]
 
 
-def _parts_between(
-    documents: Dataset, tokenize: "_Tokenize", ends: np.ndarray, start: int, stop: int
-) -> list["_Part"]:
+def _parts_between(documents: Dataset, tokenize: "_Tokenize", ends: np.ndarray, start: int, stop: int) -> list["Part"]:
     """The documents between two bytes of all text, and of conversations those that begin there."""
     parts = []
     index = int(np.searchsorted(ends, start, side="right"))
@@ -236,12 +225,12 @@ def _parts_between(
         is_first, is_last = start == first, stop >= ends[index]
         if place := document.get("chat"):
             if is_first:
-                parts.append(_Part(tokenize.documents([document["text"]], [place])["input_ids"][0], is_chat=True))
+                parts.append(Part(tokenize.documents([document["text"]], [place])["input_ids"][0], is_chat=True))
         else:
             text = document["text"].encode()[start - first : stop - first].decode(errors="ignore")
             if not is_first and (found := _LINE_BREAK.search(text) or _SPACE.search(text)):
                 text = text[found.end() :]
-            parts.append(_Part(tokenize.whole([text], is_first, is_last)[0], is_first=is_first))
+            parts.append(Part(tokenize.whole([text], is_first, is_last)[0], is_first=is_first))
         start, index = int(ends[index]), index + 1
     return parts
 
@@ -440,7 +429,7 @@ class _Tokenize:
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, assistant_only: bool = False):
-        self.tokenizer, self.version = tokenizer, _PACKING_VERSION
+        self.tokenizer, self.version = tokenizer, PACKING_VERSION
         self.columns = ("input_ids", ANSWERS) if assistant_only else ("input_ids",)
         self._chats = ChatTokenizer(tokenizer, assistant_only)
         plain, whole = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (False, True))
@@ -519,96 +508,8 @@ def _cut(text: str) -> Iterator[str]:
     yield text[start:]
 
 
-@dataclass
-class _Part:
-    """Tokens of a document, or of what is left of one, and which of them to learn from."""
-
-    tokens: np.ndarray
-    mask: np.ndarray | None = None
-    is_chat: bool = False
-    is_first: bool = True  # with the beginning of the document
-
-    def __getitem__(self, place: slice) -> "_Part":
-        mask = self.mask if self.mask is None else self.mask[place]
-        return _Part(self.tokens[place], mask, self.is_chat, self.is_first and not place.start)
-
-
-class _Packer:
-    """Tokens of documents to rows. What does not fill a row is kept for the next call."""
-
-    def __init__(self, row_length: int, row_start: str, prefix: list[int], document_masks: bool, assistant_only: bool):
-        self.row_length, self.row_start, self.version = row_length, row_start, _PACKING_VERSION
-        self.prefix = np.asarray(prefix if row_start == "bos" else [], np.int32)
-        optional = {"position_ids": document_masks, ANSWERS: assistant_only}
-        self.columns = ("input_ids", *(name for name, is_asked in optional.items() if is_asked))
-        self._left: list[_Part] = []
-
-    def __call__(self, *columns: Iterable) -> dict[str, np.ndarray]:
-        """Rows of a batch of documents with the columns of [`_Tokenize`]."""
-        *masks, are_chats = columns[1:]
-        masks = masks[0] if masks else [None] * len(columns[0])
-        return self.pack(
-            [
-                _Part(np.asarray(tokens, np.int32), mask, bool(is_chat))
-                for tokens, mask, is_chat in zip(columns[0], masks, are_chats, strict=True)
-            ]
-        )
-
-    def pack(self, parts: list[_Part]) -> dict[str, np.ndarray]:
-        parts = [part for part in [*self._left, *parts] if len(part.tokens)]
-        ends = np.cumsum([len(part.tokens) for part in parts], dtype=np.int64)
-        begins = ends - [len(part.tokens) for part in parts]
-        rows = {name: [] for name in self.columns}
-        start, total = 0, int(ends[-1]) if parts else 0
-        while start < total:
-            first = int(np.searchsorted(ends, start, side="right"))
-            part, is_beginning = parts[first], parts[first].is_first and start == begins[first]
-            if not is_beginning and self._begins_with_document(part):
-                start = int(ends[first])
-                continue
-            added = self._find_prefix(part[start - int(begins[first]) :])
-            stop = start + self.row_length - len(added)
-            if stop > total:
-                break
-            last = int(np.searchsorted(ends, stop, side="left"))
-            cut = [
-                parts[index][max(start - int(begins[index]), 0) : stop - int(begins[index])]
-                for index in range(first, last + 1)
-            ]
-            for name, values in self._make_row(added, cut).items():
-                rows[name].append(values)
-            is_cut = stop < ends[last] and begins[last] > start
-            # A conversation that is cut is whole in the next row.
-            start = int(begins[last]) if is_cut and parts[last].is_chat and self.row_start != "text" else stop
-        first = int(np.searchsorted(ends, start, side="right"))
-        self._left = [
-            part if index else part[start - int(begins[first]) :] for index, part in enumerate(parts[first:])
-        ]
-        return {name: np.asarray(values, np.int32).reshape(-1, self.row_length) for name, values in rows.items()}
-
-    def _begins_with_document(self, part: _Part) -> bool:
-        return self.row_start == "document" or part.is_chat and self.row_start != "text"
-
-    def _find_prefix(self, part: _Part) -> np.ndarray:
-        """What a row that begins with a part has before it. A document may have brought its own, a conversation has."""
-        has_own = np.array_equal(part.tokens[: len(self.prefix)], self.prefix)
-        return self.prefix[:0] if has_own or part.is_chat and part.is_first else self.prefix
-
-    def _make_row(self, added: np.ndarray, parts: list[_Part]) -> dict[str, np.ndarray]:
-        row = {"input_ids": np.concatenate([added, *(part.tokens for part in parts)])}
-        if "position_ids" in self.columns:
-            places, starts, place = np.arange(self.row_length), np.zeros(self.row_length, np.int64), len(added)
-            for part in parts:
-                starts[place] = place if part.is_first else 0
-                place += len(part.tokens)
-            row["position_ids"] = places - np.maximum.accumulate(starts)
-        if ANSWERS in self.columns:
-            row[ANSWERS] = np.concatenate([np.zeros(len(added), np.int8), *(part.mask for part in parts)])
-        return row
-
-
-def _iterate_rows(documents: IterableDataset, tokenize: _Tokenize, packer: _Packer) -> Iterator[dict[str, np.ndarray]]:
-    packer, dropped, taken = copy.deepcopy(packer), _Dropped(packer.row_length, packer.row_start), 0
+def _iterate_rows(documents: IterableDataset, tokenize: _Tokenize, packer: Packer) -> Iterator[dict[str, np.ndarray]]:
+    packer, dropped, taken = copy.deepcopy(packer), Dropped(packer.row_length, packer.row_start), 0
     for batch in _iterate_batches(documents):
         found = tokenize(**batch)
         dropped.add([*map(len, found["input_ids"])], found["is_chat"])
@@ -623,32 +524,3 @@ def _iterate_rows(documents: IterableDataset, tokenize: _Tokenize, packer: _Pack
 
 def _too_little(row_length: int) -> ValueError:
     return ValueError(f"The text does not fill a row of {row_length} tokens: give more text or a shorter row.")
-
-
-class _Dropped:
-    """What rows leave out, to be said."""
-
-    def __init__(self, row_length: int, row_start: str):
-        self._row_length, self._row_start = row_length, row_start
-        self._tokens = self._long_chats = self._lost = 0
-
-    def add(self, lengths: Iterable[int], are_chats: Iterable[bool]) -> None:
-        """Count documents with so many tokens."""
-        lengths = np.asarray(lengths, np.int64)
-        too_long = (lengths - self._row_length)[np.asarray(are_chats, bool)].clip(0)
-        self._tokens += int(lengths.sum())
-        self._long_chats, self._lost = self._long_chats + int((too_long > 0).sum()), self._lost + int(too_long.sum())
-
-    def log(self, rows: int) -> None:
-        taken, count = rows * self._row_length, self._tokens
-        if self._row_start == "document" and taken < count:
-            logger.warning(
-                f"Rows that start with a document leave out {count - taken:,} of {count:,} tokens ({1 - taken / count:.1%}): "
-                "what did not fit into a row after the beginning of its document."
-            )
-        elif self._row_start != "text" and self._lost:
-            logger.warning(
-                f"{self._long_chats:,} conversations are longer than a row, and the last {self._lost:,} of {count:,} tokens "
-                f"({self._lost / count:.1%}) are left out: give longer rows (--row-length), or let rows go on with a "
-                "conversation (--row-start text)."
-            )
