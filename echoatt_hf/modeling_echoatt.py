@@ -534,11 +534,17 @@ class EchoAttModel(EchoAttPreTrainedModel):
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
         **kwargs,
     ) -> BaseModelOutputWithPast:
         """As the forward pass of the base family: `input_ids` `(B, T)`, `attention_mask` `(B, S)` with 1 = keep."""
-        inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
-        return self.family_model(**inputs, **self._family_kwargs(kwargs))
+        return self.family_model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            **self._family_kwargs(kwargs),
+        )
 
     def get_input_embeddings(self) -> nn.Module:
         return self.family_model.get_input_embeddings()

@@ -31,6 +31,7 @@ ROOMS = [
     "baselines",
     "benchmark",
     "publishing",
+    "serving",
     "pipeline",
     "cli",
 ]

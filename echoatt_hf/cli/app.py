@@ -21,6 +21,7 @@ from ..settings import (
     DistillationSettings,
     EvaluationSettings,
     PlanSettings,
+    ServingSettings,
     StoredTeacherSettings,
     StoreSettings,
     StudentSettings,
@@ -466,6 +467,20 @@ def push(
             dry_run=dry_run,
         )
     )
+
+
+@app.command(epilog="Example: echoatt serve student --port 8000")
+@with_settings(settings=ServingSettings)
+def serve(
+    settings: ServingSettings,
+    model: Annotated[
+        str, typer.Argument(help="'builtin', a folder or a repository of the Hub: a student or any causal language model.")
+    ],
+) -> None:
+    """Serve a model over HTTP, with the interface of OpenAI: completions and chat. Remote code is not run."""
+    from ..serving.server import serve
+
+    serve(model, settings)
 
 
 @app.command()
