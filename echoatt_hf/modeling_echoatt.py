@@ -300,6 +300,7 @@ class EchoAttention:
         output, weights = record.attend(self, value)  # (B, T, H, D), (B, H, T, S) or None
         if self.echo_gate is not None:
             gate = getattr(self, self.echo_gate)(hidden_states).sigmoid()  # (B, T, H · D) or (B, T, H)
+            output = output.view(*input_shape, -1, self.echo_head_dim)  # vLLM's has two dimensions
             output = output * gate.view(*output.shape[:3], -1)
         output = output.reshape(*input_shape, -1).contiguous()  # (B, T, H · D)
         output = getattr(self, self.echo_output)(output)  # (B, T, hidden size)

@@ -72,27 +72,33 @@ def _run(name: str, settings: ServingSettings) -> None:
     # It would list what the cache of the Hub holds, and take requests for nothing of that.
     listed = {"id": name, "object": "model", "owned_by": "", "created": int(time.time())}
     model_manager.ModelManager.get_gen_models = staticmethod(lambda *_: [listed])
-    server.build_server = functools.partial(_build_server, server.build_server)
+    states = []
+    server.build_server = functools.partial(_build_server, server.build_server, states)
     is_cpu = settings.device == "cpu" or settings.device == "auto" and default_device() == "cpu"
-    Serve(
-        force_model=name,
-        host=settings.host,
-        port=settings.port,
-        device="cpu" if is_cpu else settings.device,
-        dtype="float32" if is_cpu and settings.dtype == "auto" else settings.dtype,
-        attn_implementation=settings.attention,
-        continuous_batching=settings.continuous_batching,
-        cb_num_blocks=settings.cache_blocks,
-    )
+    try:
+        Serve(
+            force_model=name,
+            host=settings.host,
+            port=settings.port,
+            device="cpu" if is_cpu else settings.device,
+            dtype="float32" if is_cpu and settings.dtype == "auto" else settings.dtype,
+            attn_implementation=settings.attention,
+            continuous_batching=settings.continuous_batching,
+            cb_num_blocks=settings.cache_blocks,
+        )
+    finally:
+        for state in states:  # else the thread that computes requests together goes on
+            state.shutdown()
 
 
-def _build_server(build: Callable, *args, **kwargs):
+def _build_server(build: Callable, states: list, *args, **kwargs):
     """The application, in which what cannot be done with a request is the fault of the request."""
     from fastapi.responses import JSONResponse
 
     async def answer(request, error: ValueError) -> JSONResponse:
         return JSONResponse({"error": " ".join(str(error).split())}, status_code=400)
 
+    states.append(kwargs["generation_state"])
     app = build(*args, **kwargs)
     app.add_exception_handler(ValueError, answer)  # such as: there is no chat template
     return app

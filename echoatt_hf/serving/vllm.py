@@ -14,8 +14,12 @@ __all__ = ["ARCHITECTURE", "check_vllm_config", "register"]
 ARCHITECTURE = "EchoAttForCausalLM"
 """Name of the architecture in a student's `config.json`."""
 
-REFUSED_FAMILIES: dict[str, str] = {}
-"""Families whose students vLLM would run wrongly, each with the reason."""
+FAILING_FAMILIES = ("gpt2", "llama4_text", "phimoe")
+"""Families that the part of vLLM which students run in, its modelling backend of transformers, does not run unconverted."""
+
+BACKEND = "its modelling backend of transformers"
+REFUSAL = "vLLM does not run EchoAtt students of the family"
+"""How the refusal of a family begins."""
 
 
 def register() -> None:
@@ -40,11 +44,18 @@ def check_vllm_config(vllm_config: "VllmConfig") -> None:
     Raises:
         `ValueError`: it cannot.
     """
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    from ..configuration_echoatt import TYPES_WITHOUT_ATTENTION
+
     config, parallel = vllm_config.model_config.hf_config, vllm_config.parallel_config
     family = config.text_config.model_type
-    if family in REFUSED_FAMILIES:
+    if family in FAILING_FAMILIES:
+        raise ValueError(f"{REFUSAL} {family!r}: {BACKEND} does not run it, unconverted either. Use `echoatt serve`.")
+    types = {*(getattr(config.text_config, "layer_types", None) or ())}
+    if MODEL_FOR_CAUSAL_LM_MAPPING[type(config.text_config)]._is_stateful or types & {*TYPES_WITHOUT_ATTENTION}:
         raise ValueError(
-            f"EchoAtt does not run students of the family {family!r} in vLLM: {REFUSED_FAMILIES[family]}. Use `echoatt serve`."
+            f"{REFUSAL} {family!r}: {BACKEND} keeps no states of recurrent layers. Use `echoatt serve`."
         )
     if parallel.pipeline_parallel_size > 1:
         raise ValueError(

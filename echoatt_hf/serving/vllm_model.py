@@ -7,7 +7,7 @@ this module does is to name them. An echo layer replays the call of its source i
 keys are the same, so it caches a copy of them.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import nn
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -16,7 +16,10 @@ from vllm.model_executor.models.transformers import TransformersForCausalLM
 from vllm.model_executor.models.transformers.fusers import AttentionFuser
 from vllm.model_executor.models.transformers.moe import MoEMixin
 
-from ..modeling_echoatt import RECORD_ATTENTION, EchoAttention
+from ..modeling_echoatt import RECORD_ATTENTION, EchoAttention, EchoAttForCausalLM
+
+
+PREFIX = f"{EchoAttForCausalLM.base_model_prefix}."
 
 
 @dataclass(kw_only=True)
@@ -32,6 +35,19 @@ class EchoFuser(AttentionFuser):
         return super().sinks(self.source)
 
 
+class FamilyRenaming:
+    """How a family's checkpoints name weights differently from its model, for a student, whose names have a prefix."""
+
+    def __init__(self, renamings: list):
+        self.renamings = renamings
+
+    def rename_source_key(self, key: str) -> tuple[str, None]:
+        key = key.removeprefix(PREFIX)
+        for renaming in self.renamings:
+            key, _ = renaming.rename_source_key(key)
+        return PREFIX + key, None
+
+
 class EchoAttForVllm(TransformersForCausalLM):
     """A student. See [`EchoAttForCausalLM`]."""
 
@@ -42,6 +58,15 @@ class EchoAttForVllm(TransformersForCausalLM):
         super()._patch_config()
         # By the name of the family's own model vLLM knows how its weights are named in a checkpoint.
         self.config.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[self.text_config.model_type]]
+
+    def _create_hf_to_vllm_mapper(self) -> None:
+        super()._create_hf_to_vllm_mapper()
+        mapper = self.hf_to_vllm_mapper
+        # Nothing in a student's checkpoint is to be ignored, and what is in others' may match too much of it, as of gpt2.
+        patterns = {pattern: name for pattern, name in mapper.orig_to_new_regex.items() if name is not None}
+        self.hf_to_vllm_mapper = replace(
+            mapper, orig_to_new_renaming=[FamilyRenaming(mapper.orig_to_new_renaming)], orig_to_new_regex=patterns
+        )
 
     def recursive_replace(self) -> None:
         super().recursive_replace()
