@@ -655,7 +655,9 @@ class ServingSettings:
 
     panel: ClassVar[str] = "The server"
 
-    host: str = setting("localhost", "Address to listen at. Others than this machine reach it only if you give another.")
+    host: str = setting(
+        "localhost", "Address to listen at. Others than this machine reach it only if you give another."
+    )
     port: int = setting(8000, "Port to listen at.")
     device: str = setting(
         "auto", "Where the model runs: 'cpu', 'cuda:0' and the like, or 'auto', on all accelerators that there are."
@@ -670,7 +672,9 @@ class ServingSettings:
         False, "Compute requests together, with a paged cache. Without it one waits for another."
     )
     cache_blocks: int | None = setting(
-        None, "With continuous batching: blocks of the cache; if not given, what fits into the free memory."
+        None,
+        "With continuous batching: blocks of the cache; if not given, what fits into the free memory of accelerators, 64 "
+        "on a CPU.",
     )
 
     def __post_init__(self):
@@ -680,7 +684,9 @@ class ServingSettings:
         if self.cache_blocks is not None:
             _check_at_least_one(self, "cache_blocks")
             if not self.continuous_batching:
-                raise ValueError(f"cache_blocks is {self.cache_blocks}, but only continuous_batching has such a cache.")
+                raise ValueError(
+                    f"cache_blocks is {self.cache_blocks}, but only continuous_batching has such a cache."
+                )
 
 
 def options_of(kind: type, given: dict[str, Any]) -> list[str]:

@@ -140,7 +140,9 @@ def test_completions_and_chat_are_those_of_generate(students, greedy):
 @needs_server
 def test_bad_requests_are_told_so_and_the_server_goes_on(students):
     with Server(students, "plain") as served:
-        status, answer = served.post("/v1/chat/completions", messages=[{"role": "user", "content": "Hi"}], max_tokens=2)
+        status, answer = served.post(
+            "/v1/chat/completions", messages=[{"role": "user", "content": "Hi"}], max_tokens=2
+        )
         assert status == 400 and "chat template" in answer["error"] and "\n" not in answer["error"]
         assert served.post("/v1/completions", prompt=3)[0] == 400
         assert served.post("/v1/completions", model="other", prompt="Once")[0] == 400
@@ -150,8 +152,7 @@ def test_bad_requests_are_told_so_and_the_server_goes_on(students):
 
 @needs_server
 def test_continuous_batching_gives_the_same(students, greedy):
-    options = ["--continuous-batching", "--cache-blocks", "8"]
-    with Server(students, "chatty", *options) as served, ThreadPoolExecutor(len(PROMPTS)) as threads:
+    with Server(students, "chatty", "--continuous-batching") as served, ThreadPoolExecutor(len(PROMPTS)) as threads:
         how = {"max_tokens": 8, "temperature": 0}
         answers = list(threads.map(lambda prompt: served.post("/v1/completions", prompt=prompt, **how), PROMPTS))
     expected = [(200, greedy(prompt)) for prompt in PROMPTS]
@@ -195,7 +196,7 @@ def test_bad_settings(setting, said):
 def test_missing_packages_are_named(monkeypatch):
     monkeypatch.setattr(server, "find_spec", lambda name: None if name == "fastapi" else name)
     with pytest.raises(ValueError, match=r'needs fastapi, not installed: `pip install "echoatt-hf\[serve\]"`'):
-        server.serve("builtin", ServingSettings())
+        server.check_server("builtin", ServingSettings())
 
 
 def test_what_is_taken_from_inside_of_transformers():
@@ -210,4 +211,6 @@ def test_what_is_taken_from_inside_of_transformers():
     loading = inspect.getsource(model_manager.ModelManager._load_model)
     assert "getattr(transformers, config.architectures[0])" in loading, "models are found otherwise"
     assert "model_manager.get_gen_models()" in inspect.getsource(built.build_server), "models are listed otherwise"
-    assert "from .serving.server import build_server" in inspect.getsource(serve.Serve.__init__), "it is built otherwise"
+    assert "from .serving.server import build_server" in inspect.getsource(serve.Serve.__init__), (
+        "it is built otherwise"
+    )

@@ -34,7 +34,9 @@ def student_config(family="llama", plan=(0, 1, 1, 1, 4, 4)):
 
 
 def test_the_plugin_is_declared_and_imports_neither_torch_nor_vllm():
-    declared = re.search(r'^echoatt = "(echoatt_hf\.serving.*)"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)[1]
+    declared = re.search(
+        r'^echoatt = "(echoatt_hf\.serving.*)"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE
+    )[1]
     assert EntryPoint("echoatt", declared, "vllm.general_plugins").load() is register
     code = (
         "import sys; sys.argv = ['echoatt']; import echoatt_hf; before = {*sys.modules}; import echoatt_hf.serving.vllm;"
@@ -69,15 +71,15 @@ def test_what_is_divided_wrongly_is_refused(parallel, said):
         check_vllm_config(vllm_config_of(student_config(), **parallel))
 
 
-RECURRENT = [
-    family for family in SUPPORTED if "paged caches do not hold recurrent states" in family.lacks.values()
-]
+RECURRENT = [family for family in SUPPORTED if "paged caches do not hold recurrent states" in family.lacks.values()]
 
 
 @pytest.mark.parametrize("family", [family for family in RECURRENT if family.is_known], ids=lambda each: each.name)
 def test_recurrent_families_are_refused_by_name(family):
     config = student_config(family.name, family.plan)
-    with pytest.raises(ValueError, match=f"students of the family '{family.config_type}': .* keeps no states of recurrent"):
+    with pytest.raises(
+        ValueError, match=f"students of the family '{family.config_type}': .* keeps no states of recurrent"
+    ):
         check_vllm_config(vllm_config_of(config))
 
 
@@ -115,7 +117,11 @@ for _ in range(2):  # again, from cached prefixes
 def run_vllm(folder, prompts, **options):
     arguments = [str(folder), json.dumps(prompts), json.dumps(options)]
     return subprocess.run(
-        [sys.executable, "-c", CODE, *arguments], env=process_environment(), capture_output=True, text=True, timeout=300
+        [sys.executable, "-c", CODE, *arguments],
+        env=process_environment(),
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
 
 
@@ -132,7 +138,12 @@ def test_vllm_generates_the_same(family, tmp_path):
     prompts = [[3 + (5 * i * n + 7 * i + n) % 90 for i in range(6 + 5 * n)] for n in range(8)]
     expected = [
         student.generate(
-            torch.tensor([each]), max_new_tokens=16, min_new_tokens=16, do_sample=False, eos_token_id=None, pad_token_id=0
+            torch.tensor([each]),
+            max_new_tokens=16,
+            min_new_tokens=16,
+            do_sample=False,
+            eos_token_id=None,
+            pad_token_id=0,
         )[0, len(each) :].tolist()
         for each in prompts
     ]

@@ -474,13 +474,16 @@ def push(
 def serve(
     settings: ServingSettings,
     model: Annotated[
-        str, typer.Argument(help="'builtin', a folder or a repository of the Hub: a student or any causal language model.")
+        str,
+        typer.Argument(help="'builtin', a folder or a repository of the Hub: a student or any causal language model."),
     ],
 ) -> None:
     """Serve a model over HTTP, with the interface of OpenAI: completions and chat. Remote code is not run."""
-    from ..serving.server import serve
+    from ..serving.server import check_server, serve
 
-    serve(model, settings)
+    name = check_server(model, settings)
+    print(f"{model} at http://{settings.host}:{settings.port}/v1, as the model {name!r}", flush=True)
+    serve(name, settings)
 
 
 @app.command()

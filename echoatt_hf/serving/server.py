@@ -18,38 +18,44 @@ from ..models.loading import builtin_teacher_path, load_config
 from ..settings import BUILTIN_TEACHER, ServingSettings
 
 
-__all__ = ["serve"]
+__all__ = ["check_server", "serve"]
 
 NEEDED = ("fastapi", "openai", "uvicorn")
 """Packages that the server of transformers needs, of its extra `serving`."""
 
+CPU_CACHE_BLOCKS = 64
+"""Blocks of a paged cache, of 256 tokens each, where memory is the machine's: transformers would take all that is free."""
 
-def serve(model: str, settings: ServingSettings) -> None:
+
+def check_server(model: str, settings: ServingSettings) -> str:
     """
-    Serve a model over HTTP until the process is stopped.
+    Check that a model can be served, before it is loaded.
 
     Args:
         model (`str`):
             `"builtin"`, a folder, or a repository of the Hub, of which `"owner/name@revision"` is a branch, tag or commit.
-            Requests that name a model must name it like this.
         settings ([`ServingSettings`]):
-            How it runs.
+            How it is to run.
+
+    Returns:
+        `str`: the name that requests have for it.
 
     Raises:
         `FileNotFoundError`: there is no such model.
         `OSError`: another program has the port.
-        `ValueError`: packages are missing.
+        `ValueError`: packages are missing, or the server would take the name for another.
     """
     missing = [name for name in NEEDED if find_spec(name) is None]
     if missing:
         raise ValueError(f'Serving needs {", ".join(missing)}, not installed: `pip install "echoatt-hf[serve]"`.')
     name = str(builtin_teacher_path()) if model == BUILTIN_TEACHER else model
     if "@" in name and Path(name).exists():
-        raise ValueError(f"The folder {name!r} has an @ in its name, after which a revision is expected: give it another.")
+        raise ValueError(
+            f"The folder {name!r} has an @ in its name, after which the server expects a revision: give it another."
+        )
     load_config(name)
     _check_port(settings.host, settings.port)
-    print(f"{model} at http://{settings.host}:{settings.port}/v1, as the model {name!r}", flush=True)
-    _run(name, settings)
+    return name
 
 
 def _check_port(host: str, port: int) -> None:
@@ -60,10 +66,19 @@ def _check_port(host: str, port: int) -> None:
             tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             tried.bind(address)
     except OSError as error:
-        raise OSError(f"Nothing can listen at {host}:{port} ({error.strerror}): give another --port or --host.") from error
+        raise OSError(
+            f"Nothing can listen at {host}:{port} ({error.strerror}): give another --port or --host."
+        ) from error
 
 
-def _run(name: str, settings: ServingSettings) -> None:
+def serve(name: str, settings: ServingSettings) -> None:
+    """
+    Serve a model over HTTP until the process is stopped.
+
+    Args:
+        name (`str`): as from [`check_server`].
+        settings ([`ServingSettings`]): how it runs.
+    """
     from transformers.cli.serve import Serve
     from transformers.cli.serving import model_manager, server
 
@@ -84,7 +99,7 @@ def _run(name: str, settings: ServingSettings) -> None:
             dtype="float32" if is_cpu and settings.dtype == "auto" else settings.dtype,
             attn_implementation=settings.attention,
             continuous_batching=settings.continuous_batching,
-            cb_num_blocks=settings.cache_blocks,
+            cb_num_blocks=settings.cache_blocks or (CPU_CACHE_BLOCKS if is_cpu else None),
         )
     finally:
         for state in states:  # else the thread that computes requests together goes on

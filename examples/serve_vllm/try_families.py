@@ -31,7 +31,14 @@ from echoatt_hf.serving.vllm import REFUSAL  # noqa: E402
 
 # Larger than in the tests: vLLM's CPU kernels take heads of 32, and experts of 64.
 LARGER = {"hidden_size": 128, "word_embed_proj_dim": 128} | dict.fromkeys(
-    ("intermediate_size", "moe_intermediate_size", "shared_expert_intermediate_size", "shared_intermediate_size", "ffn_dim"), 64
+    (
+        "intermediate_size",
+        "moe_intermediate_size",
+        "shared_expert_intermediate_size",
+        "shared_intermediate_size",
+        "ffn_dim",
+    ),
+    64,
 )
 TOLERANCE = 1e-3  # of log-probabilities in float32
 NEW_TOKENS = 24
@@ -82,7 +89,9 @@ def generate_in_vllm(folder: Path, **options) -> list[tuple[list[int], torch.Ten
     found = []
     for output in engine.generate([{"prompt_token_ids": prompt} for prompt in PROMPTS], how, use_tqdm=False):
         tokens, logprobs = list(output.outputs[0].token_ids), output.outputs[0].logprobs
-        found.append((tokens, torch.tensor([each[token].logprob for token, each in zip(tokens, logprobs, strict=True)])))
+        found.append(
+            (tokens, torch.tensor([each[token].logprob for token, each in zip(tokens, logprobs, strict=True)]))
+        )
     return found
 
 
