@@ -10,15 +10,18 @@ _CACHE = tempfile.TemporaryDirectory(prefix="echoatt-tests-")
 os.environ["HF_DATASETS_CACHE"] = _CACHE.name
 
 import copy  # noqa: E402
+import gc  # noqa: E402
 import logging  # noqa: E402
 from pathlib import Path  # noqa: E402
+from types import SimpleNamespace  # noqa: E402
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
 from _pytest.mark.expression import Expression  # noqa: E402
 from families import FAMILIES, SIZES, VOCAB_SIZE  # noqa: E402
 from family_table import FamilyTable, is_always_run  # noqa: E402
-from hub_server import HubServer  # noqa: E402
+from hub_server import TOKEN, HubServer  # noqa: E402
+from huggingface_hub import close_session, constants  # noqa: E402
 from processes import process_environment  # noqa: E402, F401
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers  # noqa: E402
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast  # noqa: E402
@@ -95,19 +98,48 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     config.pluginmanager.register(FamilyTable(), "family_table")
+    # Several processes take the files as they come, not those of many tests first: long ones would be left for the end.
+    config.option.loadscopereorder = False
+    if asks_for_upstream(config):
+        for name in MARKS_OF_UPSTREAM:
+            config.addinivalue_line("markers", f"{name}: a mark of transformers' or PEFT's tests")
 
 
-def says_which_tests_to_run(expression: str) -> bool:
-    """Whether an expression of `-m` asks for marked tests, and does not only leave some out, as `not slow` does."""
-    return not Expression.compile(expression or "not any").evaluate(lambda *_, **__: False)
+MARKS_OF_UPSTREAM = ("accelerate_tests", "bitsandbytes", "order", "slow", "torch_compile_test")
+MARKS_OF_UPSTREAM += ("flash_attn_test", "flash_attn_3_test", "flash_attn_4_test", "all_flash_attn_test")
+
+
+def asks_for_upstream(config) -> bool:
+    return "upstream" in config.option.markexpr.split()
+
+
+def pytest_ignore_collect(collection_path, config):
+    """transformers' and PEFT's own tests take long to collect, and have other rules."""
+    if collection_path.name == "test_upstream.py" and not asks_for_upstream(config):
+        return True
+
+
+def pytest_collection_finish():
+    # What is imported by now stays: a full collection takes a hundredth of the time, and some tests make dozens.
+    gc.collect()
+    gc.freeze()
+
+
+def is_left_out(name: str, expression: str) -> bool:
+    """
+    Whether tests marked `name`, such as `slow`, are to be skipped under an expression of `-m`: unless it names the mark,
+    so that pytest selects by it, or asks for other marked tests, and does not only leave some out, as `not readme` does.
+    """
+    only_leaves_out = Expression.compile(expression or "not any").evaluate(lambda *_, **__: False)
+    return only_leaves_out and name not in expression.replace("(", " ").replace(")", " ").split()
 
 
 def pytest_collection_modifyitems(config, items):
-    """Leave slow tests out unless `-m` says which tests to run, and most of the families unless it names those."""
+    """Leave slow tests out unless `-m` asks for them, and most of the families unless it names those."""
     expression = config.option.markexpr
-    if not says_which_tests_to_run(expression):
-        for item in items:
-            for name in ("slow", "faults"):
+    for name in ("slow", "faults"):
+        if is_left_out(name, expression):
+            for item in items:
                 if item.get_closest_marker(name):
                     item.add_marker(pytest.mark.skip(reason=f"{name}: ask for it with -m {name}"))
     if "families" not in expression:
@@ -188,6 +220,22 @@ def hub():
         yield server
 
 
+@pytest.fixture
+def online(hub, monkeypatch, tmp_path):
+    """This process takes the server for the Hub, and its client does not wait before it tries again."""
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+    monkeypatch.setattr(
+        constants, "HUGGINGFACE_CO_URL_TEMPLATE", f"{hub.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+    )
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    monkeypatch.setattr("huggingface_hub.utils._http.time", SimpleNamespace(sleep=lambda seconds: None))
+    close_session()  # no connection to the server of another test
+    return hub
+
+
 class _DeprecationsFail(logging.Handler):
     """transformers says much of what it is about to remove in its log. Some of it it does itself."""
 
@@ -204,7 +252,10 @@ class _DeprecationsFail(logging.Handler):
 
 
 @pytest.fixture(autouse=True)
-def deprecations_in_the_log_fail():
+def deprecations_in_the_log_fail(request):
+    if request.node.get_closest_marker("upstream"):
+        yield
+        return
     handler = _DeprecationsFail()
     logger = logging.getLogger("transformers")
     logger.addHandler(handler)

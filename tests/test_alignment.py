@@ -12,6 +12,8 @@ from echoatt_hf.modeling_echoatt import AttentionRecord, EchoRecords
 from echoatt_hf.models.families import find_attention_modules
 
 
+pytestmark = pytest.mark.once
+
 # Linear and transposed projections, biases, fused values, gates for each feature and for each head, one head of values.
 LAYOUTS = ["llama", "gpt2", "gpt_neox", "phi", "phi3", "afmoe", "qwen3_5_text", "gpt_bigcode"]
 

@@ -14,6 +14,9 @@ from echoatt_hf.baselines.layer_dropping import choose_layers_to_drop, drop_laye
 from echoatt_hf.baselines.random_plans import draw_plan
 
 
+pytestmark = pytest.mark.once
+
+
 def attend_by_hand(attention, states, position_embeddings, shared):
     """Attention of Llama, one step after the other, with the keys and values in `shared` if there are any."""
     shape = (*states.shape[:-1], -1, attention.head_dim)

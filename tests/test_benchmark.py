@@ -17,6 +17,8 @@ from echoatt_hf.benchmark.costs import count_costs
 from echoatt_hf.benchmark.report import write_benchmark
 
 
+pytestmark = pytest.mark.once
+
 PLAN = "0,1,1,1,4,4"
 SMALL = {"length": [8], "batch_size": [1, 2], "context": [12], "repeats": 2}
 EVERYTHING = ["prefill", "decode", "training", "distillation", "adapters", "stored"]

@@ -23,6 +23,8 @@ from echoatt_hf import (
 )
 
 
+pytestmark = pytest.mark.once
+
 CARD = Path(__file__).parents[1] / "model_cards" / "builtin_teacher"
 
 

@@ -18,6 +18,8 @@ from echoatt_hf.publishing.metadata import LICENSES, find_metadata_faults
 from echoatt_hf.settings import BenchmarkSettings, CalibrationSettings, DataSettings
 
 
+pytestmark = pytest.mark.once
+
 ENTRY = {
     "tokens": 1000,
     "perplexity": 12.5,

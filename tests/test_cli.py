@@ -32,6 +32,8 @@ from echoatt_hf.settings import (
 )
 
 
+pytestmark = pytest.mark.once
+
 TEXT = [f"Story {n}. Once upon a time there were {n} small bears who ate {n * 3} honeys.\n" * 6 for n in range(12)]
 PLAN = "0,1,1,3,3,5"
 DATA = ["--data", "text", "--row-length", "32", "--evaluation-rows", "4"]

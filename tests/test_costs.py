@@ -15,6 +15,9 @@ from echoatt_hf.benchmark.shapes import SHAPES
 from echoatt_hf.planning.sharing import SharingPlan
 
 
+pytestmark = pytest.mark.once
+
+
 def count_operations(run) -> int:
     """Without the angles of rotary embedding, which some versions compute as a product and the formulas leave out."""
     with FlopCounterMode(display=False) as counter:

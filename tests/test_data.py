@@ -30,6 +30,8 @@ from echoatt_hf.text.documents import STDLIB, load_documents, split_documents
 from echoatt_hf.text.rows import collate_rows, draw_rows, mix_rows, pack_rows, shuffle_rows, stack_rows
 
 
+pytestmark = pytest.mark.once
+
 TEXTS = [
     "A first story.\nIt has two lines.",
     "Second one: ünïcödé 🙂.",

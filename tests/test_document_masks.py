@@ -101,13 +101,16 @@ def test_a_batch_holds_positions_if_the_rows_do():
 # What uses them
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager", "flex_attention"])
+@pytest.mark.parametrize(
+    "attention",
+    ["sdpa", "eager", pytest.param("flex_attention", marks=pytest.mark.slow)],  # torch traces it
+)
 def test_evaluation(teacher, student, attention):
     packed, _ = make_rows(3)
     expected, target = logits_of_each(student, packed), logits_of_each(teacher, packed)
     for model in (student, teacher):
         model.set_attn_implementation(attention)
-    with torch.compiler.set_stance("force_eager"):  # flex attention without its compiler, which takes seconds
+    with torch.compiler.set_stance("force_eager"):  # flex attention without its compiler
         found = evaluate_model(student, packed, teacher=teacher, batch_size=2)
     tokens = torch.tensor([row["input_ids"] for row in packed])
     loss = F.cross_entropy(expected[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())

@@ -153,7 +153,7 @@ def test_labels_of_a_token_classifier(tmp_path):
     assert not info["missing_keys"] and not info["unexpected_keys"]
     assert again.config.id2label == id2label
     assert again(**make_batch(2, 12)).logits.shape == (2, 12, 3)
-    assert torch.equal(again(**make_batch()).logits, model(**make_batch()).logits)
+    torch.testing.assert_close(again(**make_batch()).logits, model(**make_batch()).logits, **FP32_TOLERANCE)
     more = AutoModelForTokenClassification.from_pretrained(tmp_path / "causal", num_labels=5)
     assert more(**make_batch(2, 12)).logits.shape == (2, 12, 5)
 

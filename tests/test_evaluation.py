@@ -311,11 +311,9 @@ def test_agreement_metric(load_metric, saved_models, student, teacher, tokenizer
         expected, rel=TOLERANCE
     )
     assert metric.compute(model=student, teacher=teacher, tokenizer=tokenizer, **options) == expected
-    assert metric.compute(model_id=teacher_id, teacher=teacher, tokenizer=student_id, **options) == {
-        "tokens": expected["tokens"],
-        "kl": 0,
-        "agreement": 1,
-    }
+    assert metric.compute(model_id=teacher_id, teacher=teacher, tokenizer=student_id, **options) == pytest.approx(
+        {"tokens": expected["tokens"], "kl": 0, "agreement": 1}, abs=1e-6
+    ), "loaded weights lie elsewhere in memory, so sums of them may round otherwise"
     with pytest.raises(ValueError, match=r"No teacher is given.*teacher_id"):
         metric.compute(model_id=student_id, **options)
 

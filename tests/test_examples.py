@@ -20,6 +20,8 @@ from echoatt_hf.planning.paper import plan_like_paper
 from echoatt_hf.settings import DistillationSettings
 
 
+pytestmark = pytest.mark.once
+
 ROOT = Path(__file__).parents[1]
 TINY = [
     "--layers", "2", "--hidden-size", "16", "--intermediate-size", "24", "--heads", "2", "--kv-heads", "1",

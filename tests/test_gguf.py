@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import FP32_TOLERANCE, make_batch, make_teacher, write_workplace
 from hub_server import TOKEN, USER
-from huggingface_hub import HfApi, constants
+from huggingface_hub import HfApi
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
@@ -269,15 +269,8 @@ def test_the_file_of_a_folder_or_repository_is_one_name(workplace, monkeypatch):
     assert name_gguf_file("owner/name@refs/pr/1", "tiny.gguf") == "owner/name/tiny.gguf@refs/pr/1"
 
 
-def test_file_of_a_repository(workplace, hub, monkeypatch, tmp_path):
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-    monkeypatch.setattr(constants, "ENDPOINT", hub.url)
-    template = f"{hub.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setenv("HF_TOKEN", TOKEN)
-    api = HfApi(endpoint=hub.url, token=TOKEN)
+def test_file_of_a_repository(workplace, online):
+    api = HfApi(endpoint=online.url, token=TOKEN)
     api.create_repo(f"{USER}/files", private=True)
     api.upload_folder(repo_id=f"{USER}/files", folder_path=workplace / "files", path_in_repo="sub")
     api.create_branch(f"{USER}/files", branch="old")
@@ -289,7 +282,7 @@ def test_file_of_a_repository(workplace, hub, monkeypatch, tmp_path):
         assert describe_teacher(model) == {
             "name": f"{USER}/files",
             "repository": f"{USER}/files",
-            "revision": hub.repositories[f"{USER}/files"].find(revision).oid,
+            "revision": online.repositories[f"{USER}/files"].find(revision).oid,
             "gguf_file": "sub/tiny.gguf",
         }
     with pytest.raises(FileNotFoundError, match="The repository has no file 'other.gguf'"):

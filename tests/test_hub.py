@@ -66,20 +66,6 @@ def logits(saved):
 
 
 @pytest.fixture
-def online(hub, monkeypatch, tmp_path):
-    """This process takes the server for the Hub."""
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-    monkeypatch.setattr(constants, "ENDPOINT", hub.url)
-    monkeypatch.setattr(
-        constants, "HUGGINGFACE_CO_URL_TEMPLATE", f"{hub.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
-    )
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setenv("HF_TOKEN", TOKEN)
-    return hub
-
-
-@pytest.fixture
 def quick(monkeypatch):
     """Without the load in a clean process, for tests of other things."""
     monkeypatch.setattr(publishing, "_check_remote_load", lambda staged: None)

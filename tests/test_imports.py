@@ -11,6 +11,8 @@ from conftest import process_environment
 import echoatt_hf
 
 
+pytestmark = pytest.mark.once
+
 PACKAGE = Path(echoatt_hf.__file__).parent
 
 # In the order of the pipeline. A module imports from its own room and from those above it.

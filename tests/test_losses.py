@@ -35,6 +35,8 @@ from echoatt_hf.models import heads
 from echoatt_hf.models.heads import OutputHead
 
 
+pytestmark = pytest.mark.once
+
 VOCAB = 48
 # What comes after the decoder must matter: caps, scales, biases, weights that are not and are the embeddings'.
 HEADS = {

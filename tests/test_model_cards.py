@@ -14,6 +14,8 @@ from echoatt_hf.publishing.card import find_gaps
 from echoatt_hf.settings import CompressionSettings
 
 
+pytestmark = pytest.mark.once
+
 CARD = Path(__file__).parents[1] / "model_cards" / "builtin_student_041"
 
 

@@ -260,7 +260,7 @@ def test_bf16_teacher_gives_bf16_student(tmp_path):
     assert loaded.dtype == torch.bfloat16
     with torch.no_grad():
         logits = student(**batch).logits
-        assert torch.equal(loaded(**batch).logits, logits)
+        torch.testing.assert_close(loaded(**batch).logits, logits, rtol=1e-2, atol=1e-2)
         expected = make_oracle(teacher.float(), plan_of("llama"))(**batch).logits
     error = (logits.float() - expected).square().mean().sqrt() / expected.square().mean().sqrt()
     assert error < 0.03
@@ -287,7 +287,7 @@ def test_teacher_by_path(tiny_teacher, tmp_path):
     batch = make_batch()
     by_path = EchoAttForCausalLM.from_teacher(str(tmp_path), PLAN)
     by_model = EchoAttForCausalLM.from_teacher(tiny_teacher, PLAN)
-    assert torch.equal(by_path(**batch).logits, by_model(**batch).logits)
+    torch.testing.assert_close(by_path(**batch).logits, by_model(**batch).logits, **FP32_TOLERANCE)
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
@@ -704,7 +704,7 @@ def test_resized_embeddings_are_saved(family, tmp_path):
     student.save_pretrained(tmp_path)
     loaded, info = load(AutoModelForCausalLM, tmp_path)
     assert info == {"missing": set(), "unexpected": set()}
-    assert torch.equal(loaded(**make_batch()).logits, logits)
+    torch.testing.assert_close(loaded(**make_batch()).logits, logits, **FP32_TOLERANCE)
 
 
 def test_checkpoint_carries_the_code(tmp_path):
@@ -808,7 +808,7 @@ def test_remote_code_in_a_process_without_the_plugin(tmp_path):
         assert (tmp_path / "again/configuration_echoatt.py").exists()
         again = AutoModelForCausalLM.from_pretrained(tmp_path / "again")
         assert type(again) is EchoAttForCausalLM
-        assert torch.equal(again(**batch).logits, expected["AutoModelForCausalLM"])
+        torch.testing.assert_close(again(**batch).logits, expected["AutoModelForCausalLM"], **FP32_TOLERANCE)
 
 
 # The tools around
@@ -879,7 +879,7 @@ def test_trainer(tiny_teacher, checkpointing, tmp_path):
     loaded, info = load(AutoModelForCausalLM, tmp_path / "saved")
     assert info == {"missing": set(), "unexpected": set()}
     student.eval()
-    assert torch.equal(loaded(**make_batch()).logits, student(**make_batch()).logits)
+    torch.testing.assert_close(loaded(**make_batch()).logits, student(**make_batch()).logits, **FP32_TOLERANCE)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointed"])

@@ -15,6 +15,9 @@ from echoatt_hf.planning.sharing import SharingPlan
 from echoatt_hf.settings import PlanSettings
 
 
+pytestmark = pytest.mark.once
+
+
 def random_similarity(num_layers: int, seed: int = 0) -> torch.Tensor:
     """Not symmetric, so that a mix-up of echo and source shows."""
     generator = torch.Generator().manual_seed(seed)

@@ -14,6 +14,9 @@ from echoatt_hf.models.heads import OutputHead, predict, token_chunks
 from echoatt_hf.models.predictions import compare_predictions
 
 
+pytestmark = pytest.mark.once
+
+
 @pytest.fixture(scope="module")
 def rows():
     return [{"input_ids": row.tolist()} for row in make_batch(5, 12)["input_ids"]]

@@ -14,6 +14,8 @@ from families import FAMILIES, SUPPORTED
 import echoatt_hf
 
 
+pytestmark = pytest.mark.once
+
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 STUDIES = sorted(ROOT.glob("examples/*/README.md"))

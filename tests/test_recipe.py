@@ -22,6 +22,8 @@ from echoatt_hf.settings import RECIPES, DistillationSettings
 from echoatt_hf.text.rows import collate_rows
 
 
+pytestmark = pytest.mark.once
+
 PLAN = [0, 1, 1, 3, 3, 1, 6]  # the last layers of its blocks are 5 and 4
 PAPER = {name: value for name, value in RECIPES["paper"].items() if not callable(value)} | {
     "stage2_learning_rate": 1e-4

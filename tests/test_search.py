@@ -19,6 +19,8 @@ from echoatt_hf import (
 from echoatt_hf.search import effect as search_module
 
 
+pytestmark = pytest.mark.once
+
 UNTUNED = {"align": False, "refit": False}
 
 

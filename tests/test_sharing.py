@@ -7,6 +7,8 @@ from echoatt_hf.configuration_echoatt import check_echo_sources
 from echoatt_hf.planning.sharing import SharingPlan, count_echo_layers
 
 
+pytestmark = pytest.mark.once
+
 # Five sliding layers, then one full, as in gemma-3-1b.
 GEMMA3_1B = ["full_attention" if layer % 6 == 5 else "sliding_attention" for layer in range(26)]
 ALTERNATING = ["sliding_attention", "full_attention"] * 6

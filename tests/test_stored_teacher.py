@@ -24,6 +24,8 @@ from echoatt_hf.distillation.trainer import EchoAttTrainer, EchoAttTrainingArgum
 from echoatt_hf.models.checks import hash_tokenizer, hash_weights
 
 
+pytestmark = pytest.mark.once
+
 TEXT = [f"Story {n}. Once upon a time {n} small bears ate {n * 3} pots of honey.\n" * 20 for n in range(24)]
 PLAN = [0, 1, 1, 3]
 TOP_K = 5

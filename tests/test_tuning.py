@@ -15,6 +15,9 @@ from echoatt_hf.modeling_echoatt import EchoRecords
 from echoatt_hf.models.families import find_attention_modules, find_output_projection
 
 
+pytestmark = pytest.mark.once
+
+
 def make_rows(count, length=16, seed=0):
     return [{"input_ids": row.tolist()} for row in make_batch(count, length, seed=seed)["input_ids"]]
 

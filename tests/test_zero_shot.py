@@ -34,6 +34,8 @@ from echoatt_hf import evaluate_zero_shot
 from echoatt_hf.evaluation.zero_shot import format_zero_shot, read_zero_shot_tasks
 
 
+pytestmark = pytest.mark.once
+
 ROOT = Path(__file__).parents[1]
 SHARED_DATA = ROOT.parent / "shared/data"
 TOLERANCE = 1e-4  # of a log-likelihood in float32, whatever the batches
