@@ -110,6 +110,7 @@ engine = LLM(sys.argv[1], skip_tokenizer_init=True, dtype="float32", max_model_l
 how = SamplingParams(temperature=0, max_tokens=16, ignore_eos=True, detokenize=False)
 for _ in range(2):  # again, from cached prefixes
     outputs = engine.generate([{"prompt_token_ids": each} for each in prompts], how, use_tqdm=False)
+    print("blocks", engine.llm_engine.vllm_config.cache_config.num_gpu_blocks)
     print("tokens", json.dumps([list(each.outputs[0].token_ids) for each in outputs]))
 """
 
@@ -151,6 +152,18 @@ def test_vllm_generates_the_same(family, tmp_path):
     result = run_vllm(tmp_path, prompts, **chunked)
     found = [json.loads(line[7:]) for line in result.stdout.splitlines() if line.startswith("tokens ")]
     assert found == [expected, expected], result.stderr[-3000:]
+
+
+@needs_vllm
+def test_two_echo_layers_have_one_page(tmp_path):
+    """On a CPU: of six layers three echo, so that two pages do for them, and the same memory holds 6/5 of the tokens."""
+    blocks = []
+    for plan in ([0, 1, 2, 3, 4, 5], [0, 1, 1, 1, 4, 4]):
+        teacher = make_teacher("llama", hidden_size=128, intermediate_size=64, head_dim=32)
+        EchoAttForCausalLM.from_teacher(teacher, plan).save_pretrained(tmp_path / str(len(blocks)))
+        result = run_vllm(tmp_path / str(len(blocks)), [[3, 4, 5]])
+        blocks.append(int(re.search(r"^blocks (\d+)$", result.stdout, re.MULTILINE)[1]))
+    assert blocks[1] / blocks[0] == pytest.approx(6 / 5, rel=0.01)
 
 
 @needs_vllm
