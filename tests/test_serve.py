@@ -206,7 +206,7 @@ def test_what_is_taken_from_inside_of_transformers():
     from transformers.cli.serving import server as built
 
     arguments = {"force_model", "host", "port", "device", "dtype", "attn_implementation", "continuous_batching"}
-    missing = {*arguments, "cb_num_blocks"} - {*inspect.signature(serve.Serve).parameters}
+    missing = {*arguments, "cb_num_blocks", "cb_max_batch_tokens"} - {*inspect.signature(serve.Serve).parameters}
     assert not missing, f"the command's class Serve has no arguments {missing}"
     loading = inspect.getsource(model_manager.ModelManager._load_model)
     assert "getattr(transformers, config.architectures[0])" in loading, "models are found otherwise"

@@ -23,8 +23,11 @@ __all__ = ["check_server", "serve"]
 NEEDED = ("fastapi", "openai", "uvicorn")
 """Packages that the server of transformers needs, of its extra `serving`."""
 
-CPU_CACHE_BLOCKS = 64
-"""Blocks of a paged cache, of 256 tokens each, where memory is the machine's: transformers would take all that is free."""
+CPU_CACHE_BLOCKS, CPU_BATCH_TOKENS = 64, 512
+"""
+Blocks of a paged cache, of 256 tokens each, and tokens that are computed together, on a CPU: for both transformers would take
+all the memory that is free.
+"""
 
 
 def check_server(model: str, settings: ServingSettings) -> str:
@@ -100,6 +103,7 @@ def serve(name: str, settings: ServingSettings) -> None:
             attn_implementation=settings.attention,
             continuous_batching=settings.continuous_batching,
             cb_num_blocks=settings.cache_blocks or (CPU_CACHE_BLOCKS if is_cpu else None),
+            cb_max_batch_tokens=CPU_BATCH_TOKENS if is_cpu else None,
         )
     finally:
         for state in states:  # else the thread that computes requests together goes on
