@@ -49,7 +49,7 @@ _MODULES = {
         "PlanSettings",
     ],
     "text.documents": ["load_documents", "split_documents"],
-    "text.rows": ["collate_rows", "pack_rows"],
+    "text.rows": ["collate_rows", "pack_rows", "slide_rows"],
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 

@@ -19,6 +19,7 @@ __all__ = [
     "DistillationSettings",
     "EvaluationSettings",
     "PlanSettings",
+    "ScoringSettings",
     "ServingSettings",
     "StoreSettings",
     "StoredTeacherSettings",
@@ -176,7 +177,8 @@ class DataSource:
         name (`str`, *optional*): configuration of a data set repository.
         split (`str`, *optional*, defaults to `"train"`): split of a data set.
         revision (`str`, *optional*): branch, tag or commit of a data set of the Hub.
-        text_column (`str`, *optional*, defaults to `"text"`): column that holds the text, in tables and data sets.
+        text_column (`str`, *optional*): column that holds the text or the conversation, in tables and data sets; found if
+            not given, see [`load_documents`].
         weight (`float`, *optional*): share of the rows, against the weights of the other sources.
     """
 
@@ -184,7 +186,7 @@ class DataSource:
     name: str | None = None
     split: str = "train"
     revision: str | None = None
-    text_column: str = "text"
+    text_column: str | None = None
     weight: float | None = None
 
 
@@ -198,6 +200,15 @@ def check_row_start(name: str) -> None:
         raise ValueError(f"row_start is {name!r}; it must be one of {', '.join(ROW_STARTS)}.")
 
 
+def check_stride(stride: int, row_length: int) -> None:
+    """Check how far rows of an evaluation advance. Raises `ValueError` if a token would have less than half a row before it."""
+    if not 1 <= stride <= row_length // 2:
+        raise ValueError(
+            f"stride is {stride}; it must be from 1 to {row_length // 2}, half of the row length, so that each token has at "
+            "least half a row before it."
+        )
+
+
 @dataclass(frozen=True)
 class DataSettings:
     """Which text, and how it becomes rows of tokens. Each field's `metadata["help"]` says what it is for."""
@@ -206,13 +217,17 @@ class DataSettings:
 
     data: list[str] = setting(
         [STDLIB],
-        "Text: a file, a folder, a data set of the Hub, or 'stdlib', the sources of Python's standard library. May be "
+        "Text or conversations: a file, a folder, a data set of the Hub, or 'stdlib', the sources of Python's standard library. May be "
         "repeated; with weights, as in a.txt:3, rows are drawn from each by its share, which is 1 where none is given.",
     )
     data_name: str | None = setting(None, "Configuration of a data set repository.")
     data_split: str = setting("train", "Split of a data set.")
     data_revision: str | None = setting(None, "Branch, tag or commit of a data set of the Hub.")
-    text_column: str = setting("text", "Column that holds the text, in tables and data sets.")
+    text_column: str | None = setting(
+        None,
+        "Column that holds the text or the conversation, in tables and data sets. If not given, the one that is there of "
+        "'text', 'messages', 'conversations', and 'prompt' with 'completion'.",
+    )
     held_out_data: list[str] | None = setting(
         None, "Text to evaluate on, given like the data; if not given, some documents of the data."
     )
@@ -236,9 +251,17 @@ class DataSettings:
         "bos",
         "What a row begins with: 'bos' (the token with which the tokenizer begins a text, if it has one; the text goes on "
         "from row to row), 'document' (the beginning of a document; what does not fit into its row is left out) or 'text' "
-        "(nothing of its own).",
+        "(nothing of its own). A row goes on with a conversation by 'text' alone.",
     )
-    document_masks: bool = setting(False, "Keep the documents in a row from seeing each other.")
+    document_masks: bool | None = setting(
+        None,
+        "Keep the documents in a row from seeing each other. If not given, where there are conversations and the model can.",
+    )
+    assistant_only: bool = setting(
+        False,
+        "Learn from the answers alone: the messages of the assistant, and completions. Plain text counts as a whole. "
+        "Evaluations then report answers too.",
+    )
     evaluation_rows: int = setting(128, "Most rows to evaluate on.")
 
     def __post_init__(self):
@@ -556,6 +579,26 @@ class StoredTeacherSettings:
 
 
 @dataclass(frozen=True)
+class ScoringSettings:
+    """Which tokens of held-out text count, and what is said of them. Each field's `metadata["help"]` says what it is for."""
+
+    panel: ClassVar[str] = "Which tokens count"
+
+    stride: int | None = setting(
+        None,
+        "Tokens by which rows advance, at most half of --row-length: each token counts once, with at least half a row of its "
+        "own document before it, or all that there is. If not given, the text is cut into rows, and the first tokens of a row "
+        "have little before them.",
+    )
+    position_buckets: int = setting(
+        0, "Equal ranges of positions in a row for which perplexity is reported too; 0 for none."
+    )
+
+    def __post_init__(self):
+        _check_not_negative(self, "position_buckets")
+
+
+@dataclass(frozen=True)
 class _RunSettings:
     """
     Settings of a step. A teacher or model is named as for [`load_model`]. Those with a model have a `dtype`, one of `DTYPES`:
@@ -626,10 +669,18 @@ class EvaluationSettings(_RunSettings):
     data: DataSettings = field(default_factory=DataSettings)
     batch_size: int = 8
     dtype: str = "auto"
+    scoring: ScoringSettings = field(default_factory=ScoringSettings)
 
     def __post_init__(self):
         super().__post_init__()
         _check_at_least_one(self, "batch_size")
+        if self.scoring.stride is not None:
+            check_stride(self.scoring.stride, self.data.row_length)
+        if self.scoring.position_buckets > self.data.row_length - 1:
+            raise ValueError(
+                f"position_buckets is {self.scoring.position_buckets}; it must be at most {self.data.row_length - 1}, the "
+                "tokens that are predicted in a row."
+            )
 
 
 @dataclass(frozen=True)

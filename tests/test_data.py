@@ -445,7 +445,7 @@ def test_collated_rows():
         ("a.bin", b"text", r"suffix '\.bin'; known are \.txt, .*\.parquet.*compressed, \.gz, \.zst"),
         ("a.jsonl.gz", b"text", r"a\.jsonl\.gz' cannot be decompressed"),
         ("a.parquet.gz", b"text", r"suffix '\.gz'; known are"),
-        ("a.csv", b"id,body\n1,b\n", r"a\.csv' has no column 'text'; its columns are id, body"),
+        ("a.csv", b"id,body\n1,b\n", r"a\.csv' has no column 'text' or .*; its columns are id, body"),
         ("a.csv", b"text\n\xff\n", r"a\.csv', line \d: not ','-separated text \(.*utf-8"),
         ("a.jsonl", b'{"text": "\\udcb2"}', r"a\.jsonl', line 1: '\\udcb2', at character 0 .* surrogate pair.*mend"),
         ("a.json", b'[{"text": ""}, {"text": "a \\ud83d b"}]', r"a\.json', item 1: '\\ud83d', at character 2"),
@@ -457,7 +457,7 @@ def test_collated_rows():
         ("a.jsonl", b'{"text": "\xff"}\n', r"a\.jsonl', line 1: not UTF-8"),
         ("a.jsonl", b'"text"\n', r"a\.jsonl', line 1: str where an object should be"),
         ("a.json", b'[{"text": "a"},\n{]', r"a\.json', line 2: not JSON"),
-        ("a.jsonl", b'{"body": "b", "id": 1}', r"line 1, has no column 'text'; its columns are body, id\."),
+        ("a.jsonl", b'{"body": "b", "id": 1}', r"line 1, has no column 'text' or .*; its columns are body, id\."),
         ("a.jsonl", b'{"text": ["a"]}', r"Column 'text' of .*a\.jsonl', line 1 holds list, not text"),
         ("a.parquet", b"text", r"a\.parquet' is not a parquet file"),
     ],
@@ -483,7 +483,7 @@ def test_missing_columns_and_splits(streaming, tmp_path):
     table.to_parquet(tmp_path / "a.parquet")
     unknown = IterableDataset.from_generator(lambda: ({"body": text} for text in TEXTS))
     for data in (table, table.to_iterable_dataset(), tmp_path / "a.parquet", unknown):
-        with pytest.raises(ValueError, match=r"has no column 'text'; its columns are body.*text_column"):
+        with pytest.raises(ValueError, match=r"has no column 'text' or .*; its columns are body.*text_column"):
             load_documents(data, streaming=streaming)
     with pytest.raises(ValueError, match=r"Column 'id' of the data set, row 0 holds int, not text"):
         load_documents(table, text_column="id", streaming=streaming)
@@ -622,7 +622,7 @@ def test_held_out_text_is_described_as_the_data_is():
     assert data.held_out_sources == [DataSource("a/b", "english", "test", "v1", "body")]
     assert DataSettings().held_out_sources is None
     data = DataSettings(held_out_data=["c:2"], held_out_name="german", held_out_revision="v2")
-    assert data.held_out_sources == [DataSource("c", "german", "train", "v2", "text", 2.0)]
+    assert data.held_out_sources == [DataSource("c", "german", "train", "v2", None, 2.0)]
 
 
 def test_text_to_train_on_is_not_held_out(tmp_path, tokenizer, model):

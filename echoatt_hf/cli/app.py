@@ -21,6 +21,7 @@ from ..settings import (
     DistillationSettings,
     EvaluationSettings,
     PlanSettings,
+    ScoringSettings,
     ServingSettings,
     StoredTeacherSettings,
     StoreSettings,
@@ -142,7 +143,7 @@ def _check_one_process(name: str) -> None:
 
 def _option(field, kind: type, panel: str):
     name, names = field.name.replace("_", "-"), []
-    if kind is bool:
+    if kind in (bool, bool | None):
         names = [f"--{name}/--no-{name}" if default_of(field) else f"--{name}"]
     return typer.Option(*names, help=field.metadata["help"], rich_help_panel=panel)
 
@@ -320,9 +321,10 @@ def distill(
 
 
 @app.command(epilog="Example: echoatt evaluate student --teacher TEACHER --data text.txt")
-@with_settings(data=DataSettings)
+@with_settings(data=DataSettings, scoring=ScoringSettings)
 def evaluate(
     data: DataSettings,
+    scoring: ScoringSettings,
     model: Annotated[str, typer.Argument(help="Folder or repository of a student or any causal language model.")],
     teacher: Annotated[str | None, typer.Option(help="Model to compare with: agreement and KL.")] = None,
     batch_size: Annotated[int, typer.Option(help="Rows in a forward pass.")] = 8,
@@ -331,7 +333,8 @@ def evaluate(
     output: Annotated[Path | None, typer.Option(help="JSON file to write the results to.")] = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Evaluate a model on held-out text: perplexity, bits per byte, and agreement with its teacher."""
+    """Evaluate a model on held-out text: perplexity, bits per byte, and agreement with its teacher; also on answers alone."""
+    from ..evaluation.held_out import format_positions
     from ..models.devices import processes
     from ..pipeline.steps import evaluate
 
@@ -339,12 +342,15 @@ def evaluate(
         model = name_gguf_file(model, gguf_file)
     else:
         teacher = name_gguf_file(teacher, gguf_file)
-    settings = EvaluationSettings(model, teacher, data, batch_size, dtype)
+    settings = EvaluationSettings(model, teacher, data, batch_size, dtype, scoring)
     results = evaluate(settings, output, overwrite=overwrite)
     if not processes().is_main_process:
         return
+    positions = results.pop("by_position", None)
     for name, value in results.items():
-        print(f"{name:14} {value:,}" if isinstance(value, int) else f"{name:14} {value:.5f}")
+        print(f"{name:17} {value:,}" if isinstance(value, int) else f"{name:17} {value:.5f}")
+    if positions is not None:
+        print(f"\n{format_positions(positions)}\n")
     if output is not None:
         print(f"written to {output}")
 

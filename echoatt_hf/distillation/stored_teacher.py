@@ -21,11 +21,14 @@ from ..models.heads import OutputHead, predict
 from ..models.inference import inference
 from ..outputs.files import hash_file, write_whole
 from ..outputs.provenance import describe_environment
-from ..text.rows import ROW_COLUMNS, TARGET_MASKS, stack_rows
+from ..text.rows import ANSWERS, ROW_COLUMNS, TARGET_MASKS, stack_rows
 from .losses import keep_top
 
 
 __all__ = ["StoredTeacher", "write_stored_teacher"]
+
+KEPT_COLUMNS = (*ROW_COLUMNS, ANSWERS)
+"""What a store keeps of a row."""
 
 MANIFEST = "manifest.json"
 FORMAT = 1
@@ -36,8 +39,8 @@ class StoredTeacher(torch.utils.data.Dataset):
     """
     Rows of a text with what a teacher says of them, read from files row by row as they are asked for.
 
-    A data set for [`EchoAttTrainer`], which then needs no teacher. A row has `input_ids` `(T,)`, `position_ids` `(T,)` if
-    the rows that were stored had them, `teacher_ids` `(T, k)`, the k tokens the teacher finds most likely to come next, and `teacher_logprobs` `(T, k + 1)`, float16, their
+    A data set for [`EchoAttTrainer`], which then needs no teacher. A row has `input_ids` `(T,)`, `position_ids` `(T,)` and
+    `assistant_masks` `(T,)` if the rows that were stored had them, `teacher_ids` `(T, k)`, the k tokens the teacher finds most likely to come next, and `teacher_logprobs` `(T, k + 1)`, float16, their
     log-probabilities at temperature 1 in nats and, last, that of all other tokens together.
 
     Of several processes the main one of each machine checks the files.
@@ -174,7 +177,7 @@ def write_stored_teacher(
         `dict`: content of `manifest.json`.
 
     Raises:
-        `ValueError`: there are no rows, they differ in length or bring labels or masks, `top_k` does not fit the
+        `ValueError`: there are no rows, they differ in length or bring labels or masks of padding or completions, `top_k` does not fit the
             vocabulary, the teacher gives NaN or has weights that are NaN, or the store that is there was made of something
             else or has a file that is not as it was written.
     """
@@ -182,17 +185,18 @@ def write_stored_teacher(
     first = next(iterator, None)
     if first is None:
         raise ValueError("There are no rows to store: give text that fills at least one row.")
-    if others := [name for name in ("labels", "attention_mask", *TARGET_MASKS) if name in first]:
+    if others := [name for name in ("labels", "attention_mask", *TARGET_MASKS) if name in first and name != ANSWERS]:
         raise ValueError(
-            f"The rows bring {' and '.join(others)}, which a store does not keep: its rows are packed and predicted as a "
-            "whole. Leave the columns out, or distil from the teacher itself."
+            f"The rows bring {' and '.join(others)}, which a store does not keep: its rows are packed, and what to learn from "
+            f"is in {ANSWERS}, if not all. Leave the columns out, or distil from the teacher itself."
         )
     check_no_nan(teacher, "teacher")
     vocab_size = teacher.config.get_text_config().vocab_size
     if not 1 <= top_k < vocab_size:
         raise ValueError(f"top_k is {top_k}; it must be from 1 to {vocab_size - 1}, one less than the vocabulary has.")
     id_dtype = np.dtype(np.uint16 if vocab_size <= 2**16 else np.int32)
-    dtypes = {name: np.dtype(np.int32) for name in ROW_COLUMNS if name in first} | {"input_ids": id_dtype}
+    dtypes = {"input_ids": id_dtype, "position_ids": np.dtype(np.int32), ANSWERS: np.dtype(np.uint8)}
+    dtypes = {name: dtype for name, dtype in dtypes.items() if name in first}
     header = {
         "format": FORMAT,
         **(about or {}),
@@ -208,8 +212,10 @@ def write_stored_teacher(
         "missing_mass": MISSING_MASS,
         "logprob_dtype": "float16",
         "id_dtype": id_dtype.name,
-        # k + 1 log-probabilities, k ids and its own, and with document masks a position
-        "bytes_per_token": (top_k + 1) * (2 + id_dtype.itemsize) + 4 * (len(dtypes) - 1),
+        # k + 1 log-probabilities and k ids, and what the row itself has
+        "bytes_per_token": (top_k + 1) * 2
+        + top_k * id_dtype.itemsize
+        + sum(dtype.itemsize for dtype in dtypes.values()),
     }
     shards, data_hash = _finished_shards(folder, header), hashlib.sha256()
     total = len(rows) if isinstance(rows, Sized) else None
@@ -323,7 +329,7 @@ def _check_file(folder: Path, entry: dict, remedy: str) -> None:
 def _read_columns(file: Path) -> dict[str, np.ndarray]:
     """What a file holds of the rows themselves."""
     with safe_open(file, framework="numpy") as tensors:
-        return {name: tensors.get_tensor(name) for name in ROW_COLUMNS if name in tensors.keys()}  # noqa: SIM118
+        return {name: tensors.get_tensor(name) for name in KEPT_COLUMNS if name in tensors.keys()}  # noqa: SIM118
 
 
 def _write_arrays(file: Path, **arrays: np.ndarray) -> dict:

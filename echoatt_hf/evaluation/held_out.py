@@ -5,18 +5,20 @@ import math
 from collections.abc import Iterable, Sequence, Sized
 from pathlib import Path
 
+import numpy as np
 from datasets import Dataset
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..models.checks import check_same_tokenizer
 from ..models.loading import load_placed
-from ..models.predictions import compare_predictions
+from ..models.predictions import Predictions, compare_predictions, position_ranges
+from ..outputs.tables import format_markdown
 from ..text.documents import load_documents
 from ..text.readers import check_text
-from ..text.rows import pack_rows
+from ..text.rows import SCORED, pack_rows, slide_rows
 
 
-__all__ = ["compute_agreement", "compute_perplexity", "evaluate_model", "metric_path"]
+__all__ = ["compute_agreement", "compute_perplexity", "evaluate_model", "format_positions", "metric_path"]
 
 logger = logging.getLogger(__name__)
 
@@ -28,9 +30,10 @@ def evaluate_model(
     teacher: PreTrainedModel | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     batch_size: int = 8,
+    position_buckets: int = 0,
     description: str | None = None,
     among_processes: bool = False,
-) -> dict[str, float | int]:
+) -> dict[str, float | int | list]:
     """
     Evaluate a causal language model on packed rows, and against its teacher.
 
@@ -38,13 +41,16 @@ def evaluate_model(
         model (`PreTrainedModel`):
             Causal language model.
         rows (iterable of `dict`):
-            Rows of T tokens, as returned by [`pack_rows`]. In each, T - 1 tokens are predicted.
+            Rows of T tokens, as returned by [`pack_rows`]: in each, T - 1 tokens are predicted. Or as returned by
+            [`slide_rows`]: each token is predicted once, with at least half a row before it.
         teacher (`PreTrainedModel`, *optional*):
             Model with the same tokenizer to compare with.
         tokenizer (`PreTrainedTokenizerBase`, *optional*):
             The model's. Needed for `bits_per_byte`: bytes are counted in the decoded text of the predicted tokens.
         batch_size (`int`, *optional*, defaults to 8):
             Rows in a forward pass.
+        position_buckets (`int`, *optional*, defaults to 0):
+            Number of equal ranges of positions in a row to report the same numbers for, as of a long context.
         description (`str`, *optional*):
             Show a progress bar with this text.
         among_processes (`bool`, *optional*, defaults to `False`):
@@ -54,30 +60,76 @@ def evaluate_model(
     Returns:
         `dict`: `tokens` predicted; `loss`, the mean negative log-likelihood in nats per token; `perplexity`, its
         exponential; with a tokenizer `bits_per_byte`; with a teacher `kl`, the mean of KL(teacher || model) in nats
-        per token, and `agreement`, the share of tokens for which both rank the same token first.
+        per token, and `agreement`, the share of tokens for which both rank the same token first. Where rows say which tokens
+        are answers, as those with `assistant_masks`, all but the bytes also for these, as `answer_tokens`, `answer_loss` and
+        so on. With ranges, `by_position`: for each `first` and `last`, the numbers of tokens of its text that a predicted
+        token has before it, and the same numbers.
 
     Raises:
-        `ValueError`: there are no rows, or the teacher has another tokenizer, see [`check_same_tokenizer`].
+        `ValueError`: there are no rows, there are more ranges than positions, or the teacher has another tokenizer, see [`check_same_tokenizer`].
     """
     rows = rows if isinstance(rows, Sized) else list(rows)
     if teacher is not None:
         check_same_tokenizer(model, teacher, tokenizer)
     found = compare_predictions(
-        model, rows, teacher, batch_size=batch_size, description=description, among_processes=among_processes
+        model,
+        rows,
+        teacher,
+        batch_size=batch_size,
+        position_buckets=position_buckets,
+        description=description,
+        among_processes=among_processes,
     )
     tokens, loss = found.tokens, found.loss
     if math.isnan(loss):
         logger.warning("The loss is NaN: the model gives logits that are no numbers, as of a training that diverged.")
-    result = {"tokens": tokens, "loss": loss, "perplexity": math.inf if loss > 700 else math.exp(loss)}
+    result = _describe(found, teacher is not None)
     if tokenizer is not None:
-        # A difference: at the start of a text some tokenizers drop the space that the first token stands for.
-        text_bytes = sum(
-            _count_bytes(tokenizer, row["input_ids"]) - _count_bytes(tokenizer, row["input_ids"][:1]) for row in rows
-        )
-        result["bits_per_byte"] = loss * tokens / math.log(2) / max(text_bytes, 1)
-    if teacher is not None:
-        result |= {"kl": found.kl, "agreement": found.agreement}
+        text_bytes = sum(_count_scored_bytes(tokenizer, row) for row in rows)
+        agreement = {name: result.pop(name) for name in ("kl", "agreement") if name in result}
+        result |= {"bits_per_byte": loss * tokens / math.log(2) / max(text_bytes, 1), **agreement}
+    if found.answers is not None and not found.answers.tokens:
+        logger.warning("None of the rows holds a token of an answer: give longer rows, or more of them.")
+    elif found.answers is not None:
+        result |= {f"answer_{name}": value for name, value in _describe(found.answers, teacher is not None).items()}
+    if position_buckets:
+        length = len(next(iter(rows))["input_ids"])
+        result["by_position"] = [
+            {"first": first, "last": last, **_describe(part, teacher is not None)}
+            for (first, last), part in zip(position_ranges(length, position_buckets), found.by_position, strict=True)
+            if part.tokens
+        ]
     return result
+
+
+def _describe(found: Predictions, is_compared: bool) -> dict[str, float | int]:
+    described = {
+        "tokens": found.tokens,
+        "loss": found.loss,
+        "perplexity": math.inf if found.loss > 700 else math.exp(found.loss),
+    }
+    return described | ({"kl": found.kl, "agreement": found.agreement} if is_compared else {})
+
+
+def format_positions(positions: list[dict]) -> str:
+    """
+    Perplexity by position as a Markdown table.
+
+    Args:
+        positions (`list[dict]`): `by_position` of [`evaluate_model`].
+    """
+    columns = {
+        "tokens": ("tokens", ","),
+        "perplexity": ("perplexity", ".3f"),
+        "agreement": ("agreement", ".1%"),
+        "kl": ("KL (nats)", ".4f"),
+    }
+    columns = {name: column for name, column in columns.items() if name in positions[0]}
+    lines = [["positions", *(title for title, _ in columns.values())]]
+    for part in positions:
+        values = [format(part[name], form) for name, (_, form) in columns.items()]
+        lines.append([f"{part['first']:,} to {part['last']:,}", *values])
+    return format_markdown(lines)
 
 
 def compute_perplexity(
@@ -86,12 +138,14 @@ def compute_perplexity(
     tokenizer: str | Path | PreTrainedTokenizerBase | None = None,
     *,
     row_length: int = 256,
+    stride: int | None = None,
     batch_size: int = 8,
 ) -> dict[str, float | int]:
     """
     Perplexity and bits per byte of a causal language model on texts.
 
-    The texts are packed into rows as [`pack_rows`] does and evaluated as [`evaluate_model`] does.
+    The texts are packed into rows as [`pack_rows`] does, or with a stride as [`slide_rows`] does, and evaluated as
+    [`evaluate_model`] does.
 
     Args:
         texts (`str` or iterable of `str`):
@@ -102,6 +156,9 @@ def compute_perplexity(
             Tokenizer of the model; by default the one saved with it. Needed if `model` is already loaded.
         row_length (`int`, *optional*, defaults to 256):
             Tokens in a row, at most the model's context. What does not fill a last row is left out.
+        stride (`int`, *optional*):
+            Tokens by which rows advance, at most half of `row_length`: each token is predicted once, with at least half a
+            row before it or all of its text, and nothing is left out. Without it rows do not overlap.
         batch_size (`int`, *optional*, defaults to 8):
             Rows in a forward pass.
 
@@ -112,7 +169,7 @@ def compute_perplexity(
         `ValueError`: no model or tokenizer, or the texts do not fill a row.
     """
     model, tokenizer = _load_model(model), _load_tokenizer(tokenizer, model)
-    rows = _pack_texts(texts, tokenizer, row_length)
+    rows = _pack_texts(texts, tokenizer, row_length, stride)
     return evaluate_model(model, rows, tokenizer=tokenizer, batch_size=batch_size)
 
 
@@ -186,10 +243,15 @@ def metric_path(name: str) -> str:
     return str(folder / name)
 
 
-def _pack_texts(texts: str | Iterable[str], tokenizer: PreTrainedTokenizerBase, row_length: int) -> Dataset:
+def _pack_texts(
+    texts: str | Iterable[str], tokenizer: PreTrainedTokenizerBase, row_length: int, stride: int | None = None
+) -> Dataset | list[dict]:
     texts = [texts] if isinstance(texts, str) else list(texts)
     texts = [check_text(text, f"text {number}") for number, text in enumerate(texts)]
-    return pack_rows(load_documents(Dataset.from_dict({"text": texts})), tokenizer, row_length)
+    documents = load_documents(Dataset.from_dict({"text": texts}))
+    if stride is not None:
+        return list(slide_rows(documents, tokenizer, row_length, stride))
+    return pack_rows(documents, tokenizer, row_length)
 
 
 def _load_model(model: str | Path | PreTrainedModel | None, role: str = "model") -> PreTrainedModel:
@@ -210,6 +272,16 @@ def _load_tokenizer(
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
         raise ValueError("The tokenizer is not known: give tokenizer, or the path or name it was saved under.")
     return tokenizer
+
+
+def _count_scored_bytes(tokenizer: PreTrainedTokenizerBase, row: dict) -> int:
+    """The bytes of the text of the tokens that are predicted."""
+    input_ids, begin, end = row["input_ids"], 1, len(row["input_ids"])
+    if SCORED in row:
+        places = np.flatnonzero(row[SCORED])
+        begin, end = (int(places[0]), int(places[-1]) + 1) if len(places) else (1, 1)
+    # A difference: at the start of a text some tokenizers drop the space that the first token stands for.
+    return _count_bytes(tokenizer, input_ids[:end]) - _count_bytes(tokenizer, input_ids[:begin])
 
 
 def _count_bytes(tokenizer: PreTrainedTokenizerBase, input_ids: Sequence[int]) -> int:

@@ -2,22 +2,24 @@
 
 import math
 from collections.abc import Iterable, Iterator, Sized
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import islice
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate import PartialState
 from accelerate.utils import reduce
 from tqdm.auto import tqdm
-from transformers import BatchEncoding, PreTrainedModel
+from transformers import PreTrainedModel
 
-from ..text.rows import batch_rows, stack_rows
+from ..text.rows import SCORED, TARGET_MASKS, collate_rows, stack_rows
 from .devices import explained_memory_errors, processes
 from .heads import HeadLogits, OutputHead, predict
 from .inference import inference
 
 
-__all__ = ["Predictions", "compare_predictions", "sum_predictions"]
+__all__ = ["Predictions", "compare_predictions", "position_ranges", "score_tokens", "sum_predictions"]
 
 
 _NO_TARGET = -100
@@ -33,12 +35,16 @@ class Predictions:
         loss (`float`): negative log-likelihood of the text, in nats.
         kl (`float`): KL(teacher || model), in nats; 0 without a teacher.
         agreement (`float`): share of the tokens for which teacher and model rank the same one first; 0 without a teacher.
+        answers ([`Predictions`], *optional*): the same for the tokens to learn from, where rows say which these are.
+        by_position (`list` of [`Predictions`]): the same for equal ranges of positions in a row.
     """
 
     tokens: int
     loss: float
     kl: float
     agreement: float
+    answers: "Predictions | None" = None
+    by_position: "tuple[Predictions, ...]" = ()
 
 
 def compare_predictions(
@@ -47,6 +53,7 @@ def compare_predictions(
     teacher: PreTrainedModel | None = None,
     *,
     batch_size: int = 8,
+    position_buckets: int = 0,
     description: str | None = None,
     among_processes: bool = False,
 ) -> Predictions:
@@ -57,61 +64,121 @@ def compare_predictions(
 
     Args:
         model (`PreTrainedModel`): causal language model.
-        rows (iterable of `dict`): rows of T tokens, as returned by [`pack_rows`]. In each, T - 1 tokens are predicted.
+        rows (iterable of `dict`): rows of T tokens, as returned by [`pack_rows`] or [`slide_rows`]. In each, T - 1 tokens are
+            predicted, but those that rows leave out by `scored` or `attention_mask`. Where rows have `labels` or masks, see
+            [`collate_rows`], the tokens to learn from are looked at for themselves too.
         teacher (`PreTrainedModel`, *optional*): model with the same tokenizer, see [`check_same_tokenizer`].
         batch_size (`int`, *optional*, defaults to 8): rows in a forward pass.
+        position_buckets (`int`, *optional*, defaults to 0): number of ranges of positions, see [`position_ranges`].
         description (`str`, *optional*): show a progress bar with this text.
         among_processes (`bool`, *optional*, defaults to `False`): divide the rows among the processes that were launched
             together. All of them have to call this, and each gets the means over all rows.
 
     Raises:
-        `ValueError`: there are no rows.
+        `ValueError`: there are no rows, or more ranges than positions.
     """
     together = processes() if among_processes else None
     is_divided = together is not None and together.num_processes > 1
     if is_divided:
         batches = _share(list(rows), batch_size, together)
     else:
-        batches = ((batch, True) for batch in batch_rows(rows, batch_size))
+        batches = ((batch, True) for batch in _batch(rows, batch_size))
     count = math.ceil(len(rows) / batch_size) if isinstance(rows, Sized) and not is_divided else None
-    sums = torch.zeros(4, dtype=torch.float64)  # negative log-likelihood, KL, equal first tokens, and tokens
+    sums = torch.zeros(2 + position_buckets, 4, dtype=torch.float64)  # of the groups of `_group_tokens`
     models = [model] if teacher is None or teacher is model else [model, teacher]
     remedy = (
         f"a forward pass of the evaluation has {batch_size} rows. Give a smaller batch_size (evaluation_batch_size where a "
         "student is trained), or shorter rows"
     )
+    has_answers = False
     with explained_memory_errors(remedy), inference(*models):
         heads = [OutputHead.find(each, among_processes=among_processes) for each in models]
         for batch, counts in tqdm(batches, total=count, desc=description, disable=description is None, leave=False):
-            logits = [predict(each, head, batch) for each, head in zip(models, heads, strict=True)]
-            found = sum_predictions(logits[0], None if teacher is None else logits[-1], batch["input_ids"])
-            tokens = batch["input_ids"][:, 1:].numel()
+            groups = _group_tokens(batch, position_buckets)
+            has_answers = has_answers or any(name in batch[0] for name in ("labels", *TARGET_MASKS))
+            inputs = stack_rows(batch)
+            logits = [predict(each, head, inputs) for each, head in zip(models, heads, strict=True)]
+            found = score_tokens(logits[0], None if teacher is None else logits[-1], inputs["input_ids"])
             del logits
             if counts:
-                sums += torch.cat([found, found.new_tensor([tokens])])
+                found = torch.cat([found, torch.ones_like(found[:1])])
+                # What is left out may be padding, on which a model may give anything.
+                sums += torch.stack([found.masked_fill(~group, 0.0).sum((1, 2)) for group in groups])
     if is_divided:
         sums = reduce(sums.to(together.device), "sum").cpu()
-    *sums, tokens = sums.tolist()
-    if tokens == 0:
+    if sums[0, 3] == 0:
         raise ValueError("There are no rows to evaluate on: give held-out text that fills at least one row.")
-    return Predictions(int(tokens), *(value / tokens for value in sums))
+    whole, answers, *by_position = map(_as_means, sums.tolist())
+    return replace(whole, answers=answers if has_answers else None, by_position=tuple(by_position))
 
 
-def _share(rows: list[dict], batch_size: int, together: PartialState) -> Iterator[tuple[BatchEncoding, bool]]:
+def _as_means(sums: list[float]) -> Predictions:
+    *sums, tokens = sums
+    return Predictions(int(tokens), *(value / tokens if tokens else math.nan for value in sums))
+
+
+def position_ranges(row_length: int, number: int) -> list[tuple[int, int]]:
+    """
+    Ranges of positions in a row, the first and the last of each.
+
+    A position is the number of tokens that a predicted token has before it, in its row or, in rows with `position_ids`, in its
+    document.
+
+    Raises:
+        `ValueError`: there are fewer positions.
+    """
+    if number > row_length - 1:
+        raise ValueError(
+            f"position_buckets is {number}; rows of {row_length} tokens have {row_length - 1} to predict."
+        )
+    ends = [row_length * (index + 1) // number for index in range(number)]
+    return [(begin, end - 1) for begin, end in zip([0, *ends], ends, strict=False)]
+
+
+def _group_tokens(rows: list[dict], position_buckets: int) -> list[torch.Tensor]:
+    """Which of the positions `(B, T)` of a batch count in each of the sums: all, those of answers, and those of each range."""
+    batch = collate_rows(rows)
+    shape = batch["input_ids"].shape
+    scored = torch.ones(shape, dtype=torch.bool)
+    for name in (SCORED, "attention_mask"):
+        if name in rows[0]:
+            scored &= torch.from_numpy(np.asarray([row[name] for row in rows]) != 0)
+    places = batch["position_ids"] if "position_ids" in batch else torch.arange(shape[1]).expand(shape)
+    groups = [scored, scored & (batch["labels"] != _NO_TARGET)]
+    groups += [
+        scored & (begin <= places) & (places <= end)
+        for begin, end in (position_ranges(shape[1], position_buckets) if position_buckets else ())
+    ]
+    # What a position predicts is the next token.
+    return [F.pad(group[:, 1:], (0, 1)) for group in groups]
+
+
+def _batch(rows: Iterable[dict], batch_size: int) -> Iterator[list[dict]]:
+    iterator = iter(rows)
+    while batch := list(islice(iterator, batch_size)):
+        yield batch
+
+
+def _share(rows: list[dict], batch_size: int, together: PartialState) -> Iterator[tuple[list[dict], bool]]:
     """
     The batches of one of the processes, and whether they count. All processes have as many, as each may have a part of the
     model only, and all of them are needed in each forward pass: one without rows of its own takes one that does not count.
     """
     number = together.num_processes
-    own = batch_rows(rows[together.process_index :: number], batch_size)
+    own = _batch(rows[together.process_index :: number], batch_size)
     for _ in range(math.ceil(math.ceil(len(rows) / number) / batch_size)):
         batch = next(own, None)
-        yield (stack_rows(rows[:1]), False) if batch is None else (batch, True)
+        yield (rows[:1], False) if batch is None else (batch, True)
 
 
 def sum_predictions(logits: HeadLogits, teacher_logits: HeadLogits | None, input_ids: torch.Tensor) -> torch.Tensor:
+    """Sums over a batch of what [`score_tokens`] gives, `(3,)`, float64."""
+    return score_tokens(logits, teacher_logits, input_ids).sum((1, 2))
+
+
+def score_tokens(logits: HeadLogits, teacher_logits: HeadLogits | None, input_ids: torch.Tensor) -> torch.Tensor:
     """
-    Sums over a batch: negative log-likelihood, KL(teacher || model) and equal first tokens.
+    For each token of a batch: negative log-likelihood, KL(teacher || model) and whether both rank the same token first.
 
     Args:
         logits ([`HeadLogits`]): of the `B · T` tokens, `(N, V)` of any float dtype, computed in float32.
@@ -120,24 +187,25 @@ def sum_predictions(logits: HeadLogits, teacher_logits: HeadLogits | None, input
         input_ids (`torch.Tensor` of shape `(B, T)`): the tokens, the last T - 1 of which are predicted.
 
     Returns:
-        `torch.Tensor` of shape `(3,)`, float64, in nats and tokens; without a teacher the last two are 0.
+        `torch.Tensor` of shape `(3, B, T)`, float64, on the CPU, in nats and tokens, at the positions that predict; 0 at the
+        last one, and the last two are 0 without a teacher.
     """
     targets = F.pad(input_ids[:, 1:], (0, 1), value=_NO_TARGET).flatten()
-    sums = []
+    scores = []
     for tokens in logits.chunks():
         found, expected = logits(tokens), None
         if teacher_logits is not None:
             expected = found if teacher_logits is logits else teacher_logits(tokens).to(found.device)
-        sums.append(_sum_chunk(found, targets[tokens].to(found.device), expected))
+        scores.append(_score_chunk(found, targets[tokens].to(found.device), expected))
         del found, expected  # the logits of a chunk go before the next ones come
-    return torch.stack(sums).cpu().double().sum(0)
+    return torch.cat(scores, -1).cpu().double().unflatten(-1, input_ids.shape)
 
 
-def _sum_chunk(logits: torch.Tensor, targets: torch.Tensor, teacher_logits: torch.Tensor | None) -> torch.Tensor:
-    """Sums over some tokens: negative log-likelihood, KL and equal first tokens. Logits `(N, V)` and `(N, W)`."""
+def _score_chunk(logits: torch.Tensor, targets: torch.Tensor, teacher_logits: torch.Tensor | None) -> torch.Tensor:
+    """Scores of some tokens, `(3, N)`. Logits `(N, V)` and `(N, W)`."""
     log_probs = F.log_softmax(logits.float(), dim=-1)
-    nll = F.nll_loss(log_probs, targets, ignore_index=_NO_TARGET, reduction="sum")
-    kl = same = torch.zeros((), device=logits.device)
+    nll = F.nll_loss(log_probs, targets, ignore_index=_NO_TARGET, reduction="none")
+    kl = same = torch.zeros_like(nll)
     if teacher_logits is not None:
         if logits.shape != teacher_logits.shape:
             common = min(logits.shape[-1], teacher_logits.shape[-1])
@@ -146,6 +214,6 @@ def _sum_chunk(logits: torch.Tensor, targets: torch.Tensor, teacher_logits: torc
         teacher_log_probs = F.log_softmax(teacher_logits.float(), dim=-1)
         has_target = targets != _NO_TARGET
         of_tokens = F.kl_div(log_probs, teacher_log_probs, log_target=True, reduction="none").sum(-1)
-        kl = of_tokens.masked_fill(~has_target, 0.0).sum()
-        same = ((logits.argmax(-1) == teacher_logits.argmax(-1)) & has_target).sum()
+        kl = of_tokens.masked_fill(~has_target, 0.0)
+        same = ((logits.argmax(-1) == teacher_logits.argmax(-1)) & has_target).to(nll.dtype)
     return torch.stack([nll, kl, same])

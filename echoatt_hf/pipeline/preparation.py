@@ -1,6 +1,8 @@
 """What a run starts from: rows of text, a sharing plan, and a converted student, from settings."""
 
 import logging
+from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,9 +22,16 @@ from ..models.loading import load_config, load_placed, load_tokenizer
 from ..planning.from_settings import _check_rule, make_plan, needs_similarity
 from ..planning.sharing import SharingPlan
 from ..search.effect import PlanSearch, make_space, search_plan
-from ..settings import CalibrationSettings, CompressionSettings, DataSettings, DataSource, PlanSettings
-from ..text.documents import check_held_out, load_documents, split_documents
-from ..text.rows import draw_rows, mix_rows, pack_rows
+from ..settings import (
+    CalibrationSettings,
+    CompressionSettings,
+    DataSettings,
+    DataSource,
+    PlanSettings,
+    ScoringSettings,
+)
+from ..text.documents import check_held_out, holds_chats, load_documents, split_documents
+from ..text.rows import draw_rows, mix_rows, pack_rows, slide_rows
 
 
 __all__ = [
@@ -45,10 +54,11 @@ TOKENS_PER_FEATURE = 10
 
 
 class _Documents(NamedTuple):
-    """Documents of the sources that are packed together, and their share of the rows."""
+    """Documents of the sources that are packed together, their share of the rows, and whether there are conversations."""
 
     documents: Dataset | IterableDataset
     weight: float
+    has_chats: bool
 
 
 def load_rows(
@@ -67,16 +77,21 @@ def load_rows(
 
     Raises:
         `ValueError`: the row is longer than the model's context, the model cannot keep the documents of a row apart, a
-            source is both to train on and held out, or the text does not fill a row.
+            source is both to train on and held out, the text does not fill a row, conversations do not fit the tokenizer's
+            chat template, or there are none and only answers are to be learned.
     """
     _check_rows(settings, model)
     groups, held_out = _load_both(settings)
+    settings = _settle_masks(settings, [*groups, *held_out], model)
     parts = [_pack(settings, group.documents, tokenizer) for group in groups]
     return mix_rows(parts, [group.weight for group in groups]), _first_rows(settings, held_out, tokenizer)
 
 
 def load_held_out_rows(
-    settings: DataSettings, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel
+    settings: DataSettings,
+    tokenizer: PreTrainedTokenizerBase,
+    model: PreTrainedModel,
+    scoring: ScoringSettings | None = None,
 ) -> list[dict]:
     """
     Rows to evaluate on: those of [`load_rows`], without reading more than they need.
@@ -85,24 +100,27 @@ def load_held_out_rows(
         settings ([`DataSettings`]): which text, and how long a row is.
         tokenizer (`PreTrainedTokenizerBase`): the model's tokenizer.
         model (`PreTrainedModel`): the model the rows are for, whose context they must fit.
+        scoring ([`ScoringSettings`], *optional*): with a stride, rows are those of [`slide_rows`].
 
     Raises:
-        `ValueError`: the row is longer than the model's context, the model cannot keep the documents of a row apart, a
-            source is both to train on and held out, or the text does not fill a row.
+        `ValueError`: as [`load_rows`].
     """
     _check_rows(settings, model)
     if settings.held_out_sources is None:
-        return _first_rows(settings, _load_both(settings)[1], tokenizer)
-    check_held_out(settings.sources, settings.held_out_sources)
-    return _first_rows(settings, _load_groups(settings.held_out_sources, settings.streaming), tokenizer)
+        groups = _load_both(settings)[1]
+    else:
+        check_held_out(settings.sources, settings.held_out_sources)
+        groups = _load_groups(settings.held_out_sources, settings.streaming)
+    settings = _settle_masks(settings, groups, model)
+    return _first_rows(settings, groups, tokenizer, scoring.stride if scoring is not None else None)
 
 
 def load_calibration_rows(
     settings: CompressionSettings, tokenizer: PreTrainedTokenizerBase, teacher: PreTrainedModel
 ) -> list[dict]:
     """
-    Rows at random places of the training text: those on which [`compress`] analyzes, plans and tunes. Of streamed text
-    they are drawn from its first `shuffle_buffer` rows.
+    Rows at random places of the training text: those on which [`compress`] analyzes, plans and tunes, on all of their
+    tokens. Of streamed text they are drawn from its first `shuffle_buffer` rows.
 
     Args:
         settings ([`CompressionSettings`]): which text, how long a row is, and how many rows.
@@ -116,6 +134,7 @@ def load_calibration_rows(
     data, calibration = settings.data, settings.calibration
     _check_rows(data, teacher)
     groups, _ = _load_both(data)
+    data = _settle_masks(replace(data, assistant_only=False), groups, teacher)
     generator = np.random.default_rng(calibration.calibration_seed)
     weights = np.asarray([group.weight for group in groups])
     counts = generator.multinomial(calibration.calibration_rows, weights / weights.sum())
@@ -163,18 +182,36 @@ def _load_both(settings: DataSettings) -> tuple[list[_Documents], list[_Document
     groups = _load_groups(sources, settings.streaming)
     split = [split_documents(group.documents, settings.held_out_fraction) for group in groups]
     return tuple(
-        [_Documents(parts[side], group.weight) for parts, group in zip(split, groups, strict=True)] for side in (0, 1)
+        [group._replace(documents=parts[side]) for parts, group in zip(split, groups, strict=True)] for side in (0, 1)
     )
 
 
 def _load_groups(sources: list[DataSource], streaming: bool) -> list[_Documents]:
     """Documents of all sources together, one source after the other; with weights, of each one for itself."""
     if all(source.weight is None for source in sources):
-        return [_Documents(load_documents(sources, streaming=streaming), 1.0)]
+        documents = load_documents(sources, streaming=streaming)
+        # Of a stream the first documents are looked at, which are those of the first source.
+        is_joined = streaming and len(sources) > 1
+        looked_at = [load_documents(source, streaming=True) for source in sources] if is_joined else [documents]
+        return [_Documents(documents, 1.0, any(map(holds_chats, looked_at)))]
+    loaded = [(load_documents(source, streaming=streaming), source.weight) for source in sources]
     return [
-        _Documents(load_documents(source, streaming=streaming), 1.0 if source.weight is None else source.weight)
-        for source in sources
+        _Documents(documents, 1.0 if weight is None else weight, holds_chats(documents))
+        for documents, weight in loaded
     ]
+
+
+def _settle_masks(settings: DataSettings, groups: list[_Documents], model: PreTrainedModel) -> DataSettings:
+    """The settings, with what follows from whether there are conversations."""
+    has_chats = any(group.has_chats for group in groups)
+    if settings.assistant_only and not has_chats:
+        raise ValueError(
+            "assistant_only is set, but the data holds no conversations (of a stream the first 16 documents of each source are "
+            "looked at): leave the option out, or give data with the columns messages, conversations, or prompt and completion."
+        )
+    if settings.document_masks is None:
+        settings = replace(settings, document_masks=has_chats and _keeps_documents_apart(model))
+    return settings
 
 
 def _pack(
@@ -186,18 +223,32 @@ def _pack(
         settings.row_length,
         row_start=settings.row_start,
         document_masks=settings.document_masks,
+        assistant_only=settings.assistant_only,
         num_proc=settings.num_proc,
     )
 
 
-def _first_rows(settings: DataSettings, groups: list[_Documents], tokenizer: PreTrainedTokenizerBase) -> list[dict]:
+def _first_rows(
+    settings: DataSettings, groups: list[_Documents], tokenizer: PreTrainedTokenizerBase, stride: int | None = None
+) -> list[dict]:
     """The first rows of documents, of which no more are read than that needs."""
     streams = [
-        documents if isinstance(documents, IterableDataset) else documents.to_iterable_dataset()
-        for documents, _ in groups
+        group.documents if isinstance(group.documents, IterableDataset) else group.documents.to_iterable_dataset()
+        for group in groups
     ]
+    if stride is not None:
+        counts = _divide(settings.evaluation_rows, [group.weight for group in groups])
+        options = {"stride": stride, "assistant_only": settings.assistant_only}
+        slides = [slide_rows(stream, tokenizer, settings.row_length, **options) for stream in streams]
+        return [row for slide, count in zip(slides, counts, strict=True) for row in islice(slide, count)]
     parts = [_pack(settings, stream, tokenizer) for stream in streams]
     return list(mix_rows(parts, [group.weight for group in groups], repeat=False).take(settings.evaluation_rows))
+
+
+def _divide(count: int, weights: list[float]) -> list[int]:
+    """Numbers in the ratio of weights, that add up to `count`."""
+    ends = np.round(np.cumsum(weights) / np.sum(weights) * count).astype(int)
+    return np.diff(ends, prepend=0).tolist()
 
 
 def _check_rows(settings: DataSettings, model: PreTrainedModel) -> None:

@@ -196,7 +196,7 @@ def evaluate(settings: EvaluationSettings, output: str | Path | None = None, *, 
     check_output_file(output, overwrite)
     model, _ = load_placed(settings.model, settings.dtype)
     tokenizer = load_tokenizer(settings.model, model)
-    rows = load_held_out_rows(settings.data, tokenizer, model)
+    rows = load_held_out_rows(settings.data, tokenizer, model, settings.scoring)
     teacher = load_placed(settings.teacher, settings.dtype)[0] if settings.teacher is not None else None
     results = evaluate_model(
         model,
@@ -204,11 +204,12 @@ def evaluate(settings: EvaluationSettings, output: str | Path | None = None, *, 
         teacher=teacher,
         tokenizer=tokenizer,
         batch_size=settings.batch_size,
+        position_buckets=settings.scoring.position_buckets,
         description="evaluate" if processes().is_main_process else None,
         among_processes=True,
     )
     if output is not None and processes().is_main_process:
-        about = {"model": settings.model, "teacher": settings.teacher}
+        about = {"model": settings.model, "teacher": settings.teacher, "scoring": asdict(settings.scoring)}
         write_whole(output, json.dumps(about | results, indent=2) + "\n")
     return results
 

@@ -349,6 +349,8 @@ def format_table(results: list[dict]) -> str:
         "bits_per_byte": ("bits/byte", ".4f"),
         "agreement": ("agreement", ".1%"),
         "kl": ("KL (nats)", ".4f"),
+        "answer_loss": ("answers: loss", ".4f"),
+        "answer_kl": ("answers: KL", ".4f"),
         "parameters": ("parameters", ","),
         "kv_bytes_per_token": ("KV bytes/token", ","),
     }

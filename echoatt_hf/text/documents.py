@@ -7,6 +7,7 @@ import sysconfig
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pyarrow.compute as pc
@@ -24,26 +25,26 @@ from datasets import (
 from datasets.exceptions import DatasetGenerationError
 
 from ..settings import STDLIB, DataSource
+from .chats import read_document
 from .readers import (
     DOCUMENT_SEPARATOR,
-    as_text,
-    check_column,
     describe_suffixes,
+    find_columns,
     find_files,
     iterate_file,
     kind_of,
 )
-from .rows import iterate_column
+from .rows import cache_file, iterate_table
 
 
-__all__ = ["STDLIB", "check_held_out", "load_documents", "split_documents"]
+__all__ = ["STDLIB", "check_held_out", "holds_chats", "load_documents", "split_documents"]
 
 logger = logging.getLogger(__name__)
 
 # `large_string`: together the documents may hold more than the 2 GiB that the offsets of `string` can address.
-DOCUMENT_FEATURES = Features({"text": Value("large_string"), "name": Value("string")})
+DOCUMENT_FEATURES = Features({"text": Value("large_string"), "name": Value("string"), "chat": Value("string")})
 
-_READERS_VERSION = 1
+_READERS_VERSION = 2
 """Part of the fingerprint of documents in the cache: raise it when files are read in another way."""
 
 # Left out of `STDLIB`: tests (some systems ship Python without them), tables of data, and what a build generates.
@@ -64,8 +65,8 @@ _DATA_SET_CARD = re.compile(r"---\n(?:(?!---\n).*\n)*?(?:configs|dataset_info):"
 
 _DATA_SETS = (Dataset, IterableDataset, DatasetDict, IterableDatasetDict)
 
-# A file with its name in the data, or a table; and the column that holds the text.
-_Part = tuple[tuple[Path, str] | Dataset | IterableDataset, str]
+# A file with its name in the data, or a table; and the column that holds the text, if it is named.
+_Part = tuple[tuple[Path, str] | Dataset | IterableDataset, str | None]
 
 
 def load_documents(
@@ -76,14 +77,18 @@ def load_documents(
     | IterableDataset
     | Iterable[str | Path | DataSource | Dataset | IterableDataset],
     *,
-    text_column: str = "text",
+    text_column: str | None = None,
     name: str | None = None,
     split: str = "train",
     revision: str | None = None,
     streaming: bool = False,
 ) -> Dataset | IterableDataset:
     """
-    Load text as a data set of documents with the columns `text` and `name`.
+    Load texts and conversations as a data set of documents with the columns `text`, `name` and `chat`.
+
+    A row of data is a text, `text`, or a conversation: `messages`, each with `role` and `content`, ShareGPT's
+    `conversations`, with `from` and `value`, or `prompt` with `completion`, both text or both messages. Columns `tools` and
+    `chat_template_kwargs` are kept for the chat template.
 
     What is read from files is kept in the cache of `datasets` and mapped into memory from there. A data set that is mapped
     into memory stays so.
@@ -96,8 +101,9 @@ def load_documents(
             `<|endoftext|>` separates documents; a file without one is one document. In all others a row is one. Files
             but parquet may be compressed, `.gz`, `.zst` or `.bz2`. Of a folder with files of rows the plain text beside
             them is left out; what is left out is logged.
-        text_column (`str`, *optional*, defaults to `"text"`):
-            Column that holds the text in tables and `datasets` data sets.
+        text_column (`str`, *optional*):
+            Column that holds the text or the conversation, in tables and data sets. It need not be named if it is one of
+            those above, and the only one.
         name (`str`, *optional*):
             Configuration of a data set repository, as in `datasets.load_dataset(path, name)`.
         split (`str`, *optional*, defaults to `"train"`):
@@ -109,11 +115,13 @@ def load_documents(
 
     Returns:
         `Dataset` or `IterableDataset`: documents that are not blank. `name` is the path, below the folder that was
-        given, of a document that is a whole file; it is empty for one of many in a file or data set.
+        given, of a document that is a whole file; it is empty for one of many in a file or data set. The `text` of a
+        conversation is its JSON, and `chat` says where it was read; of a plain text it is empty.
 
     Raises:
         `FileNotFoundError`: no such path, or no data set that can be loaded.
-        `ValueError`: no text in it, no column `text_column`, no such split, or a file that cannot be read.
+        `ValueError`: no text in it, no column with text or conversations, a row with several of them, messages in a form
+            that is not known, no such split, or a file that cannot be read.
     """
     is_one = isinstance(data, (str, Path, DataSource, *_DATA_SETS))
     groups: list[list[_Part]] = []
@@ -137,6 +145,16 @@ def load_documents(
     return concatenate_datasets(
         [part if part.features == DOCUMENT_FEATURES else part.cast(DOCUMENT_FEATURES) for part in loaded]
     )
+
+
+def holds_chats(documents: Dataset | IterableDataset) -> bool:
+    """Whether there are conversations among the documents; of streamed ones, among the first 16."""
+    if "chat" not in (documents.column_names or ["chat"]):
+        return False
+    if isinstance(documents, IterableDataset):
+        return any(next(documents.iter(16), {"chat": []})["chat"])
+    batches = documents.select_columns(["chat"]).with_format("arrow").iter(batch_size=10_000)
+    return any(pc.any(pc.not_equal(batch["chat"], "")).as_py() for batch in batches)
 
 
 def check_held_out(sources: list[DataSource], held_out: list[DataSource]) -> None:
@@ -296,9 +314,23 @@ def _iterate_stamped(parts: tuple[_Part, ...], stamps: tuple, version: int) -> I
     return _iterate_documents(parts)
 
 
-def _documents_of(data: Dataset, text_column: str) -> Dataset:
-    """A data set of documents as it lies in memory or on disk, without a copy of its text."""
-    check_column(data.column_names, text_column, "The data set")
+def _documents_of(data: Dataset, text_column: str | None) -> Dataset:
+    """A data set of documents. Text stays as it lies in memory or on disk, without a copy."""
+    columns = find_columns(data.column_names, text_column, "The data set")
+    if len(columns) > 1 or data.features[columns[0]] not in (Value("string"), Value("large_string")):
+        read = partial(_read_batch, text_column=text_column, version=_READERS_VERSION)
+        data = data.select_columns(columns).with_format(None)
+        return data.map(
+            read,
+            batched=True,
+            batch_size=100,
+            with_indices=True,
+            remove_columns=columns,
+            features=DOCUMENT_FEATURES,
+            cache_file_name=cache_file(data, read),
+            desc="read",
+        )
+    (text_column,) = columns
     data = data.select_columns([text_column]).with_format("arrow")
     filled, number = [], 0
     for batch in data.iter(batch_size=64):
@@ -310,7 +342,25 @@ def _documents_of(data: Dataset, text_column: str) -> Dataset:
     data = data.with_format(None)
     if text_column != "text":
         data = data.rename_column(text_column, "text")
-    return data.add_column("name", [""] * len(data), feature=DOCUMENT_FEATURES["name"])
+    for name in ("name", "chat"):
+        data = data.add_column(name, [""] * len(data), feature=DOCUMENT_FEATURES[name])
+    return data
+
+
+def _read_batch(batch: dict[str, list], indices: list[int], text_column: str | None, version: int) -> dict[str, list]:
+    rows = (dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True))
+    found = [_as_document(row, text_column, _describe_row(index)) for index, row in zip(indices, rows, strict=True)]
+    return {name: [document[name] for document in found if document is not None] for name in DOCUMENT_FEATURES}
+
+
+def _as_document(row: dict, text_column: str | None, place: str, name: str = "") -> dict[str, str] | None:
+    """The document of a row, `None` for a blank one."""
+    text, is_chat = read_document(row, text_column, place)
+    return {"text": text, "name": name, "chat": place if is_chat else ""} if text.strip() else None
+
+
+def _describe_row(number: int) -> str:
+    return f"the data set, row {number}"
 
 
 def _pick_split(data: DatasetDict | IterableDatasetDict, split: str) -> Dataset | IterableDataset:
@@ -347,19 +397,20 @@ def _is_data_set_repository(folder: Path) -> bool:
 def _iterate_documents(parts: Iterable[_Part]) -> Iterator[dict[str, str]]:
     for part, text_column in parts:
         is_table = isinstance(part, (Dataset, IterableDataset))
-        texts = _table_texts(part, text_column) if is_table else iterate_file(part[0], text_column)
-        for text, is_whole_file in texts:
-            if text.strip():
-                yield {"text": text, "name": part[1] if is_whole_file else ""}
+        rows = _iterate_rows(part, text_column) if is_table else iterate_file(part[0], text_column)
+        for row, place, is_whole_file in rows:
+            document = _as_document(row, text_column, place, part[1] if is_whole_file else "")
+            if document is not None:
+                yield document
 
 
-def _table_texts(data: Dataset | IterableDataset, text_column: str) -> Iterator[tuple[str, bool]]:
-    columns = data.column_names
-    if columns is None:  # a streamed data set may not know its columns before its first row
-        columns = list(next(data.iter(1), {text_column: []}))
-    check_column(columns, text_column, "The data set")
-    for number, text in enumerate(iterate_column(data.select_columns([text_column]), text_column)):
-        yield as_text(text, text_column, f"the data set, row {number}"), False
+def _iterate_rows(data: Dataset | IterableDataset, text_column: str | None) -> Iterator[tuple[dict, str, bool]]:
+    names = data.column_names
+    if names is None:  # a streamed data set may not know its columns before its first row
+        names = list(next(data.iter(1), {text_column or "text": []}))
+    columns = find_columns(names, text_column, "The data set")
+    for number, row in enumerate(iterate_table(data.select_columns(columns))):
+        yield row, _describe_row(number), False
 
 
 def _stdlib_files(root: Path) -> list[Path]:

@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 
-__all__ = ["check_column", "check_text", "describe_suffixes", "find_files", "iterate_file", "kind_of"]
+__all__ = ["check_text", "describe_suffixes", "find_columns", "find_files", "iterate_file", "kind_of"]
 
 DOCUMENT_SEPARATOR = "<|endoftext|>"
 """A line that is exactly this ends a document inside a plain text file."""
@@ -30,6 +30,12 @@ KINDS = {
     **dict.fromkeys((".csv", ".tsv"), TABLE),
 }
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2"}
+
+CONTENTS = (("text",), ("messages",), ("conversations",), ("prompt", "completion"))
+"""The columns that a row may have for a text or a conversation, one of these kinds."""
+
+CHAT_OPTIONS = ("tools", "chat_template_kwargs")
+"""The columns with what a chat template is given beside a conversation."""
 
 _METADATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
 """What `datasets` writes beside the data."""
@@ -72,23 +78,18 @@ def find_files(folder: Path) -> tuple[list[Path], list[Path]]:
     return taken, sorted({*files}.difference(taken))
 
 
-def iterate_file(file: Path, text_column: str) -> Iterator[tuple[str, bool]]:
-    """The documents of a file, and whether it is one document as a whole. Raises `ValueError` where it cannot be read."""
+def iterate_file(file: Path, text_column: str | None) -> Iterator[tuple[dict, str, bool]]:
+    """
+    The rows of a file with what [`find_columns`] takes of them, where each one is, and whether it is the whole file. In
+    plain text a row is a document. Raises `ValueError` where it cannot be read.
+    """
     kind = kind_of(file)
     if kind == TEXT:
         texts = _SEPARATOR_LINE.split(_read_text(file))
-        yield from ((text, len(texts) == 1) for text in texts)
+        yield from (({text_column or "text": text}, repr(str(file)), len(texts) == 1) for text in texts)
         return
-    read = {JSON: _json_texts, PARQUET: _parquet_texts, TABLE: _table_texts}[kind]
-    for value, place in read(file, text_column):
-        yield as_text(value, text_column, place), False
-
-
-def as_text(value, text_column: str, place: str) -> str:
-    """A value of a column as a text, empty for a gap. Raises `ValueError` if it is not one."""
-    if value is not None and not isinstance(value, str):
-        raise ValueError(f"Column {text_column!r} of {place} holds {type(value).__name__}, not text: name another.")
-    return check_text(value or "", place)
+    read = {JSON: _json_rows, PARQUET: _parquet_rows, TABLE: _table_rows}[kind]
+    yield from ((row, place, False) for row, place in read(file, text_column))
 
 
 def check_text(text: str, place: str) -> str:
@@ -103,13 +104,28 @@ def check_text(text: str, place: str) -> str:
     return text
 
 
-def check_column(columns: Iterable[str], text_column: str, place: str) -> None:
-    """Raises `ValueError` if there is no such column."""
-    if text_column not in columns:
+def find_columns(columns: Iterable[str], text_column: str | None, place: str) -> list[str]:
+    """
+    The columns to read of a table or row: those of `CONTENTS` that are there, or the one that is named, and `CHAT_OPTIONS`.
+
+    Args:
+        columns (iterable of `str`): all columns.
+        text_column (`str`, *optional*): the one with the text or conversation, if it is named.
+        place (`str`): what a message calls the table or row.
+
+    Raises:
+        `ValueError`: none of the columns holds a text or conversation.
+    """
+    columns = list(columns)
+    known = CONTENTS if text_column is None else ((text_column,),)
+    found = [kind for kind in known if set(kind) <= set(columns)]
+    if not found:
+        names = [" with ".join(map(repr, kind)) for kind in known]
         raise ValueError(
-            f"{place} has no column {text_column!r}; its columns are {', '.join(columns) or 'none'}. Name the one "
-            "that holds the text with text_column (--text-column)."
+            f"{place} has no column {' or '.join(names)}; its columns are {', '.join(columns) or 'none'}. Name the one "
+            "that holds the text or the conversations with text_column (--text-column)."
         )
+    return [name for kind in found for name in kind] + [name for name in CHAT_OPTIONS if name in columns]
 
 
 @contextmanager
@@ -135,7 +151,7 @@ def _read_text(file: Path) -> str:
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
-def _json_texts(file: Path, text_column: str) -> Iterator[tuple[object, str]]:
+def _json_rows(file: Path, text_column: str | None) -> Iterator[tuple[dict, str]]:
     with _open(file) as lines:
         is_array = lines.peek(1)[:1] == b"["
         for number, line in enumerate([lines.read()] if is_array else lines, start=1):
@@ -153,33 +169,32 @@ def _json_texts(file: Path, text_column: str) -> Iterator[tuple[object, str]]:
                 place = f"{str(file)!r}, item {index}" if is_array else place
                 if not isinstance(row, dict):
                     raise ValueError(f"{place}: {type(row).__name__} where an object should be.")
-                check_column(row, text_column, f"{place},")
-                yield row[text_column], place
+                yield {name: row[name] for name in find_columns(row, text_column, f"{place},")}, place
 
 
-def _parquet_texts(file: Path, text_column: str) -> Iterator[tuple[object, str]]:
+def _parquet_rows(file: Path, text_column: str | None) -> Iterator[tuple[dict, str]]:
     try:
         table = pq.ParquetFile(file)
     except pa.ArrowInvalid as error:
         raise ValueError(f"{str(file)!r} is not a parquet file: {error}") from error
     number = 0
     with table:
-        check_column(table.schema_arrow.names, text_column, repr(str(file)))
-        for batch in table.iter_batches(batch_size=64, columns=[text_column]):
-            for text in batch.column(0).to_pylist():
-                yield text, f"{str(file)!r}, row {number}"
+        columns = find_columns(table.schema_arrow.names, text_column, repr(str(file)))
+        for batch in table.iter_batches(batch_size=64, columns=columns):
+            for row in batch.to_pylist():
+                yield row, f"{str(file)!r}, row {number}"
                 number += 1
 
 
-def _table_texts(file: Path, text_column: str) -> Iterator[tuple[object, str]]:
+def _table_rows(file: Path, text_column: str | None) -> Iterator[tuple[dict, str]]:
     csv.field_size_limit(2**31 - 1)  # a document is a field
     delimiter = "\t" if ".tsv" in file.name.lower() else ","
     with _open(file) as stream:
         reader = csv.DictReader(io.TextIOWrapper(stream, "utf-8-sig", newline=""), delimiter=delimiter)
         try:
-            check_column(reader.fieldnames or (), text_column, repr(str(file)))
+            columns = find_columns(reader.fieldnames or (), text_column, repr(str(file)))
             for row in reader:
-                yield row[text_column], f"{str(file)!r}, line {reader.line_num}"
+                yield {name: row[name] for name in columns}, f"{str(file)!r}, line {reader.line_num}"
         except (csv.Error, UnicodeDecodeError) as error:
             raise ValueError(
                 f"{str(file)!r}, line {reader.line_num + 1}: not {delimiter!r}-separated text ({error})."

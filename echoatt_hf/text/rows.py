@@ -1,6 +1,7 @@
 """Documents to packed rows of tokens, and rows to batches."""
 
-import logging
+import copy
+import json
 import re
 from collections.abc import Iterable, Iterator
 from itertools import islice
@@ -14,12 +15,12 @@ from datasets import Dataset, Features, IterableDataset, Sequence, Value, interl
 from datasets.fingerprint import Hasher
 from transformers import BatchEncoding, PreTrainedTokenizerBase
 
-from ..settings import check_row_start
+from ..settings import check_row_start, check_stride
+from .chats import ChatTokenizer, count_common
+from .packing import ANSWERS, PACKING_VERSION, Dropped, Packer, Part
 
 
-__all__ = ["collate_rows", "draw_rows", "mix_rows", "pack_rows"]
-
-logger = logging.getLogger(__name__)
+__all__ = ["collate_rows", "draw_rows", "mix_rows", "pack_rows", "slide_rows"]
 
 ROW_COLUMNS = ("input_ids", "position_ids")
 """What a packed row may hold for the model, T numbers each. Other columns are not the model's."""
@@ -27,8 +28,11 @@ ROW_COLUMNS = ("input_ids", "position_ids")
 STORED_COLUMNS = {"teacher_ids": np.int64, "teacher_logprobs": np.float16}
 """What a stored teacher adds to a row."""
 
-TARGET_MASKS = ("completion_mask", "assistant_masks")
+TARGET_MASKS = ("completion_mask", ANSWERS)
 """Columns by which TRL marks the tokens that are to be predicted, 1 for those."""
+
+SCORED = "scored"
+"""Column of an evaluation: 1 for the tokens that count, where others are there as context alone."""
 
 IGNORED = -100
 """Label of a token that is not to be predicted."""
@@ -38,9 +42,6 @@ _PIECE = 2**16
 
 _PIECES = 16
 """Pieces that are given to a tokenizer together, which its threads share."""
-
-_PACKING_VERSION = 2
-"""Part of the fingerprint of rows in the cache: raise it when documents are tokenized or packed in another way."""
 
 # Places where most tokenizers split a text in any case: after a line break, and before a space, that stand alone. In longer
 # runs of blanks the last one is often a token of its own, but not at the end of a text.
@@ -54,18 +55,20 @@ def pack_rows(
     *,
     row_start: str = "bos",
     document_masks: bool = False,
+    assistant_only: bool = False,
     num_proc: int | None = None,
 ) -> Dataset | IterableDataset:
     """
     Tokenize documents and pack them, one after the other, into rows of `row_length` tokens.
 
-    Documents are separated by the tokenizer's end-of-sequence token, if it has one. What is left at the end and
-    does not fill a row is dropped. Rows of a `Dataset` are kept in the cache of `datasets`, mapped into memory, and found
+    Documents are separated by the tokenizer's end-of-sequence token, if it has one. Conversations are written by its chat
+    template, with nothing more. A row never goes on with a conversation: one that a row cuts is at the beginning of the
+    next row again, so that its first part is there twice, and only what is longer than a row is lost. What is left at the end and does not fill a row is dropped. Rows of a `Dataset` are kept in the cache of `datasets`, mapped into memory, and found
     there again for the same documents, tokenizer and options.
 
     Args:
         documents (`Dataset` or `IterableDataset`):
-            Documents with a column `text`.
+            Documents with a column `text`, and `chat` if some are conversations, as returned by [`load_documents`].
         tokenizer (`PreTrainedTokenizerBase`):
             Tokenizer of the model.
         row_length (`int`):
@@ -74,27 +77,34 @@ def pack_rows(
             What a row begins with. `"bos"`: the token with which the tokenizer begins a text, as models that were trained
             with one expect it; a tokenizer that begins texts with none adds nothing. `"document"`: the beginning of a
             document; what does not fit into its row is dropped, and how much that is is logged. `"text"`: wherever the row
-            before ended.
+            before ended, also within a conversation.
         document_masks (`bool`, *optional*, defaults to `False`):
             Give each row `position_ids` that start again with each document, from which transformers makes masks that keep
             its documents from seeing each other. Flash attention does so in batches of one row alone. The first token of
             a document is still predicted, from the end of the one before.
+        assistant_only (`bool`, *optional*, defaults to `False`):
+            Give each row `assistant_masks`, by which the losses are those of answers alone: of the messages of the
+            assistant, by the `{% generation %}` marks of the chat template, else by prefix, and of a completion. Plain text
+            counts as a whole.
         num_proc (`int`, *optional*):
             Processes that tokenize a `Dataset`. One uses the threads of a fast tokenizer.
 
     Returns:
-        `Dataset` or `IterableDataset`: rows with the column `input_ids` `(T,)`, and `position_ids` `(T,)` if asked for.
+        `Dataset` or `IterableDataset`: rows with the column `input_ids` `(T,)`, and `position_ids` `(T,)` and
+        `assistant_masks` `(T,)` if asked for.
 
     Raises:
-        `ValueError`: `row_length` is under 2, `row_start` is not known, or the text does not fill a single row (of
-            streamed documents, when the rows are read).
+        `ValueError`: `row_length` is under 2, `row_start` is not known, the text does not fill a single row, there is no
+            chat template for conversations, it refuses one, or the answers cannot be found in one (of streamed documents,
+            when the rows are read), or no row has an answer in it.
     """
     if row_length < 2:
         raise ValueError(f"row_length is {row_length}; it must be at least 2, one token to predict another from.")
     check_row_start(row_start)
-    tokenize = _Tokenize(tokenizer)
-    packer = _Packer(row_length, row_start, tokenize.prefix, document_masks)
-    features = Features({name: Sequence(Value("int32")) for name in packer.columns})
+    tokenize = _Tokenize(tokenizer, assistant_only)
+    packer = Packer(row_length, row_start, tokenize.prefix, document_masks, assistant_only)
+    dtypes = {name: Value("int8" if name == ANSWERS else "int32") for name in packer.columns}
+    features = Features({name: Sequence(dtype) for name, dtype in dtypes.items()})
     if isinstance(documents, IterableDataset):
         return IterableDataset.from_generator(
             _iterate_rows,
@@ -106,10 +116,10 @@ def pack_rows(
         batched=True,
         batch_size=100,
         num_proc=num_proc if num_proc and num_proc > 1 else None,
-        input_columns=["text"],
+        input_columns=[name for name in ("text", "chat") if name in documents.column_names],
         remove_columns=documents.column_names,
-        features=Features({"input_ids": Sequence(Value("int32"))}),
-        cache_file_name=_cache_file(documents, tokenize),
+        features=Features({name: features[name] for name in tokenize.columns} | {"is_chat": Value("bool")}),
+        cache_file_name=cache_file(documents, tokenize),
         desc="tokenize",
     )
     tokens = tokens.with_format("numpy")
@@ -117,23 +127,30 @@ def pack_rows(
         packer,  # which keeps what a batch leaves over for the next one: in order and in one process
         batched=True,
         batch_size=100,
-        input_columns=["input_ids"],
+        input_columns=tokens.column_names,
         remove_columns=tokens.column_names,
         features=features,
-        cache_file_name=_cache_file(tokens, packer),
+        cache_file_name=cache_file(tokens, packer),
         desc="pack",
     )
     if not len(rows):
         raise _too_little(row_length)
-    count = sum(
-        pc.sum(pc.list_value_length(batch["input_ids"])).as_py()
-        for batch in tokens.with_format("arrow").iter(batch_size=1000)
-    )
-    _log_dropped(row_start, len(rows) * row_length, count)
+    if assistant_only and not any(
+        pc.sum(pc.list_flatten(batch[ANSWERS])).as_py() for batch in rows.with_format("arrow").iter(batch_size=1000)
+    ):
+        raise ValueError(
+            f"No row of {row_length} tokens holds a token of an answer: give longer rows (--row-length), or data in which an "
+            "assistant answers."
+        )
+    dropped = Dropped(row_length, row_start)
+    for batch in tokens.with_format("arrow").iter(batch_size=1000):
+        lengths = pc.list_value_length(batch["input_ids"]).to_numpy()
+        dropped.add(lengths, batch["is_chat"].to_numpy())
+    dropped.log(len(rows))
     return rows.with_format(None)
 
 
-def _cache_file(data: Dataset, function: "_Tokenize | _Packer") -> str | None:
+def cache_file(data: Dataset, function: object) -> str | None:
     """Where in the cache of `datasets` the result of a map lies; by default it would lie beside data that is on a disk."""
     if not data.cache_files or not is_caching_enabled():
         return None  # a temporary file
@@ -161,7 +178,7 @@ def draw_rows(
 
     Args:
         documents (`Dataset`):
-            Documents with a column `text`.
+            Documents, see [`pack_rows`].
         count (`int`):
             Rows to draw; there are fewer if the text does not fill so many.
         seed (`int`, *optional*, defaults to 0):
@@ -187,8 +204,8 @@ def draw_rows(
     if len(ends) and ends[-1] > 4 * count * window:
         tokenize = _Tokenize(tokenizer)
         for place in generator.permutation(ends[-1] // window):
-            packer = _Packer(row_length, row_start, tokenize.prefix, document_masks)
-            found = packer(*_tokens_between(documents, tokenize, ends, place * window, (place + 1) * window))
+            packer = Packer(row_length, row_start, tokenize.prefix, document_masks, False)
+            found = packer.pack(_parts_between(documents, tokenize, ends, place * window, (place + 1) * window))
             if size := len(found["input_ids"]):
                 chosen = generator.integers(size)
                 rows.append({name: values[chosen].tolist() for name, values in found.items()})
@@ -198,23 +215,78 @@ def draw_rows(
     return [packed[int(index)] for index in generator.permutation(len(packed))[:count]]
 
 
-def _tokens_between(
-    documents: Dataset, tokenize: "_Tokenize", ends: np.ndarray, start: int, stop: int
-) -> tuple[list[np.ndarray], list[bool]]:
-    """The tokens of the documents between two bytes of all text, and which of these parts begin a document."""
-    parts, are_first = [], []
+def _parts_between(documents: Dataset, tokenize: "_Tokenize", ends: np.ndarray, start: int, stop: int) -> list["Part"]:
+    """The documents between two bytes of all text, and of conversations those that begin there."""
+    parts = []
     index = int(np.searchsorted(ends, start, side="right"))
     while start < stop and index < len(ends):
-        whole = documents[index]["text"]
+        document = documents[index]
         first = int(ends[index - 1]) if index else 0
-        text = whole.encode()[start - first : stop - first].decode(errors="ignore")
         is_first, is_last = start == first, stop >= ends[index]
-        if not is_first and (found := _LINE_BREAK.search(text) or _SPACE.search(text)):
-            text = text[found.end() :]
-        parts.append(tokenize.whole([text], is_first, is_last)[0])
-        are_first.append(is_first)
+        if place := document.get("chat"):
+            if is_first:
+                parts.append(Part(tokenize.documents([document["text"]], [place])["input_ids"][0], is_chat=True))
+        else:
+            text = document["text"].encode()[start - first : stop - first].decode(errors="ignore")
+            if not is_first and (found := _LINE_BREAK.search(text) or _SPACE.search(text)):
+                text = text[found.end() :]
+            parts.append(Part(tokenize.whole([text], is_first, is_last)[0], is_first=is_first))
         start, index = int(ends[index]), index + 1
-    return parts, are_first
+    return parts
+
+
+def slide_rows(
+    documents: Dataset | IterableDataset,
+    tokenizer: PreTrainedTokenizerBase,
+    row_length: int,
+    stride: int,
+    *,
+    assistant_only: bool = False,
+) -> Iterator[dict]:
+    """
+    Rows to evaluate on in which each token counts once, with at least half a row of its document before it, or all that
+    there is.
+
+    A row begins `stride` tokens after the one before, and the tokens that count are the last `stride` ones, or all in the
+    first row of a document. Rows hold one document each, and are filled up with zeros that do not count.
+
+    Args:
+        documents (`Dataset` or `IterableDataset`):
+            As for [`pack_rows`].
+        stride (`int`):
+            Tokens between the beginnings of two rows, at most half of `row_length`.
+        tokenizer, row_length, assistant_only:
+            See [`pack_rows`].
+
+    Returns:
+        `Iterator[dict]`: rows with `input_ids` `(T,)`, `scored` `(T,)`, 1 for the tokens that count, and `assistant_masks`
+        `(T,)` if asked for. They are for [`evaluate_model`].
+
+    Raises:
+        `ValueError`: the stride is out of range; and see [`pack_rows`].
+    """
+    check_stride(stride, row_length)
+    return _slide(documents, _Tokenize(tokenizer, assistant_only), row_length, stride)
+
+
+def _slide(
+    documents: Dataset | IterableDataset, tokenize: "_Tokenize", row_length: int, stride: int
+) -> Iterator[dict]:
+    for batch in _iterate_batches(documents):
+        found = tokenize(**batch)
+        names = [name for name in ("input_ids", ANSWERS) if name in found]
+        for values in zip(*(found[name] for name in names), strict=True):
+            scored_until = 1  # the first token has nothing to be predicted from
+            for start in range(0, len(values[0]), stride):
+                stop = min(start + row_length, len(values[0]))
+                if stop <= scored_until:
+                    break
+                row = {name: np.zeros(row_length, np.int32) for name in [*names, SCORED]}
+                for name, value in zip(names, values, strict=True):
+                    row[name][: stop - start] = value[start:stop]
+                row[SCORED][scored_until - start : stop - start] = 1
+                yield row
+                scored_until = stop
 
 
 def mix_rows(
@@ -331,12 +403,19 @@ def batch_rows(rows: Iterable[dict], batch_size: int) -> Iterator[BatchEncoding]
         yield stack_rows(batch)
 
 
-def iterate_column(data: Dataset | IterableDataset, column: str) -> Iterator:
-    """The values of a column of a data set that is the source of another one."""
+def iterate_table(data: Dataset | IterableDataset, batch_size: int = 16) -> Iterator[dict]:
+    """The rows of a data set that is the source of another one."""
     # Not `for row in data`: in a worker of a data loader a data set gives only the worker's share of its shards, and
     # this worker already has its share of the other one.
-    for batch in data.iter(batch_size=16):
-        yield from batch[column]
+    for batch in data.iter(batch_size=batch_size):
+        for values in zip(*batch.values(), strict=True):
+            yield dict(zip(batch, values, strict=True))
+
+
+def _iterate_batches(documents: Dataset | IterableDataset) -> Iterator[dict[str, list]]:
+    """The texts of documents, and which are conversations, some documents at a time."""
+    for batch in documents.iter(batch_size=16):
+        yield {name: batch[name] for name in ("text", "chat") if name in batch}
 
 
 def _stack(rows: list[dict], name: str, dtype: type) -> torch.Tensor:
@@ -344,10 +423,15 @@ def _stack(rows: list[dict], name: str, dtype: type) -> torch.Tensor:
 
 
 class _Tokenize:
-    """Texts to tokens, with what the tokenizer puts around a text; long ones piece by piece."""
+    """
+    Texts to tokens, with what the tokenizer puts around a text, long ones piece by piece; and conversations to tokens by its
+    chat template, with what to learn from if `assistant_only`.
+    """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase):
-        self.tokenizer, self.version = tokenizer, _PACKING_VERSION
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, assistant_only: bool = False):
+        self.tokenizer, self.version = tokenizer, PACKING_VERSION
+        self.columns = ("input_ids", ANSWERS) if assistant_only else ("input_ids",)
+        self._chats = ChatTokenizer(tokenizer, assistant_only)
         plain, whole = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (False, True))
         places = [start for start in range(len(whole)) if whole[start : start + len(plain)] == plain]
         start = places[0] if places else 0
@@ -356,8 +440,30 @@ class _Tokenize:
         if eos is not None and self.suffix[-1:] != [eos]:
             self.suffix.append(eos)
 
-    def __call__(self, texts: list[str]) -> dict[str, list[np.ndarray]]:
-        return {"input_ids": self.whole(texts)}
+    def __call__(self, text: list[str], chat: list[str] | None = None) -> dict[str, list]:
+        """Columns of tokens, of a batch of documents: their texts, and where those that are conversations were read."""
+        places = chat or [""] * len(text)
+        found = self.documents(text, places)
+        return {name: found[name] for name in self.columns} | {"is_chat": [bool(place) for place in places]}
+
+    def documents(self, texts: list[str], places: list[str]) -> dict[str, list[np.ndarray]]:
+        """The tokens of documents, and masks of those to learn from."""
+        tokens, masks = [None] * len(texts), [None] * len(texts)
+        chats = {number: json.loads(texts[number]) for number, place in enumerate(places) if place}
+        completed = {number: chat for number, chat in chats.items() if isinstance(chat.get("prompt"), str)}
+        plain = [number for number in range(len(texts)) if number not in chats]
+        written = [texts[number] for number in plain]
+        written += [chat["prompt"] + chat["completion"] for chat in completed.values()]
+        for number, found in zip([*plain, *completed], self.whole(written), strict=True):
+            tokens[number], masks[number] = found, np.ones(len(found), np.int8)
+        prompts = self.whole([chat["prompt"] for chat in completed.values()], is_last=False)
+        for number, prompt in zip(completed, prompts, strict=True):
+            masks[number][: count_common(prompt, tokens[number])] = 0
+        talks = {number: chat for number, chat in chats.items() if number not in completed}
+        found = self._chats([*talks.values()], [places[number] for number in talks])
+        for number, *values in zip(talks, *found, strict=True):
+            tokens[number], masks[number] = values
+        return {"input_ids": tokens, ANSWERS: masks}
 
     def whole(self, texts: list[str], is_first: bool = True, is_last: bool = True) -> list[np.ndarray]:
         """The tokens of each text: of a whole document, or of a part that is not its first or its last."""
@@ -402,73 +508,19 @@ def _cut(text: str) -> Iterator[str]:
     yield text[start:]
 
 
-class _Packer:
-    """Tokens of documents to rows. What does not fill a row is kept for the next call."""
-
-    def __init__(self, row_length: int, row_start: str, prefix: list[int], document_masks: bool):
-        self.row_length, self.row_start, self.version = row_length, row_start, _PACKING_VERSION
-        self.prefix = np.asarray(prefix if row_start == "bos" else [], np.int32)
-        self.columns = ROW_COLUMNS if document_masks else ROW_COLUMNS[:1]
-        self._tokens, self._begins = np.zeros(0, np.int32), np.zeros(0, bool)
-
-    def __call__(
-        self, documents: Iterable[np.ndarray], are_first: Iterable[bool] | None = None
-    ) -> dict[str, np.ndarray]:
-        documents = list(documents)
-        begins = [np.zeros(len(tokens), bool) for tokens in documents]
-        for marks, is_first in zip(begins, are_first or [True] * len(documents), strict=True):
-            marks[:1] = is_first
-        tokens = np.concatenate([self._tokens, *documents]).astype(np.int32)
-        begins = np.concatenate([self._begins, *begins])
-        rows, row_begins, start, added = [], [], 0, len(self.prefix)
-        firsts = np.flatnonzero(begins) if self.row_start == "document" else None
-        while True:
-            if firsts is not None:
-                place = np.searchsorted(firsts, start)
-                start = int(firsts[place]) if place < len(firsts) else len(tokens)
-            # A document that begins here has brought its own.
-            prefix = (
-                self.prefix if added and not (tokens[start : start + added] == self.prefix).all() else self.prefix[:0]
-            )
-            stop = start + self.row_length - len(prefix)
-            if stop > len(tokens):
-                break
-            rows.append(np.concatenate([prefix, tokens[start:stop]]))
-            row_begins.append(np.concatenate([np.zeros(len(prefix), bool), begins[start:stop]]))
-            start = stop
-        self._tokens, self._begins = tokens[start:], begins[start:]
-        shape = (len(rows), self.row_length)
-        found = {"input_ids": np.asarray(rows, np.int32).reshape(shape)}
-        if "position_ids" in self.columns:
-            places = np.arange(self.row_length, dtype=np.int32)
-            starts = np.where(np.asarray(row_begins, bool).reshape(shape), places, 0)
-            found["position_ids"] = places - np.maximum.accumulate(starts, axis=1)
-        return found
-
-
-def _iterate_rows(documents: IterableDataset, tokenize: _Tokenize, packer: _Packer) -> Iterator[dict[str, np.ndarray]]:
-    packer = _Packer(packer.row_length, packer.row_start, tokenize.prefix, "position_ids" in packer.columns)
-    texts, count, taken = iterate_column(documents, "text"), 0, 0
-    while batch := list(islice(texts, 16)):
-        tokens = tokenize.whole(batch)
-        count += sum(map(len, tokens))
-        found = packer(tokens)
-        for index in range(len(found["input_ids"])):
-            taken += packer.row_length
-            yield {name: values[index] for name, values in found.items()}
+def _iterate_rows(documents: IterableDataset, tokenize: _Tokenize, packer: Packer) -> Iterator[dict[str, np.ndarray]]:
+    packer, dropped, taken = copy.deepcopy(packer), Dropped(packer.row_length, packer.row_start), 0
+    for batch in _iterate_batches(documents):
+        found = tokenize(**batch)
+        dropped.add([*map(len, found["input_ids"])], found["is_chat"])
+        rows = packer(*found.values())
+        for index in range(len(rows["input_ids"])):
+            taken += 1
+            yield {name: values[index] for name, values in rows.items()}
     if not taken:
         raise _too_little(packer.row_length)
-    _log_dropped(packer.row_start, taken, count)
+    dropped.log(taken)
 
 
 def _too_little(row_length: int) -> ValueError:
     return ValueError(f"The text does not fill a row of {row_length} tokens: give more text or a shorter row.")
-
-
-def _log_dropped(row_start: str, taken: int, count: int) -> None:
-    if row_start == "document" and taken < count:
-        share = 1 - taken / count
-        logger.warning(
-            f"Rows that start with a document leave out {count - taken:,} of {count:,} tokens ({share:.1%}): what did not "
-            "fit into a row after the beginning of its document."
-        )
