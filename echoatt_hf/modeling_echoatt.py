@@ -310,6 +310,7 @@ class EchoAttention:
         output, weights = record.attend(self, value)  # (B, T, H, D), (B, H, T, S) or None
         if self.echo_gate is not None:
             gate = getattr(self, self.echo_gate)(hidden_states).sigmoid()  # (B, T, H · D) or (B, T, H)
+            output = output.view(*input_shape, -1, self.echo_head_dim)  # vLLM's has two dimensions
             output = output * gate.view(*output.shape[:3], -1)
         output = output.reshape(*input_shape, -1).contiguous()  # (B, T, H · D)
         output = getattr(self, self.echo_output)(output)  # (B, T, hidden size)
@@ -544,11 +545,17 @@ class EchoAttModel(EchoAttPreTrainedModel):
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
         **kwargs,
     ) -> BaseModelOutputWithPast:
         """As the forward pass of the base family: `input_ids` `(B, T)`, `attention_mask` `(B, S)` with 1 = keep."""
-        inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
-        return self.family_model(**inputs, **self._family_kwargs(kwargs))
+        return self.family_model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            **self._family_kwargs(kwargs),
+        )
 
     def get_input_embeddings(self) -> nn.Module:
         return self.family_model.get_input_embeddings()

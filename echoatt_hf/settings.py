@@ -21,6 +21,7 @@ __all__ = [
     "ExportSettings",
     "PlanSettings",
     "ScoringSettings",
+    "ServingSettings",
     "StoreSettings",
     "StoredTeacherSettings",
     "StudentSettings",
@@ -712,6 +713,46 @@ class ExportSettings:
 
     def __post_init__(self):
         _check_choice("to", self.to, EXPORT_TARGETS)
+
+
+@dataclass(frozen=True)
+class ServingSettings:
+    """How [`serve`] runs a model. Each field's `metadata["help"]` says what it is for."""
+
+    panel: ClassVar[str] = "The server"
+
+    host: str = setting(
+        "localhost", "Address to listen at. Others than this machine reach it only if you give another."
+    )
+    port: int = setting(8000, "Port to listen at.")
+    device: str = setting(
+        "auto", "Where the model runs: 'cpu', 'cuda:0' and the like, or 'auto', on all accelerators that there are."
+    )
+    dtype: str = setting(
+        "auto",
+        "Type of the weights: 'float32', 'bfloat16', 'float16', or 'auto', that of the checkpoint, with which a CPU computes "
+        "in float32.",
+    )
+    attention: str | None = setting(None, "Attention implementation, such as 'sdpa' or 'flash_attention_2'.")
+    continuous_batching: bool = setting(
+        False, "Compute requests together, with a paged cache. Without it one waits for another."
+    )
+    cache_blocks: int | None = setting(
+        None,
+        "With continuous batching: blocks of the cache; if not given, what fits into the free memory of accelerators, 64 "
+        "on a CPU.",
+    )
+
+    def __post_init__(self):
+        _check_choice("dtype", self.dtype, DTYPES)
+        if not 0 < self.port < 65536:
+            raise ValueError(f"port is {self.port}; it must be 1 to 65535.")
+        if self.cache_blocks is not None:
+            _check_at_least_one(self, "cache_blocks")
+            if not self.continuous_batching:
+                raise ValueError(
+                    f"cache_blocks is {self.cache_blocks}, but only continuous_batching has such a cache."
+                )
 
 
 def options_of(kind: type, given: dict[str, Any]) -> list[str]:

@@ -33,6 +33,7 @@ ROOMS = [
     "baselines",
     "benchmark",
     "publishing",
+    "serving",
     "pipeline",
     "cli",
 ]

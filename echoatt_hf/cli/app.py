@@ -23,6 +23,7 @@ from ..settings import (
     ExportSettings,
     PlanSettings,
     ScoringSettings,
+    ServingSettings,
     StoredTeacherSettings,
     StoreSettings,
     StudentSettings,
@@ -495,6 +496,23 @@ def push(
             dry_run=dry_run,
         )
     )
+
+
+@app.command(epilog="Example: echoatt serve student --port 8000")
+@with_settings(settings=ServingSettings)
+def serve(
+    settings: ServingSettings,
+    model: Annotated[
+        str,
+        typer.Argument(help="'builtin', a folder or a repository of the Hub: a student or any causal language model."),
+    ],
+) -> None:
+    """Serve a model over HTTP, with the interface of OpenAI: completions and chat. Remote code is not run."""
+    from ..serving.server import check_server, serve
+
+    name = check_server(model, settings)
+    print(f"{model} at http://{settings.host}:{settings.port}/v1, as the model {name!r}", flush=True)
+    serve(name, settings)
 
 
 @app.command()

@@ -1,0 +1,1 @@
+"""Servers that run a student: vLLM and the one of transformers."""
