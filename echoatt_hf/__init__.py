@@ -21,6 +21,7 @@ _MODULES = {
     "conversion.convert": ["ConversionReport", "convert"],
     "conversion.tuning": ["refit_outputs"],
     "distillation.adapters": ["add_lora", "merge_lora", "share_weights"],
+    "distillation.served_teacher": ["ServedTeacher"],
     "distillation.stored_teacher": ["StoredTeacher", "write_stored_teacher"],
     "distillation.trainer": ["EchoAttTrainer", "EchoAttTrainingArguments"],
     "evaluation.held_out": ["compute_agreement", "compute_perplexity", "evaluate_model", "metric_path"],

@@ -8,6 +8,7 @@ from dataclasses import MISSING, asdict, dataclass, field, fields
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, ClassVar
+from urllib.parse import urlsplit
 
 
 __all__ = [
@@ -86,6 +87,21 @@ def check_hidden_distance(name: str) -> None:
     _check_choice("hidden_distance", name, HIDDEN_DISTANCES)
 
 
+def check_server_url(url: str) -> None:
+    """Check the address of a server. Raises `ValueError` if it is none; the message has no password of it."""
+    try:
+        parts = urlsplit(url)
+        is_address = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        is_address = False
+    if not is_address or "@" in url or "?" in url or "#" in url or any(map(str.isspace, url)):
+        shown = "an address with more than that" if "@" in url or "?" in url else repr(url)
+        raise ValueError(
+            f"server is {shown}; it must be http:// or https:// with a host, a port and a path, such as "
+            "http://127.0.0.1:8000/v1. A key is taken from the environment variable ECHOATT_SERVER_KEY."
+        )
+
+
 def parse_layers(text: str) -> list[int] | None:
     """
     The layers that `hidden_layers` lists, such as `"3,7"`, `None` if it is a name of `HIDDEN_LAYERS`.
@@ -148,6 +164,7 @@ MAY_CHANGE_ON_RESUME = (
     "distillation.eval_steps",
     "distillation.evaluation_batch_size",
     "store.batch_size",
+    "store.server",
 )
 """Settings that a resumed run may have others of than it began with: they say what a step needs, not what is made."""
 
@@ -573,13 +590,23 @@ class StoredTeacherSettings:
     )
     rows: int | None = setting(None, "Most rows to store, drawn at random; all rows of the text if not given.")
     shard_rows: int = setting(512, "Rows in a file, which is what a stopped run can lose.")
-    batch_size: int = setting(8, "Rows in a forward pass.")
+    batch_size: int = setting(8, "Rows in a forward pass; with --server, requests at once.")
     seed: int = setting(0, "Seed of the order of rows.")
+    server: str | None = setting(
+        None,
+        "Address of a server that runs the teacher and gives prompt_logprobs, such as vLLM's http://127.0.0.1:8000/v1; it is "
+        "not loaded here then. A key is taken from the environment variable ECHOATT_SERVER_KEY.",
+    )
+    server_model: str | None = setting(None, "What the server calls the teacher, if it has several models.")
 
     def __post_init__(self):
         _check_at_least_one(self, "top_k", "shard_rows", "batch_size")
         if self.rows is not None:
             _check_at_least_one(self, "rows")
+        if self.server is not None:
+            check_server_url(self.server)
+        elif self.server_model is not None:
+            raise ValueError(f"server_model is {self.server_model!r}, but there is no server: give --server too.")
 
 
 @dataclass(frozen=True)
@@ -640,6 +667,13 @@ class StoreSettings(_RunSettings):
     data: DataSettings = field(default_factory=DataSettings)
     store: StoredTeacherSettings = field(default_factory=StoredTeacherSettings)
     dtype: str = "auto"
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.store.server is not None and self.dtype != "auto":
+            raise ValueError(
+                f"dtype is {self.dtype!r}, but with --server it is the server that loads the weights: leave it out."
+            )
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,8 @@
 import hashlib
 import json
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator, Sized
+from contextlib import contextmanager
 from itertools import chain, islice
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from ..outputs.files import hash_file, write_whole
 from ..outputs.provenance import describe_environment
 from ..text.rows import ANSWERS, ROW_COLUMNS, TARGET_MASKS, stack_rows
 from .losses import keep_top
+from .served_teacher import ServedTeacher
 
 
 __all__ = ["StoredTeacher", "write_stored_teacher"]
@@ -119,7 +121,22 @@ class StoredTeacher(torch.utils.data.Dataset):
             )
 
     def check_teacher(self, teacher: PreTrainedModel) -> None:
-        """Check that a model is the one the store was made from. Raises `ValueError` if its weights differ."""
+        """
+        Check that a model is the one the store was made from. Raises `ValueError` if its weights differ. Those of a served
+        teacher are not known: there it must find the same next token the likeliest for half of the first row at least.
+        """
+        if "server" in self.manifest:
+            row = {name: value[None] for name, value in self[0].items()}
+            with inference(teacher):
+                _, ids = _ask(teacher, None, {name: row[name] for name in ROW_COLUMNS if name in row}, 1)
+            agreement = float((ids[..., 0] == row["teacher_ids"][..., 0]).mean())
+            if agreement < 0.5:
+                raise ValueError(
+                    f"The stored teacher {str(self.folder)!r} was made from another teacher, in a server: of the first row the "
+                    f"one given finds the same next token the likeliest in {agreement:.0%} of places. Give the one it was "
+                    "made with, or make the store anew."
+                )
+            return
         self._check_hash("teacher_sha256", hash_weights(teacher), "teacher")
 
     def _check_hash(self, name: str, found: str, what: str) -> None:
@@ -133,7 +150,7 @@ class StoredTeacher(torch.utils.data.Dataset):
 
 def write_stored_teacher(
     folder: str | Path,
-    teacher: PreTrainedModel,
+    teacher: PreTrainedModel | ServedTeacher,
     tokenizer: PreTrainedTokenizerBase,
     rows: Iterable[dict],
     held_out_rows: Iterable[dict] = (),
@@ -154,8 +171,9 @@ def write_stored_teacher(
     Args:
         folder (`str` or `Path`):
             Where to write, or to go on.
-        teacher (`PreTrainedModel`):
-            Causal language model.
+        teacher (`PreTrainedModel` or [`ServedTeacher`]):
+            Causal language model, loaded here or in a server. What a server says may depend in the last digits on how many
+            requests it had at once.
         tokenizer (`PreTrainedTokenizerBase`):
             Its tokenizer, by which a store and a student are found to belong together.
         rows (iterable of `dict`):
@@ -167,7 +185,7 @@ def write_stored_teacher(
         shard_rows (`int`, *optional*, defaults to 512):
             Rows in a shard, which is what a stopped run can lose.
         batch_size (`int`, *optional*, defaults to 8):
-            Rows in a forward pass.
+            Rows in a forward pass; of a served teacher, requests at once.
         about (`dict`, *optional*):
             What else the manifest should say.
         progress (`bool`, *optional*, defaults to `False`):
@@ -190,18 +208,25 @@ def write_stored_teacher(
             f"The rows bring {' and '.join(others)}, which a store does not keep: its rows are packed, and what to learn from "
             f"is in {ANSWERS}, if not all. Leave the columns out, or distil from the teacher itself."
         )
-    check_no_nan(teacher, "teacher")
     vocab_size = teacher.config.get_text_config().vocab_size
     if not 1 <= top_k < vocab_size:
         raise ValueError(f"top_k is {top_k}; it must be from 1 to {vocab_size - 1}, one less than the vocabulary has.")
+    if isinstance(teacher, ServedTeacher):
+        teacher.check_answers(tokenizer, first, top_k)
+        described = {"server": teacher.about}
+    else:
+        check_no_nan(teacher, "teacher")
+        described = {
+            "teacher_sha256": hash_weights(teacher),
+            "teacher_dtype": str(teacher.dtype).removeprefix("torch."),
+        }
     id_dtype = np.dtype(np.uint16 if vocab_size <= 2**16 else np.int32)
     dtypes = {"input_ids": id_dtype, "position_ids": np.dtype(np.int32), ANSWERS: np.dtype(np.uint8)}
     dtypes = {name: dtype for name, dtype in dtypes.items() if name in first}
     header = {
         "format": FORMAT,
         **(about or {}),
-        "teacher_sha256": hash_weights(teacher),
-        "teacher_dtype": str(teacher.dtype).removeprefix("torch."),
+        **described,
         "tokenizer_sha256": hash_tokenizer(tokenizer),
         "vocab_size": vocab_size,
         "row_length": len(first["input_ids"]),
@@ -220,9 +245,7 @@ def write_stored_teacher(
     shards, data_hash = _finished_shards(folder, header), hashlib.sha256()
     total = len(rows) if isinstance(rows, Sized) else None
     bar = tqdm(total=total, unit=" rows", desc="store the teacher", disable=not progress, leave=False)
-    remedy = f"a forward pass has batch_size {batch_size} rows. Give a smaller one, and go on where this run ended"
-    with bar, explained_memory_errors(remedy), inference(teacher):
-        head = OutputHead.find(teacher, among_processes=False)
+    with bar, _answering(teacher, top_k, batch_size) as ask:
         for number, columns in enumerate(_stack_shards(chain([first], iterator), dtypes, shard_rows)):
             input_ids = columns["input_ids"]
             for values in columns.values():
@@ -233,9 +256,8 @@ def write_stored_teacher(
                 bar.update(len(input_ids))
                 continue
             answers = []
-            for start in range(0, len(input_ids), batch_size):
-                part = {name: values[start : start + batch_size] for name, values in columns.items()}
-                answers.append(_ask(teacher, head, part, top_k))
+            for answer in ask(columns):
+                answers.append(answer)
                 bar.update(len(answers[-1][0]))
             logprobs, ids = (np.concatenate(parts) for parts in zip(*answers, strict=True))
             if np.isnan(logprobs).any():
@@ -264,6 +286,27 @@ def write_stored_teacher(
     }
     _write_manifest(folder, manifest)
     return manifest
+
+
+@contextmanager
+def _answering(
+    teacher: PreTrainedModel | ServedTeacher, top_k: int, batch_size: int
+) -> Iterator[Callable[[dict[str, np.ndarray]], Iterator[tuple[np.ndarray, np.ndarray]]]]:
+    """A function from the columns of rows to what the teacher says of them, part by part, see `_ask`."""
+    if isinstance(teacher, ServedTeacher):
+        with teacher.answering(top_k, batch_size) as ask:
+            yield ask
+        return
+    remedy = f"a forward pass has batch_size {batch_size} rows. Give a smaller one, and go on where this run ended"
+    with explained_memory_errors(remedy), inference(teacher):
+        head = OutputHead.find(teacher, among_processes=False)
+
+        def ask(columns: dict[str, np.ndarray]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+            for start in range(0, len(columns["input_ids"]), batch_size):
+                part = {name: values[start : start + batch_size] for name, values in columns.items()}
+                yield _ask(teacher, head, part, top_k)
+
+        yield ask
 
 
 def _ask(

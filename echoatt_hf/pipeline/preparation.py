@@ -15,6 +15,7 @@ from ..analysis.similarity import AttentionSimilarity, measure_on_rows
 from ..configuration_echoatt import EchoAttConfig, check_base_family
 from ..conversion.convert import ConversionReport, convert
 from ..conversion.tuning import hold_out
+from ..distillation.served_teacher import ServedTeacher
 from ..modeling_echoatt import EchoAttForCausalLM
 from ..models.dtypes import cast_weights
 from ..models.inference import inference
@@ -265,8 +266,10 @@ def _check_rows(settings: DataSettings, model: PreTrainedModel) -> None:
         )
 
 
-def _keeps_documents_apart(model: PreTrainedModel) -> bool:
+def _keeps_documents_apart(model: PreTrainedModel | ServedTeacher) -> bool:
     """Whether the second document of a row is the same to a model whatever the first one is."""
+    if isinstance(model, ServedTeacher):  # which is asked of each document alone
+        return True
     inputs = {"input_ids": torch.tensor([[0, 1, 4, 5], [2, 3, 4, 5]]), "position_ids": torch.tensor([[0, 1] * 2] * 2)}
     with inference(model):
         logits = model(**BatchEncoding(inputs).to(model.device), use_cache=False).logits[:, 2:].float()

@@ -22,6 +22,7 @@ from ..analysis.similarity import AttentionSimilarity, measure_on_rows
 from ..conversion.alignment import find_echoes, get_parameters, replace_parameter
 from ..distillation.adapters import share_weights
 from ..distillation.checkpoints import whole_state
+from ..distillation.served_teacher import ServedTeacher
 from ..distillation.stored_teacher import StoredTeacher, write_stored_teacher
 from ..distillation.trainer import EchoAttTrainingArguments
 from ..distillation.two_stages import make_training_arguments, train_two_stages
@@ -429,11 +430,17 @@ def store_teacher(
 
     Raises:
         `ValueError`: a setting is out of range, a finished part of a resumed run is corrupt, or several processes were
-            launched.
+            launched; or a server does not give what a store needs, see [`ServedTeacher`].
+        `OSError`: there is no such teacher, or a server does not answer.
     """
     check_one_process("storing a teacher is")
     with unfinished_run(Path(output), settings.to_json(), overwrite, resume, result="store") as work:
-        (teacher, _), store = load_placed(settings.teacher, settings.dtype), settings.store
+        store = settings.store
+        if store.server is None:
+            teacher, _ = load_placed(settings.teacher, settings.dtype)
+        else:
+            teacher = ServedTeacher(store.server, settings.teacher, store.server_model)
+            teacher.check_length(settings.data.row_length)
         tokenizer = load_tokenizer(settings.teacher, teacher)
         rows, held_out_rows = load_rows(settings.data, tokenizer, teacher)
         rows = shuffle_rows(rows, store.seed, settings.data.shuffle_buffer)
