@@ -21,7 +21,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from ..configuration_echoatt import EchoAttConfig, check_base_family
-from ..models.loading import _find_commit, _resolve, load_config
+from ..models.loading import find_origin, load_config
 from ..outputs.provenance import without_paths
 from ..settings import check_server_url
 
@@ -77,9 +77,8 @@ class ServedTeacher:
         self.url, self.config = url.rstrip("/"), load_config(teacher)
         if not isinstance(self.config, EchoAttConfig):
             check_base_family(self.config)
-        source = _resolve(teacher)
-        self.name_or_path, self.loaded_gguf_file = source.path, source.gguf_file
-        self.loaded_commit = _find_commit(source)
+        # As of a model that is loaded, see `load_model`.
+        self.name_or_path, self.loaded_commit, self.loaded_gguf_file = find_origin(teacher)
         is_local = _is_loopback(self.url)
         self._key = _read_key(self.url, is_local)
         if self.url.startswith("http:") and not is_local:
@@ -144,7 +143,7 @@ class ServedTeacher:
             self._stopped.set()  # ends the pauses of those that would try again
             raise
         finally:
-            pool.shutdown(wait=not self._stopped.is_set(), cancel_futures=True)
+            pool.shutdown(cancel_futures=True)
 
     def _ask(self, row: dict, top_k: int) -> Answer:
         """Log-probabilities `(T, k + 1)`, float16, and token ids `(T, k)`, the likeliest first, for a row `(T,)`."""

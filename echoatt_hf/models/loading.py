@@ -46,6 +46,7 @@ __all__ = [
     "BUILTIN_TEACHER",
     "builtin_teacher_path",
     "explain_hub_error",
+    "find_origin",
     "load_config",
     "load_folder",
     "load_json",
@@ -100,8 +101,22 @@ def load_model(name: str | Path, dtype: torch.dtype | str = torch.float32) -> Pr
     else:
         model = _load_gguf(name, config, dtype)
     # transformers does not keep them, and what the name stands for changes.
-    model.loaded_commit, model.loaded_gguf_file = _find_commit(source), source.gguf_file
+    _, model.loaded_commit, model.loaded_gguf_file = find_origin(name)
     return model
+
+
+def find_origin(name: str | Path) -> tuple[str, str | None, str | None]:
+    """
+    Where a model comes from, after its configuration was loaded.
+
+    Args:
+        name (`str` or `Path`): as for [`load_model`].
+
+    Returns:
+        `tuple`: its folder or repository, its commit if it is on the Hub, and its GGUF file if it is one.
+    """
+    source = _resolve(name)
+    return source.path, _find_commit(source), source.gguf_file
 
 
 def _load_gguf(name: str | Path, config: PreTrainedConfig, dtype: torch.dtype | str) -> PreTrainedModel:

@@ -63,7 +63,7 @@ class _Documents(NamedTuple):
 
 
 def load_rows(
-    settings: DataSettings, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel
+    settings: DataSettings, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel | ServedTeacher
 ) -> tuple[Dataset | IterableDataset, list[dict]]:
     """
     Rows to train on and rows to evaluate on.
@@ -71,7 +71,7 @@ def load_rows(
     Args:
         settings ([`DataSettings`]): which text, and how long a row is.
         tokenizer (`PreTrainedTokenizerBase`): the model's tokenizer.
-        model (`PreTrainedModel`): the model the rows are for, whose context they must fit.
+        model (`PreTrainedModel` or [`ServedTeacher`]): the model the rows are for, whose context they must fit.
 
     Returns:
         `tuple`: training rows, and held-out rows in a list.
