@@ -421,17 +421,27 @@ def test_wrong_answers_are_refused_later_too(tmp_path, server, workplace, tokeni
     assert len(list((tmp_path / "store").glob("shard-*"))) == 1
 
 
-def test_no_probability_at_all_is_a_number(tmp_path, server, workplace, tokenizer, rows):
-    """vLLM sends -9999 for minus infinity."""
-    certain = [0.0] + [-9999.0] * MOST_LOGPROBS
-    server.spoil = first_entries(
+def values(*logprobs):
+    return first_entries(
         lambda found: {
-            index: entry | {"logprob": value} for (index, entry), value in zip(found.items(), certain, strict=False)
+            index: entry | {"logprob": value}
+            for (index, entry), value in zip(found.items(), [*logprobs, -40.0], strict=False)
         }
     )
+
+
+SHARP = {
+    "certain": (values(0.0, *[-9999.0] * TOP_K), [0, -10000, -10000, -10000, -10000, -65504]),
+    "rounded above 1": (values(*[np.log(0.2) + 1e-7] * TOP_K), [*[-1.609] * TOP_K, np.log(2.0**-24)]),
+}
+"""vLLM sends -9999 for minus infinity; the rest is never less than rounding can tell, unless the top k say so."""
+
+
+@pytest.mark.parametrize("case", SHARP)
+def test_no_probability_at_all_is_a_number(tmp_path, server, workplace, tokenizer, rows, case):
+    server.spoil, expected = SHARP[case]
     write_served(tmp_path / "store", server, workplace, tokenizer, rows)
-    logprobs = StoredTeacher(tmp_path / "store")[0]["teacher_logprobs"]
-    assert np.isfinite(logprobs).all() and logprobs[0, :2].tolist() == [0, -9999 // 8 * 8]
+    assert StoredTeacher(tmp_path / "store")[0]["teacher_logprobs"][0] == pytest.approx(expected, rel=1e-3)
 
 
 def test_another_tokenizer_of_the_same_size_is_found_by_what_its_tokens_say(
@@ -504,7 +514,10 @@ BAD = {
     "other path": (["--server", "{root}"], "give an address such as"),
     "unknown model": (["--server-model", "huge"], "The server has no model 'huge': give one of 'tiny'"),
     "too many": (["--top-k", 21], "max allowed: 20): choose a smaller --top-k, or start it with more"),
-    "too long": (["--row-length", CONTEXT], "takes 63 and one more (max_model_len 64): choose --row-length 63"),
+    "too long": (
+        ["--row-length", CONTEXT, "--data", "nowhere"],
+        "takes 63 and one more (max_model_len 64): choose --row-length 63",
+    ),
     "dtype": (["--dtype", "float16"], "it is the server that loads the weights"),
     "password": (["--server", "http://me:secret@127.0.0.1/v1"], "server is an address with more than that"),
     "query": (["--server", "http://127.0.0.1/v1?api_key=secret"], "server is an address with more than that"),
@@ -519,7 +532,7 @@ def test_bad_input_is_one_line_and_nothing_is_written(tmp_path, server, run, cas
     changes, message = BAD[case]
     values = {"--server": server.url, **dict(zip(map(str, DATA[::2]), DATA[1::2], strict=True))}
     values |= {name: value for name, value in pairwise([*changes, ""]) if str(name).startswith("--")}
-    name = changes[2] if len(changes) > 2 else "teacher"
+    name = changes[2] if len(changes) == 3 else "teacher"
     options = [str(each).format(url=server.url, root=server.url[:-3]) for pair in values.items() for each in pair]
     result = run("store-teacher", name, *options, "--output", tmp_path / "out")
     assert result.exit_code == 2, result.output
