@@ -200,7 +200,9 @@ def _check_student(student: EchoAttForCausalLM, teacher: PreTrainedModel) -> Non
     if has_adapters:
         raise ValueError("The student has adapters in it: merge them into its weights (`merge_and_unload`).")
     if not isinstance(student, EchoAttForCausalLM):
-        raise ValueError(f"The student is a {type(student).__name__}, not an EchoAtt student: nothing can be put back.")
+        raise ValueError(
+            f"The student is a {type(student).__name__}, not an EchoAtt student: nothing can be put back."
+        )
     if not all(parameter.is_floating_point() for parameter in student.parameters()):
         raise ValueError("The student is quantized: put layers back into the one it was made from.")
     if not student.config.echo_layers:
