@@ -88,8 +88,8 @@ def put_back(
     if not 0 <= teacher_share <= 1:
         raise ValueError(f"teacher_share is {teacher_share}; it must be from 0 to 1.")
     larger = _put_back(student, teacher, layers, teacher_share)
-    for parameter in larger.parameters():
-        parameter.data = parameter.data.clone()
+    for tensor in (*larger.parameters(), *larger.buffers()):
+        tensor.data = tensor.data.clone()
     return larger.requires_grad_(True)
 
 
