@@ -38,6 +38,9 @@ from echoatt_hf.text.documents import load_documents, split_documents
 from echoatt_hf.text.rows import _Tokenize, collate_rows, draw_rows, pack_rows, slide_rows
 
 
+pytestmark = pytest.mark.once
+
+
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<s>"]
 TEMPLATE = (
     "{% if tools %}{{ '<|im_start|>tools\n' + tools | tojson + '<|im_end|>\n' }}{% endif %}"

@@ -14,7 +14,7 @@ from echoatt_hf import EchoAttForCausalLM
 pytest.importorskip("transformers.exporters", reason="this transformers has no exporters")
 
 # torch and transformers about each other
-pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+pytestmark = [pytest.mark.once, pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")]
 
 
 @pytest.fixture

@@ -21,6 +21,9 @@ from echoatt_hf.publishing import push as publishing
 from echoatt_hf.publishing.mlx import MLX_FAMILIES, MLX_FILE, add_mlx_file, check_mlx
 
 
+pytestmark = pytest.mark.once
+
+
 ROPE = {
     "linear": {"factor": 4.0},
     "dynamic": {"factor": 2.0},
