@@ -298,7 +298,7 @@ def _describe_training(report: dict) -> dict:
 def _describe_put_back(put_back: dict) -> str:
     layers, share = ", ".join(map(str, put_back["layers"])), put_back["teacher_share"]
     drawn = f", and the weights that both have were drawn {share:.1%} of the way to the teacher's" if share else ""
-    return f"After the distillation these layers of the teacher were put back, in this order: {layers}{drawn}."
+    return f"It is made of a smaller student, into which layers of the teacher were put back, in this order: {layers}{drawn}."
 
 
 def _describe_steps(steps: int, stage2_steps: int, tokens: int | None) -> str:
