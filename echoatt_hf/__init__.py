@@ -19,6 +19,7 @@ _MODULES = {
     "configuration_echoatt": ["EchoAttConfig"],
     "conversion.alignment": ["align_heads", "match_heads", "permute_heads"],
     "conversion.convert": ["ConversionReport", "convert"],
+    "conversion.putting_back": ["StudentSize", "find_sizes", "put_back"],
     "conversion.tuning": ["refit_outputs"],
     "distillation.adapters": ["add_lora", "merge_lora", "share_weights"],
     "distillation.served_teacher": ["ServedTeacher"],

@@ -365,7 +365,7 @@ class PlanSettings:
         None,
         "Most layers in a block, its source included, for 'effect' and 'similarity'; their number for 'spread' and 'paper'.",
     )
-    search_rows: int = setting(8, "With 'effect': rows on which a plan is measured.")
+    search_rows: int = setting(8, "With 'effect' and from a student: rows on which a plan is measured.")
     search_width: int = setting(8, "With 'effect': candidates measured for each echo layer but the first.")
 
     def __post_init__(self):

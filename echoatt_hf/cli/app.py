@@ -251,14 +251,31 @@ def convert(
     gguf_file: GgufFile = None,
     dtype: Dtype = "auto",
     similarity: Similarity = None,
+    from_student: Annotated[
+        str | None,
+        typer.Option(
+            help="Folder or repository of a distilled student of the teacher: layers of the teacher are put back into it, one "
+            "by one, and the one with the ratio is written."
+        ),
+    ] = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Make a student that inherits the teacher's weights, tuned to it but not trained."""
+    """Make a student that inherits the teacher's weights, tuned to it but not trained; or a larger one of a distilled one."""
     from ..conversion.convert import ConversionReport
+    from ..pipeline.sizes import convert_student
     from ..pipeline.steps import convert
+    from ..planning.sharing import SharingPlan
+    from ..publishing.card import format_table
 
     teacher = name_gguf_file(teacher, gguf_file)
     settings = CompressionSettings(teacher=teacher, plan=plan, calibration=calibration, data=data, dtype=dtype)
+    if from_student is not None:
+        if similarity is not None:
+            raise ValueError("similarity is given, but the student has its plan: leave it out.")
+        report = convert_student(settings, from_student, output, overwrite=overwrite)
+        print(f"{SharingPlan(report['plan']['echo_sources'])}\n")
+        print(f"{format_table(report['put_back']['sizes'])}\n\nwritten to {output}")
+        return
     report = convert(settings, output, similarity=similarity, overwrite=overwrite)
     print(f"{ConversionReport(**report)}\n\nwritten to {output}")
 

@@ -594,10 +594,11 @@ def write_student(
     report: dict,
     dtype: torch.dtype,
     state_dict: dict | None = None,
+    name: str | None = None,
 ) -> None:
     """
     Write a student in a type of its weights, with its tokenizer, report, plan and model card. Where the model has parts of
-    the weights only, `state_dict` are all of them.
+    the weights only, `state_dict` are all of them. `name` is what the folder will be called, if it is not called so yet.
     """
     if state_dict is None:
         cast_weights(student, dtype)
@@ -613,7 +614,7 @@ def write_student(
     tokenizer.save_pretrained(folder)
     write_whole(folder / "sharing_plan.json", json.dumps(report["plan"], indent=2) + "\n")
     write_whole(folder / "report.json", json.dumps(report, indent=2) + "\n")
-    write_model_card(folder)
+    write_model_card(folder, name=name)
 
 
 @dataclass(frozen=True)

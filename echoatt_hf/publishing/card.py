@@ -243,13 +243,18 @@ def _describe_start(report: dict, conversion: dict) -> list[str]:
     return sentences
 
 
+def _settings_of(report: dict) -> dict:
+    """Settings of the run that a report is of: a distillation, or what put layers back after it."""
+    return report["put_back"]["settings"] if "put_back" in report else report["settings"]
+
+
 def _describe_results(report: dict, zero_shot: dict) -> dict:
     facts = {}
     if report.get("results"):
         facts = {
             "results": format_table(report["results"]),
             "held_out_tokens": f"{report['results'][0]['tokens']:,}",
-            "row_length": report["settings"]["data"]["row_length"],
+            "row_length": _settings_of(report)["data"]["row_length"],
             "data": " and ".join(report.get("data", {}).get("names", [])) or "the text",
             "is_compared": "kl" in report["results"][0],
         }
@@ -284,7 +289,16 @@ def _describe_training(report: dict) -> dict:
         facts["stored"] = report["settings"].get("stored_teacher")
     elif report.get("steps"):
         facts["steps"] = _describe_steps(report["steps"], report.get("stage2_steps", 0), report.get("tokens"))
+    if "put_back" in report:
+        facts["put_back"] = _describe_put_back(report["put_back"])
+        facts["command"] = _command(report["put_back"]["settings"])
     return facts
+
+
+def _describe_put_back(put_back: dict) -> str:
+    layers, share = ", ".join(map(str, put_back["layers"])), put_back["teacher_share"]
+    drawn = f", and the weights that both have were drawn {share:.1%} of the way to the teacher's" if share else ""
+    return f"It is made of a smaller student, into which layers of the teacher were put back, in this order: {layers}{drawn}."
 
 
 def _describe_steps(steps: int, stage2_steps: int, tokens: int | None) -> str:
@@ -296,6 +310,8 @@ def _describe_steps(steps: int, stage2_steps: int, tokens: int | None) -> str:
 def _command(settings: dict) -> str:
     """The command that makes the student, with what differs from its defaults. Of local paths the last part is known."""
     words = ["echoatt", "compress", settings["teacher"]]
+    if "from_student" in settings:
+        words = ["echoatt", "convert", settings["teacher"], "--from-student", settings["from_student"]]
     if "student" in settings:
         words = ["echoatt", "distill", settings["student"]]
         words += ["--teacher", settings["teacher"]] if settings["teacher"] else []
