@@ -24,6 +24,9 @@ from echoatt_hf.models.predictions import compare_predictions
 from echoatt_hf.publishing.card import find_gaps
 
 
+pytestmark = pytest.mark.once
+
+
 PLAN = [0, 1, 1, 1, 0]
 
 
