@@ -480,7 +480,7 @@ REFUSED = {
     "no folder": (shutil.rmtree, "no config.json", None),
     "a gap in the card": (
         lambda folder: write_card(folder, "More information needed\n"),
-        "README.md, line 95, holds something that is left open, 'More information needed'",
+        "README.md, line 96, holds something that is left open, 'More information needed'",
         None,
     ),
     "None in the card": (lambda folder: write_card(folder, "by None\n"), "'None'", None),
