@@ -12,9 +12,11 @@ os.environ["HF_DATASETS_CACHE"] = _CACHE.name
 import copy  # noqa: E402
 import gc  # noqa: E402
 import logging  # noqa: E402
+import re  # noqa: E402
 from pathlib import Path  # noqa: E402
 from types import SimpleNamespace  # noqa: E402
 
+import datasets  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 from _pytest.mark.expression import Expression  # noqa: E402
@@ -109,8 +111,13 @@ MARKS_OF_UPSTREAM = ("accelerate_tests", "bitsandbytes", "order", "slow", "torch
 MARKS_OF_UPSTREAM += ("flash_attn_test", "flash_attn_3_test", "flash_attn_4_test", "all_flash_attn_test")
 
 
+def names_mark(expression: str, name: str) -> bool:
+    """Whether an expression of `-m` names a mark."""
+    return name in re.findall(r"\w+", expression)
+
+
 def asks_for_upstream(config) -> bool:
-    return "upstream" in config.option.markexpr.split()
+    return names_mark(config.option.markexpr, "upstream")
 
 
 def pytest_ignore_collect(collection_path, config):
@@ -131,7 +138,7 @@ def is_left_out(name: str, expression: str) -> bool:
     so that pytest selects by it, or asks for other marked tests, and does not only leave some out, as `not readme` does.
     """
     only_leaves_out = Expression.compile(expression or "not any").evaluate(lambda *_, **__: False)
-    return only_leaves_out and name not in expression.replace("(", " ").replace(")", " ").split()
+    return only_leaves_out and not names_mark(expression, name)
 
 
 def pytest_collection_modifyitems(config, items):
@@ -142,7 +149,7 @@ def pytest_collection_modifyitems(config, items):
             for item in items:
                 if item.get_closest_marker(name):
                     item.add_marker(pytest.mark.skip(reason=f"{name}: ask for it with -m {name}"))
-    if "families" not in expression:
+    if not names_mark(expression, "families"):
         left_out = {item for item in items if item.get_closest_marker("families") and not is_always_run(item)}
         config.hook.pytest_deselected(items=list(left_out))
         items[:] = [item for item in items if item not in left_out]
@@ -211,6 +218,12 @@ def stories260k() -> Path:
     if not (folder / "model.safetensors").exists():
         pytest.skip("the weights of stories260k are not here")
     return folder
+
+
+@pytest.fixture
+def own_datasets_cache(tmp_path_factory, monkeypatch):
+    """Rows that no other test has packed."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("datasets-cache"))
 
 
 @pytest.fixture

@@ -38,7 +38,7 @@ from echoatt_hf.text.documents import load_documents, split_documents
 from echoatt_hf.text.rows import _Tokenize, collate_rows, draw_rows, pack_rows, slide_rows
 
 
-pytestmark = pytest.mark.once
+pytestmark = [pytest.mark.once, pytest.mark.usefixtures("own_datasets_cache")]
 
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<s>"]
@@ -80,11 +80,6 @@ def make_tokenizer(template: str | None = BY_PREFIX, bos: bool = False) -> PreTr
         tokenizer_object=backend, eos_token="<|im_end|>", bos_token="<s>", pad_token="<|endoftext|>",
         chat_template=template,
     )  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def own_datasets_cache(tmp_path_factory, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("datasets-cache"))
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,6 @@ import sysconfig
 import warnings
 from pathlib import Path
 
-import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -30,7 +29,7 @@ from echoatt_hf.text.documents import STDLIB, load_documents, split_documents
 from echoatt_hf.text.rows import collate_rows, draw_rows, mix_rows, pack_rows, shuffle_rows, stack_rows
 
 
-pytestmark = pytest.mark.once
+pytestmark = [pytest.mark.once, pytest.mark.usefixtures("own_datasets_cache")]
 
 TEXTS = [
     "A first story.\nIt has two lines.",
@@ -48,11 +47,6 @@ def make_tokenizer(bos: bool = False, eos: bool = True, **options) -> PreTrained
         )
     special = {"bos_token": BOS} | ({"eos_token": EOS} if eos else {})
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=16, **special, **options)
-
-
-@pytest.fixture(autouse=True)
-def own_datasets_cache(tmp_path_factory, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("datasets-cache"))
 
 
 @pytest.fixture(scope="module")
