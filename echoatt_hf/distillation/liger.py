@@ -5,7 +5,8 @@ import os
 import torch
 from transformers.utils import is_liger_kernel_available
 
-from .losses import IGNORED_LABEL, LogitLosses, NextTokenLoss, TeacherDivergence, next_tokens
+from ..text.rows import IGNORED
+from .losses import LogitLosses, NextTokenLoss, TeacherDivergence, next_tokens
 
 
 __all__ = ["liger_loss"]
@@ -39,7 +40,7 @@ def liger_loss(
     for loss in losses.losses.values():
         if isinstance(loss, NextTokenLoss):
             cross_entropy = LigerFusedLinearCrossEntropyLoss(
-                ignore_index=IGNORED_LABEL,
+                ignore_index=IGNORED,
                 reduction="sum",
                 label_smoothing=loss.label_smoothing,
                 accum_dtype=torch.float32,
@@ -47,11 +48,9 @@ def liger_loss(
             sums.append(cross_entropy(weight, states, targets))
         elif isinstance(loss, TeacherDivergence) and _has_rows(loss.teacher_logits, len(weight)):
             teacher, temperature = loss.teacher_logits, loss.temperature
-            divergence = LigerFusedLinearJSD(
-                _BETAS[loss.divergence], IGNORED_LABEL, temperature, accum_dtype=torch.float32
-            )
+            divergence = LigerFusedLinearJSD(_BETAS[loss.divergence], IGNORED, temperature, accum_dtype=torch.float32)
             mean = divergence(states, weight, teacher.states, teacher.plain_weight, targets)
-            sums.append(mean * (targets != IGNORED_LABEL).sum() * temperature**2)
+            sums.append(mean * (targets != IGNORED).sum() * temperature**2)
         else:
             return None
     parts = torch.stack(sums) / losses.num_tokens

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 
 from ..models.heads import token_chunks
 from ..settings import DIVERGENCES, HIDDEN_DISTANCES
+from ..text.rows import IGNORED
 
 
 __all__ = [
@@ -40,9 +41,8 @@ __all__ = [
     "target_mask",
 ]
 
-IGNORED_LABEL = -100
 # A probability of 0 has no finite logarithm; the lowest float16 gives 0 as well.
-_NO_PROBABILITY = torch.finfo(torch.float16).min
+NO_PROBABILITY = torch.finfo(torch.float16).min
 
 # Logits `(N, V)` and which tokens of the flattened batch they are of -> losses of the tokens `(N,)`.
 TokenLoss = Callable[[torch.Tensor, slice], torch.Tensor]
@@ -58,7 +58,7 @@ def target_mask(labels: torch.Tensor) -> torch.Tensor:
     Returns:
         `torch.Tensor` of shape `(B, T)`, bool: True where the next label is a token. The last position never is.
     """
-    return next_tokens(labels) != IGNORED_LABEL
+    return next_tokens(labels) != IGNORED
 
 
 def next_tokens(labels: torch.Tensor) -> torch.Tensor:
@@ -71,7 +71,7 @@ def next_tokens(labels: torch.Tensor) -> torch.Tensor:
     Returns:
         `torch.Tensor` of shape `(B, T)`: the next label, -100 at the last position.
     """
-    return F.pad(labels[:, 1:], (0, 1), value=IGNORED_LABEL)
+    return F.pad(labels[:, 1:], (0, 1), value=IGNORED)
 
 
 def forward_kl(student_logits: torch.Tensor, teacher_log_probs: torch.Tensor) -> torch.Tensor:
@@ -164,8 +164,8 @@ def divergence_from_stored(
         ids, expected = token_ids[tokens].to(logits.device), log_probs[tokens].to(logits.device)
         if vocab_size not in (None, logits.shape[-1]):
             # A negative padding cuts. What the student does not have gets no probability from either.
-            expected = expected.masked_fill(F.pad(ids >= logits.shape[-1], (0, 1)), _NO_PROBABILITY)
-            logits = F.pad(_upcast(logits), (0, vocab_size - logits.shape[-1]), value=_NO_PROBABILITY)
+            expected = expected.masked_fill(F.pad(ids >= logits.shape[-1], (0, 1)), NO_PROBABILITY)
+            logits = F.pad(_upcast(logits), (0, vocab_size - logits.shape[-1]), value=NO_PROBABILITY)
         # Rounded to 16 bits they do not add up to 1 any more.
         return _DIVERGENCES[divergence](merge_rest(logits, ids), _log_probs(expected))
 
@@ -254,7 +254,7 @@ class NextTokenLoss:
         return F.cross_entropy(
             _upcast(logits),
             expected,
-            ignore_index=IGNORED_LABEL,
+            ignore_index=IGNORED,
             reduction="none",
             label_smoothing=self.label_smoothing,
         )
@@ -416,7 +416,7 @@ def keep_top(logits: torch.Tensor, top_k: int) -> tuple[torch.Tensor, torch.Tens
     """
     log_probs = _log_probs(logits)
     token_ids = log_probs.topk(top_k).indices
-    return merge_rest(log_probs, token_ids).clamp_min(_NO_PROBABILITY).half(), token_ids
+    return merge_rest(log_probs, token_ids).clamp_min(NO_PROBABILITY).half(), token_ids
 
 
 def relative_distance(

@@ -17,13 +17,13 @@ from urllib.parse import urlsplit
 from urllib.request import HTTPRedirectHandler, ProxyHandler, Request, build_opener
 
 import numpy as np
-import torch
 from transformers import PreTrainedTokenizerBase
 
 from ..configuration_echoatt import EchoAttConfig, check_base_family
 from ..models.loading import find_origin, load_config
 from ..outputs.provenance import without_paths
 from ..settings import check_server_url
+from .losses import NO_PROBABILITY
 
 
 __all__ = ["API_KEY", "ServedTeacher"]
@@ -39,7 +39,6 @@ ATTEMPTS, FIRST_DELAY_S, MOST_DELAY_S = 6, 1.0, 30.0
 TIMEOUT_S = 600
 """How long an answer may be silent."""
 
-NO_PROBABILITY = torch.finfo(torch.float16).min
 LEAST_REST = 2.0**-24
 """What float32 cannot tell from nothing beside 1."""
 

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Iterable, Iterator, Sized
 from dataclasses import dataclass, replace
-from itertools import islice
 
 import numpy as np
 import torch
@@ -13,16 +12,13 @@ from accelerate.utils import reduce
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from ..text.rows import SCORED, TARGET_MASKS, collate_rows, stack_rows
+from ..text.rows import IGNORED, SCORED, TARGET_MASKS, collate_rows, in_batches, stack_rows
 from .devices import explained_memory_errors, processes
 from .heads import HeadLogits, OutputHead, predict
 from .inference import inference
 
 
 __all__ = ["Predictions", "compare_predictions", "position_ranges", "score_tokens", "sum_predictions"]
-
-
-_NO_TARGET = -100
 
 
 @dataclass(frozen=True)
@@ -82,7 +78,7 @@ def compare_predictions(
     if is_divided:
         batches = _share(list(rows), batch_size, together)
     else:
-        batches = ((batch, True) for batch in _batch(rows, batch_size))
+        batches = ((batch, True) for batch in in_batches(rows, batch_size))
     count = math.ceil(len(rows) / batch_size) if isinstance(rows, Sized) and not is_divided else None
     sums = torch.zeros(2 + position_buckets, 4, dtype=torch.float64)  # of the groups of `_group_tokens`
     models = [model] if teacher is None or teacher is model else [model, teacher]
@@ -144,7 +140,7 @@ def _group_tokens(rows: list[dict], position_buckets: int) -> list[torch.Tensor]
         if name in rows[0]:
             scored &= torch.from_numpy(np.asarray([row[name] for row in rows]) != 0)
     places = batch["position_ids"] if "position_ids" in batch else torch.arange(shape[1]).expand(shape)
-    groups = [scored, scored & (batch["labels"] != _NO_TARGET)]
+    groups = [scored, scored & (batch["labels"] != IGNORED)]
     groups += [
         scored & (begin <= places) & (places <= end)
         for begin, end in (position_ranges(shape[1], position_buckets) if position_buckets else ())
@@ -153,19 +149,13 @@ def _group_tokens(rows: list[dict], position_buckets: int) -> list[torch.Tensor]
     return [F.pad(group[:, 1:], (0, 1)) for group in groups]
 
 
-def _batch(rows: Iterable[dict], batch_size: int) -> Iterator[list[dict]]:
-    iterator = iter(rows)
-    while batch := list(islice(iterator, batch_size)):
-        yield batch
-
-
 def _share(rows: list[dict], batch_size: int, together: PartialState) -> Iterator[tuple[list[dict], bool]]:
     """
     The batches of one of the processes, and whether they count. All processes have as many, as each may have a part of the
     model only, and all of them are needed in each forward pass: one without rows of its own takes one that does not count.
     """
     number = together.num_processes
-    own = _batch(rows[together.process_index :: number], batch_size)
+    own = in_batches(rows[together.process_index :: number], batch_size)
     for _ in range(math.ceil(math.ceil(len(rows) / number) / batch_size)):
         batch = next(own, None)
         yield (rows[:1], False) if batch is None else (batch, True)
@@ -190,7 +180,7 @@ def score_tokens(logits: HeadLogits, teacher_logits: HeadLogits | None, input_id
         `torch.Tensor` of shape `(3, B, T)`, float64, on the CPU, in nats and tokens, at the positions that predict; 0 at the
         last one, and the last two are 0 without a teacher.
     """
-    targets = F.pad(input_ids[:, 1:], (0, 1), value=_NO_TARGET).flatten()
+    targets = F.pad(input_ids[:, 1:], (0, 1), value=IGNORED).flatten()
     scores = []
     for tokens in logits.chunks():
         found, expected = logits(tokens), None
@@ -204,7 +194,7 @@ def score_tokens(logits: HeadLogits, teacher_logits: HeadLogits | None, input_id
 def _score_chunk(logits: torch.Tensor, targets: torch.Tensor, teacher_logits: torch.Tensor | None) -> torch.Tensor:
     """Scores of some tokens, `(3, N)`. Logits `(N, V)` and `(N, W)`."""
     log_probs = F.log_softmax(logits.float(), dim=-1)
-    nll = F.nll_loss(log_probs, targets, ignore_index=_NO_TARGET, reduction="none")
+    nll = F.nll_loss(log_probs, targets, ignore_index=IGNORED, reduction="none")
     kl = same = torch.zeros_like(nll)
     if teacher_logits is not None:
         if logits.shape != teacher_logits.shape:
@@ -212,7 +202,7 @@ def _score_chunk(logits: torch.Tensor, targets: torch.Tensor, teacher_logits: to
             logits, teacher_logits = logits[:, :common], teacher_logits[:, :common]
             log_probs = F.log_softmax(logits.float(), dim=-1)
         teacher_log_probs = F.log_softmax(teacher_logits.float(), dim=-1)
-        has_target = targets != _NO_TARGET
+        has_target = targets != IGNORED
         of_tokens = F.kl_div(log_probs, teacher_log_probs, log_target=True, reduction="none").sum(-1)
         kl = of_tokens.masked_fill(~has_target, 0.0)
         same = ((logits.argmax(-1) == teacher_logits.argmax(-1)) & has_target).to(nll.dtype)

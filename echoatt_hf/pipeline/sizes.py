@@ -127,11 +127,8 @@ def _evaluate(
     rows: list[dict],
     tokenizer: PreTrainedTokenizerBase,
 ) -> dict:
-    model, echoes = (
-        put_back(student, teacher, size.layers, size.teacher_share),
-        len(SharingPlan(size.echo_sources).echo_layers),
-    )
-    ratio = echoes / len(size.echo_sources)
+    model = put_back(student, teacher, size.layers, size.teacher_share)
+    ratio = len(SharingPlan(size.echo_sources).echo_layers) / len(size.echo_sources)
     result = evaluate_model(model, rows, teacher=teacher, tokenizer=tokenizer, description=f"evaluate {ratio:.2f}")
     counts = {"parameters": model.num_parameters(), "kv_bytes_per_token": count_kv_bytes_per_token(model)}
     measured = {"calibration_kl": size.kl, **{name: value for name, value in size.to_dict().items() if name != "kl"}}

@@ -398,9 +398,14 @@ def stack_rows(rows: list[dict]) -> BatchEncoding:
 
 def batch_rows(rows: Iterable[dict], batch_size: int) -> Iterator[BatchEncoding]:
     """What a model takes of packed rows, `(B, T)` each, `batch_size` rows at a time."""
+    return map(stack_rows, in_batches(rows, batch_size))
+
+
+def in_batches(rows: Iterable[dict], batch_size: int) -> Iterator[list[dict]]:
+    """The rows, `batch_size` at a time."""
     iterator = iter(rows)
     while batch := list(islice(iterator, batch_size)):
-        yield stack_rows(batch)
+        yield batch
 
 
 def iterate_table(data: Dataset | IterableDataset, batch_size: int = 16) -> Iterator[dict]:
