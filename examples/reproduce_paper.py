@@ -133,6 +133,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     add("--eval-steps", type=int, default=25, help="steps between the points of the curve")
     add("--save-steps", type=int, default=100, help="steps between checkpoints")
+    add("--dtype", default="float32", help="type of the weights; with bfloat16 training computes in it too")
     add("--seed", type=int, default=0, help="seed of the order of rows and of dropout")
     add("--other-text", type=named_path, action="append", default=[], help="NAME=FILE of text for perplexity")
     add("--task", type=named_path, action="append", default=[], help="NAME=FILE or FOLDER of a zero-shot task")
@@ -247,6 +248,7 @@ def list_ablation(arguments: argparse.Namespace) -> list[Run]:
 def training_settings(arguments: argparse.Namespace, **changes) -> DistillationSettings:
     names = ("steps", "learning_rate", "batch_size", "accumulation_steps", "warmup_steps", "save_steps", "eval_steps")
     values = {name: getattr(arguments, name) for name in (*names, "seed")}
+    values["bf16"] = arguments.dtype == "bfloat16"
     return DistillationSettings(**(values | changes))
 
 
@@ -274,7 +276,10 @@ class Study:
 
     @cached_property
     def teacher(self) -> PreTrainedModel:
-        return load_model(self._arguments.teacher).to(default_device())
+        return self._load(self._arguments.teacher)
+
+    def _load(self, name: str | Path) -> PreTrainedModel:
+        return load_model(name, self._arguments.dtype).to(default_device())
 
     @cached_property
     def tokenizer(self):
@@ -326,6 +331,7 @@ class Study:
     def _settings(self, run: Run | None) -> str:
         settings = {"teacher": self._arguments.teacher, "data": asdict(self._data)}
         settings["calibration_rows"] = self._calibration.calibration_rows
+        settings["dtype"] = self._arguments.dtype
         if run is not None:
             settings |= {"ratio": run.ratio, "start": asdict(run.start)}
             settings["distillation"] = asdict(run.distillation) if run.distillation is not None else None
@@ -382,7 +388,7 @@ class Study:
             facts["calibration_kl"] = report.kl
         self._save(run, student, facts, folder)
         if start.kind == "layer dropping":
-            check_same_model(student, load_model(folder).to(student.device))
+            check_same_model(student, self._load(folder))
 
     def _plan(self, run: Run) -> SharingPlan:
         if run.start.plan.startswith("random"):
@@ -412,7 +418,7 @@ class Study:
         return None
 
     def _share_keys_values(self, sources: Iterable[int]) -> PreTrainedModel:
-        return share_keys_values(load_model(self._arguments.teacher).to(default_device()), list(sources))
+        return share_keys_values(self._load(self._arguments.teacher), list(sources))
 
     def _save(self, run: Run, student: PreTrainedModel, facts: dict, folder: Path) -> None:
         if run.start.kind == "KV sharing":  # no architecture of transformers: weights alone
@@ -430,7 +436,7 @@ class Study:
         """Load the student of a run."""
         folder = self._output / run.folder / "student"
         if run.start.kind != "KV sharing":
-            return load_model(folder).to(default_device())
+            return self._load(folder)
         student = self._share_keys_values(self.read_facts(run)["plan"])
         load_weights(student, str(folder / "model.safetensors"))
         return student
