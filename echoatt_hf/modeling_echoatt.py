@@ -348,6 +348,10 @@ def _leave_empty(layer: int, kwargs: dict[str, Any]) -> dict[str, Any]:
 
 
 class OwnAttention:
+    """The attention of a layer that a plan changes."""
+
+
+class MixedAttention(OwnAttention):
     """A forward pass of ours, mixed into the family's own attention class."""
 
     def __reduce__(self):
@@ -355,7 +359,7 @@ class OwnAttention:
         return _rebuild_attention, type(self).__bases__, self.__dict__
 
 
-class EchoAttention(OwnAttention):
+class EchoAttention(MixedAttention):
     """
     Forward pass of an echo layer's attention, mixed into the family's own attention class.
 
@@ -393,7 +397,7 @@ class EchoAttention(OwnAttention):
         return output, weights
 
 
-class KVAttention(OwnAttention):
+class KVAttention(MixedAttention):
     """
     Forward pass of the attention of a layer that uses the keys and values of another, mixed into the family's own attention
     class: the family's, without a cache, which has nothing of this layer, and without projections of keys and values.
@@ -403,7 +407,7 @@ class KVAttention(OwnAttention):
         return super().forward(hidden_states, *args, **_leave_empty(self.layer_idx, kwargs))
 
 
-class SkippedAttention(OwnAttention):
+class SkippedAttention(OwnAttention, nn.Module):
     """What is left of the attention of a layer without attention: a constant that it puts out for every token."""
 
     def forward(self, hidden_states: torch.Tensor, *args, **kwargs) -> AttentionOutput:
@@ -423,36 +427,40 @@ def _rebuild_attention(own: type, attention_class: type[nn.Module]) -> nn.Module
     return mixed.__new__(mixed)
 
 
-class NoProjection(nn.Module):
-    """In the place of a projection of keys or values that is not needed: zeros, which nobody reads."""
+class NoProjection:
+    """
+    In the place of a projection of keys or values that is not needed: zeros, which nobody reads. It is no module, so that
+    tools that go by the names of modules, as for adapters, do not find one.
+    """
 
     def __init__(self, features: int):
-        super().__init__()
         self.out_features = features
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+    def __call__(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return hidden_states.new_zeros(*hidden_states.shape[:-1], self.out_features)
 
 
-class QueryProjection(nn.Linear):
+class FusedQueries:
     """
-    In the place of a fused projection: that of the queries, and zeros for keys and values.
+    In the place of a fused projection: the queries of `q_proj` of the same attention, and zeros for keys and values. It is no
+    module either.
 
     Args:
-        parts (`int`): 1 where keys and values follow all queries; 3 where each head has its query, key and value.
+        attention (`nn.Module`): the attention module.
         features (`int`): of the fused projection.
+        parts (`int`): 1 where keys and values follow all queries, 3 where each head has its query, key and value.
     """
 
-    def __init__(self, inputs: int, queries: int, features: int, head_dim: int, parts: int, **kwargs):
-        super().__init__(inputs, queries, **kwargs)
-        self.fused_features, self.head_dim, self.parts = features, head_dim, parts
+    def __init__(self, attention: nn.Module, features: int, parts: int):
+        self.attention, self.features, self.parts = attention, features, parts
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        queries = super().forward(hidden_states)  # (B, T, H · D)
+    def __call__(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        queries = self.attention.q_proj(hidden_states)  # (B, T, H · D)
         if self.parts == 1:
-            return nn.functional.pad(queries, (0, self.fused_features - self.out_features))
-        by_head = queries.unflatten(-1, (-1, self.head_dim))  # (B, T, H, D)
-        return nn.functional.pad(by_head, (0, (self.parts - 1) * self.head_dim)).flatten(-2)
+            return nn.functional.pad(queries, (0, self.features - queries.shape[-1]))
+        head_dim = get_head_dim(self.attention)
+        by_head = queries.unflatten(-1, (-1, head_dim))  # (B, T, H, D)
+        return nn.functional.pad(by_head, (0, (self.parts - 1) * head_dim)).flatten(-2)
 
 
 def find_eager_attention(attention: nn.Module) -> Callable | None:
@@ -578,6 +586,7 @@ def _make_kv(attention: nn.Module, source: int, config: EchoAttConfig) -> None:
     for name in ("k_proj", "v_proj"):
         if hasattr(attention, name):
             attention.kv_features = getattr(attention, name).out_features
+            delattr(attention, name)
             setattr(attention, name, NoProjection(attention.kv_features))
     for name, kept in find_fused_modules(attention).items():
         if name != "q_proj":  # queries and gates are its own
@@ -585,12 +594,10 @@ def _make_kv(attention: nn.Module, source: int, config: EchoAttConfig) -> None:
             fused = getattr(attention, name)
             is_conv = isinstance(fused, Conv1D)
             inputs, features = (fused.nx, fused.nf) if is_conv else (fused.in_features, fused.out_features)
-            like = {"device": fused.weight.device, "dtype": fused.weight.dtype, "bias": fused.bias is not None}
-            parts = 3 if name == "query_key_value" else 1
-            queries = features - 2 * kept
-            setattr(
-                attention, name, QueryProjection(inputs, queries, features, get_head_dim(attention), parts, **like)
-            )
+            like = {"device": fused.weight.device, "dtype": fused.weight.dtype}
+            delattr(attention, name)
+            attention.q_proj = nn.Linear(inputs, features - 2 * kept, fused.bias is not None, **like)
+            setattr(attention, name, FusedQueries(attention, features, 3 if name == "query_key_value" else 1))
     for name in _KEY_NORMS:
         if isinstance(getattr(attention, name, None), nn.Module):
             setattr(attention, name, nn.Identity())
@@ -605,7 +612,7 @@ def _make_skipped(attention: nn.Module, source: None, config: EchoAttConfig) -> 
     like = {"device": output.weight.device, "dtype": output.weight.dtype}
     _remove(attention, KNOWN_MODULES)
     attention.constant = nn.Parameter(torch.zeros(features, **like))
-    attention.__class__ = _mix_in(SkippedAttention, type(attention))
+    attention.__class__ = SkippedAttention  # not of the family, which may look for what is gone
 
 
 class EchoAttPreTrainedModel(PreTrainedModel):

@@ -146,12 +146,10 @@ def convert(
     names = [name for name, _ in teacher.named_parameters()]
     missing = [name for name in names if name not in inherited]
     new = inherited.keys() - set(names)
-    cut = [name for name in missing if _name_of_kept(name) in new]
-    # Of these a part is kept under the same name.
-    cut += [name for name, each in teacher.named_parameters() if each.shape != inherited.get(name, each).shape]
+    cut = [name for name in missing if _names_of_kept(name) & new]
     report = ConversionReport(
         layer_plan=list(plan),
-        copied=[name for name in names if name in inherited and name not in cut],
+        copied=[name for name in names if name in inherited],
         cut=cut,
         dropped=[name for name in missing if name not in cut],
         teacher_parameters=teacher.num_parameters(),
@@ -214,10 +212,10 @@ def _name_in_teacher(
         yield name, parameter
 
 
-def _name_of_kept(name: str) -> str:
-    """Name of the parameter that an echo layer keeps of a fused one."""
+def _names_of_kept(name: str) -> set[str]:
+    """Names of the parameters that a layer may keep of a fused one."""
     *path, module, parameter = name.split(".")
-    return ".".join([*path, FUSED_MODULES.get(module, module), parameter])
+    return {".".join([*path, kept, parameter]) for kept in ("q_proj", FUSED_MODULES.get(module, module))}
 
 
 def _name_modules(parameters: list[str]) -> str:

@@ -133,35 +133,23 @@ def _inherited_state(
         for name, tensor in teacher.state_dict().items()
         if name in inherited
     }
-    names = {module: name for name, module in teacher.named_modules()}
-    config, changed = student.config, {}
-    attentions = find_attention_modules(teacher) if config.plan != [*range(len(config.plan))] else {}
-    for layer, (move, _) in enumerate(read_layer_plan(config.plan)):
-        if move in ("echo", "kv"):
-            for fused in find_fused_modules(attentions[layer]):
-                if move == "echo":
-                    changed |= _name_parameters(
-                        FUSED_MODULES[fused], _kept_parameters(attentions[layer], fused), names[attentions[layer]]
-                    )
-                elif fused != "q_proj":  # queries and gates are its own
-                    changed |= _name_parameters(
-                        fused, _kept_parameters(attentions[layer], fused, "query"), names[attentions[layer]]
-                    )
-        elif move == "skip attention":
-            weight = find_output_projection(attentions[layer]).weight
-            constant = weight.new_zeros(inherited[f"{names[attentions[layer]]}.constant"].shape)
-            state[f"{names[attentions[layer]]}.constant"] = constant
-    for name, tensor in changed.items():
-        kept = tensor.detach() if share_weights else tensor.detach().clone()
-        state[name] = kept.contiguous()
+    names, plan = {module: name for name, module in teacher.named_modules()}, SharingPlan(student.config.plan)
+    attentions = find_attention_modules(teacher) if plan.changed_layers else {}
+    for layer in (*plan.echo_layers, *plan.kv_layers):
+        attention = attentions[layer]
+        for fused in find_fused_modules(attention):
+            what, kept = ("value", FUSED_MODULES[fused]) if layer in plan.echo_layers else ("query", "q_proj")
+            if (what, fused) != ("query", "q_proj"):  # queries and gates are a layer's own
+                for key, tensor in _kept_parameters(attention, fused, what).items():
+                    tensor = tensor.detach() if share_weights else tensor.detach().clone()
+                    state[f"{names[attention]}.{kept}.{key}"] = tensor.contiguous()
+    for attention in (attentions[layer] for layer in plan.layers_without_attention):
+        name = f"{names[attention]}.constant"
+        state[name] = find_output_projection(attention).weight.new_zeros(inherited[name].shape)
     return state
 
 
-def _name_parameters(module: str, parameters: dict[str, torch.Tensor], attention: str) -> dict[str, torch.Tensor]:
-    return {f"{attention}.{module}.{key}": tensor for key, tensor in parameters.items()}
-
-
-def _kept_parameters(attention: nn.Module, name: str, what: str = "value") -> dict[str, torch.Tensor]:
+def _kept_parameters(attention: nn.Module, name: str, what: str) -> dict[str, torch.Tensor]:
     """
     Weight `(features, hidden size)` and bias of a part of the fused projection `name`: of what an echo layer keeps of it, or
     of the queries.
