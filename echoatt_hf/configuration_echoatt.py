@@ -19,33 +19,36 @@ ECHO_DECODES = ("auto", "weights", "replay")
 TYPES_WITHOUT_ATTENTION = ("linear_attention", "conv", "mamba", "moe")
 
 
+def read_entry(layer: int, entry: int | str) -> tuple[str, int | None] | None:
+    """
+    What a layer does by its entry in a plan, as `(move, source)`; `None` if it is no entry.
+
+    A number is the layer's own where it stays as it is, `("plain", None)`, and that of its source where it echoes, `("echo",
+    source)`. Else it is one of `"kv N"`, `("kv", N)`, `"skip attention"` and `"drop"`, which have no source.
+    """
+    if isinstance(entry, int) and not isinstance(entry, bool):
+        return ("plain", None) if entry == layer else ("echo", entry)
+    if entry in ("skip attention", "drop"):
+        return entry, None
+    shared = re.fullmatch(r"kv (\d+)", entry) if isinstance(entry, str) else None
+    return ("kv", int(shared[1])) if shared else None
+
+
 def read_layer_plan(layer_plan: Sequence[int | str]) -> list[tuple[str, int | None]]:
     """
-    What each layer of a plan does, as `(move, source)`.
-
-    An entry is a number, the layer's own where it stays as it is, `("plain", None)`, and that of its source where it
-    echoes, `("echo", source)`; or one of `"kv N"`, `("kv", N)`, `"skip attention"` and `"drop"`. Numbers that fit no layer
-    are left to [`check_layer_plan`].
+    What each layer of a plan does, see [`read_entry`]. Whether the sources are possible is left to [`check_layer_plan`].
 
     Raises:
-        `ValueError`: the plan is no list, or an entry is none of these.
+        `ValueError`: the plan is no list, or has something else in it.
     """
     if not isinstance(layer_plan, (list, tuple)):
         raise ValueError(f"echo_sources is {layer_plan!r}; it must be a list of layer indices, one for each layer.")
-    moves = []
-    for layer, entry in enumerate(layer_plan):
-        shared = re.fullmatch(r"kv (\d+)", entry) if isinstance(entry, str) else None
-        if shared:
-            moves.append(("kv", int(shared[1])))
-        elif entry in ("skip attention", "drop"):
-            moves.append((entry, None))
-        elif isinstance(entry, int) and not isinstance(entry, bool):
-            moves.append(("plain", None) if entry == layer else ("echo", entry))
-        else:
-            raise ValueError(
-                f"{_name_entry(layer_plan, layer)}; it must be a layer index (an integer), the layer's own if it stays as it "
-                "is and that of its source if it echoes, or 'kv N', 'skip attention' or 'drop'."
-            )
+    moves = [read_entry(layer, entry) for layer, entry in enumerate(layer_plan)]
+    if None in moves:
+        raise ValueError(
+            f"{_name_entry(layer_plan, moves.index(None))}; it must be a layer index (an integer), the layer's own if it stays "
+            "as it is and that of its source if it echoes, or 'kv N', 'skip attention' or 'drop'."
+        )
     return moves
 
 

@@ -130,7 +130,8 @@ def plan(
         settings ([`CompressionSettings`]):
             What to make; the distillation does not matter.
         output (`str` or `Path`, *optional*):
-            JSON file to write the plan to.
+            JSON file to write the plan to. Beside it, what a search has found: all plans worth to have, with suffix
+            `.search.json`, from which another target takes another one, and a plot of them, `.search.png`.
         similarity (`Path`, *optional*):
             `similarity.json` of the teacher, measured anew if it is needed and not given.
         overwrite, resume:
@@ -145,6 +146,9 @@ def plan(
         made, search = plan_teacher(settings, similarity, state)
     if output is not None:
         write_whole(output, made.to_json())
+        if search is not None:
+            write_whole(output.with_suffix(".search.json"), json.dumps(search.to_dict(), indent=2) + "\n")
+            search.plot(output.with_suffix(".search.png"))
     return {"plan": made.to_dict()} | ({"search": search.to_dict()} if search is not None else {})
 
 
