@@ -71,9 +71,10 @@ def test_what_is_divided_wrongly_is_refused(parallel, said):
         check_vllm_config(vllm_config_of(student_config(), **parallel))
 
 
-def test_other_moves_than_echoes_are_refused():
-    with pytest.raises(ValueError, match="vLLM does not run students with other moves than echoes"):
-        check_vllm_config(vllm_config_of(student_config(plan=(0, 1, 1, "kv 1", 4, 4))))
+def test_layers_without_attention_are_refused():
+    check_vllm_config(vllm_config_of(student_config(plan=(0, 1, 1, "kv 1", 4, 5))))
+    with pytest.raises(ValueError, match="vLLM does not run students with layers without attention, such as layer 3"):
+        check_vllm_config(vllm_config_of(student_config(plan=(0, 1, 1, "skip attention", 4, 5))))
 
 
 RECURRENT = [family for family in SUPPORTED if "paged caches do not hold recurrent states" in family.lacks.values()]
@@ -132,13 +133,17 @@ def run_vllm(folder, prompts, **options):
 
 
 @needs_vllm
+@pytest.mark.parametrize("moves", ["echo", "kv"])
 @pytest.mark.parametrize("family", ["llama", "qwen3", "phi3", "gpt_neox", "gpt_oss", "mixtral"])
-def test_vllm_generates_the_same(family, tmp_path):
+def test_vllm_generates_the_same(family, moves, tmp_path):
     """Eight requests in chunks of prompts, twice: the second time from cached prefixes."""
     sizes = {"hidden_size": 128, "intermediate_size": 64}  # its CPU kernels take heads of 32 and experts of 64
     heads = {} if family in ("phi3", "gpt_neox") else {"head_dim": 32}
     teacher = make_teacher(family, None, **sizes, **heads)
-    plan = next(known.plan for known in SUPPORTED if known.name == family)
+    plan = list(next(known.plan for known in SUPPORTED if known.name == family))
+    if moves == "kv":
+        last = max(layer for layer, source in enumerate(plan) if layer != source)
+        plan[last] = f"kv {plan[last]}"
     student = EchoAttForCausalLM.from_teacher(teacher, plan).eval()
     student.save_pretrained(tmp_path)
     prompts = [[3 + (5 * i * n + 7 * i + n) % 90 for i in range(6 + 5 * n)] for n in range(8)]
@@ -163,12 +168,15 @@ def test_vllm_generates_the_same(family, tmp_path):
 def test_two_echo_layers_have_one_page(tmp_path):
     """On a CPU: of six layers three echo, so that two pages do for them, and the same memory holds 6/5 of the tokens."""
     blocks = []
-    for plan in ([0, 1, 2, 3, 4, 5], [0, 1, 1, 1, 4, 4]):
+    for plan in ([0, 1, 2, 3, 4, 5], [0, 1, 1, 1, 4, 4], [0, 1, "kv 1", "kv 1", 4, "kv 4"]):
         teacher = make_teacher("llama", hidden_size=128, intermediate_size=64, head_dim=32)
         EchoAttForCausalLM.from_teacher(teacher, plan).save_pretrained(tmp_path / str(len(blocks)))
         result = run_vllm(tmp_path / str(len(blocks)), [[3, 4, 5]])
         blocks.append(int(re.search(r"^blocks (\d+)$", result.stdout, re.MULTILINE)[1]))
     assert blocks[1] / blocks[0] == pytest.approx(6 / 5, rel=0.01)
+    assert blocks[2] / blocks[0] == pytest.approx(
+        6 / 3, rel=0.01
+    )  # nothing of layers that use keys and values of others
 
 
 @needs_vllm

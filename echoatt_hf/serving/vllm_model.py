@@ -6,7 +6,9 @@ own for each. It does not find those of source layers, which call the recorder, 
 this module has to do is to name them. An echo layer replays the call of its source in its own `Attention`, which is exact: the
 keys are the same, so it caches a copy of them.
 
-With vLLM's CPU attention it does not. There two echo layers have one page: each keeps its values in one half of it, and reads
+A layer that uses the keys and values of another does so in vLLM too: it has no pages, on any device.
+
+With vLLM's CPU attention an echo layer does not cache a copy. There two of them have one page: each keeps its values in one half of it, and reads
 the keys in the page of its source. vLLM has pages of one size for all layers, and its kernel takes keys and values with the
 same strides; both stay as they are.
 """
@@ -23,7 +25,7 @@ from vllm.model_executor.models.transformers.fusers import AttentionFuser
 from vllm.model_executor.models.transformers.moe import MoEMixin
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl
 
-from ..modeling_echoatt import RECORD_ATTENTION, EchoAttention, EchoAttForCausalLM
+from ..modeling_echoatt import RECORD_ATTENTION, EchoAttention, EchoAttForCausalLM, KVAttention
 
 
 PREFIX = f"{EchoAttForCausalLM.base_model_prefix}."
@@ -141,6 +143,9 @@ class EchoAttForVllm(TransformersForCausalLM):
             elif isinstance(module, EchoAttention):
                 found, source = sources[module.echo_source]
                 fuser = EchoFuser(**vars(found), source=source)
+            elif isinstance(module, KVAttention):  # its scale and its sinks are its own
+                fuser = AttentionFuser(**vars(sources[module.kv_source][0]))
+                fuser.fuse(module, f"model.{name}", self.vllm_config)
             else:
                 continue
             self.attention_fusers[module.layer_idx] = f"model.{name}", fuser
@@ -148,6 +153,9 @@ class EchoAttForVllm(TransformersForCausalLM):
     def _create_attention_instances(self, prefix: str = "") -> None:
         super()._create_attention_instances(prefix)
         modules = {layer: self.get_submodule(name) for layer, (name, _) in self.attention_fusers.items()}
+        for module in modules.values():
+            if isinstance(module, KVAttention):
+                module.attn.kv_sharing_target_layer_name = modules[module.kv_source].attn.layer_name
         calls = [module.attn for module in modules.values()]
         # With several windows vLLM has several tables of pages, and that of an echo layer may not be that of its source.
         if not all(can_share_pages(call) for call in calls) or len({call.sliding_window for call in calls}) > 1:
