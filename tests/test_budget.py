@@ -8,7 +8,7 @@ from conftest import FP32_TOLERANCE, make_batch, make_teacher
 from transformers import BatchEncoding
 from typer.testing import CliRunner
 
-from echoatt_hf import EchoAttForCausalLM, SharingPlan, count_kv_bytes_per_token, evaluate_model, search_plan
+from echoatt_hf import EchoAttForCausalLM, SharingPlan, convert, count_kv_bytes_per_token, evaluate_model, search_plan
 from echoatt_hf.analysis.similarity import measure_attention_similarity
 from echoatt_hf.benchmark.costs import count_costs
 from echoatt_hf.cli.app import app
@@ -162,6 +162,17 @@ def test_search_takes_the_cheapest_for_what_it_saves(llama, rows):
     student = EchoAttForCausalLM.from_teacher(teacher, found.plan)
     assert count_kv_bytes_per_token(student) == found.rounds[-1]["kv_bytes_per_token"]
     assert kl_of(teacher, list(found.plan), rows[12:]) == pytest.approx(found.kl["effect"], rel=1e-4)
+
+
+def test_dropped_layers_are_measured_with_what_takes_them_up(llama, rows):
+    """As conversion makes the student: what a search promises is what it gives."""
+    teacher, similarity = llama
+    more = [{"input_ids": row.tolist()} for row in make_batch(96, 16)["input_ids"]]
+    found = search_plan(teacher, more, similarity, targets=[Target("parameters", 0.95)], moves=(DROP,), search_rows=24)
+    assert len(found.plan.dropped_layers) == 1
+    student, report = convert(teacher, found.plan, more)
+    assert report.taken_up and report.kl["tuned"] < report.kl["copied"]
+    assert found.kl["effect"] == pytest.approx(report.kl["tuned"], rel=1e-3)
 
 
 def test_a_layer_may_change_again_to_what_saves_more(llama, rows):

@@ -12,6 +12,8 @@ from echoatt_hf import EchoAttConfig, EchoAttForCausalLM, SharingPlan, convert, 
 from echoatt_hf.conversion.alignment import find_changed, get_parameters, permute_heads, set_parameters
 from echoatt_hf.conversion.dropping import drop_layers
 from echoatt_hf.conversion.putting_back import find_sizes, put_back
+from echoatt_hf.conversion.regression import RIDGES
+from echoatt_hf.conversion.taking_up import find_takers
 from echoatt_hf.evaluation.held_out import evaluate_model
 from echoatt_hf.models.families import find_attention_modules, find_output_projection
 
@@ -276,3 +278,52 @@ def test_layers_of_all_moves_are_put_back():
     one = put_back(student, teacher, sizes[1].layers, sizes[1].teacher_share)
     assert one.config.plan == sizes[1].layer_plan
     assert evaluate_model(one, rows, teacher=teacher)["kl"] == pytest.approx(sizes[1].kl, rel=1e-3)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_the_layer_before_takes_up_what_is_dropped(family):
+    teacher, plan, rows = make_teacher(family), [0, 1, 2, DROP, DROP, 5], rows_of(96)
+    student, report = convert(teacher, plan, rows)
+    copied, _ = convert(teacher, plan)
+    assert report.taken_up.keys() == {2} and 0 < report.taken_up[2] < 1 and "1 taking up" in str(report)
+    name = "transformer.h.2.mlp.c_proj" if family == "gpt2" else "model.layers.2.mlp.down_proj"
+    before, after = (dict(each.language_model.named_parameters()) for each in (copied, student))
+    differing = {key for key in before if not torch.equal(before[key], after[key])}
+    assert differing == {f"{name}.weight", *([f"{name}.bias"] if family == "gpt2" else [])}
+    kl = [evaluate_model(each, rows[72:], teacher=teacher)["kl"] for each in (copied, student)]
+    assert kl[1] < kl[0] and kl[1] == pytest.approx(report.kl["tuned"], rel=1e-3)
+
+
+def test_taking_up_is_the_ridge_of_what_is_missing():
+    """By hand: the student's states after the layer, the teacher's after the dropped ones, one regression."""
+    teacher, plan, rows = make_teacher().double(), [0, 1, 2, DROP, 4, 5], rows_of(96)
+    student, report = convert(teacher, plan, rows)
+    copied, _ = convert(teacher, plan)
+    inputs, missing, seen = [], [], {}
+    teacher.model.layers[3].register_forward_hook(lambda m, a, o: seen.update(after=o))
+    block = copied.language_model.model.layers[2]
+    block.register_forward_hook(lambda m, a, o: seen.update(states=o))
+    block.mlp.down_proj.register_forward_hook(lambda m, a, o: seen.update(inputs=a[0]))
+    for part in (rows[:72], rows[72:]):
+        ids = torch.tensor([row["input_ids"] for row in part])
+        with torch.no_grad():
+            teacher(ids), copied(ids)
+        inputs.append(seen["inputs"].flatten(0, 1))
+        missing.append((seen["after"] - seen["states"]).flatten(0, 1))
+    gram, cross = inputs[0].T @ inputs[0], inputs[0].T @ missing[0]
+    scale, found = torch.linalg.eigvalsh(gram).mean(), {}
+    for ridge in RIDGES:
+        change = torch.linalg.solve(gram + ridge * scale * torch.eye(len(gram), dtype=gram.dtype), cross)
+        found[float((missing[1] - inputs[1] @ change).square().sum() / missing[1].square().sum())] = change
+    share = min(found)
+    assert report.taken_up[2] == pytest.approx(share, rel=1e-6)
+    down = [each.language_model.model.layers[2].mlp.down_proj.weight for each in (copied, student)]
+    torch.testing.assert_close((down[1] - down[0]).T, found[share], rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize(
+    ("family", "takes"), [("llama", True), ("gpt2", True), ("phi", True), ("olmo2", False), ("mixtral", False)]
+)
+def test_only_what_is_added_to_the_hidden_states_takes_up(family, takes):
+    """Not a norm after the MLP, and not one of several experts."""
+    assert (find_takers(make_teacher(family), [2]) != {}) == takes

@@ -14,8 +14,8 @@ from ..models.predictions import compare_predictions
 from ..models.sizes import count_kv_bytes_per_token
 from ..outputs.provenance import describe_teacher
 from ..planning.sharing import SharingPlan
-from .alignment import find_changed, get_parameters, set_parameters
-from .tuning import hold_out, tune_student
+from .alignment import get_parameters, set_parameters
+from .tuning import find_tuned, hold_out, tune_student
 
 
 __all__ = ["ConversionReport", "convert"]
@@ -39,6 +39,8 @@ class ConversionReport:
             in each place.
         refitted (`dict[int, float]`): for each echo layer, if they were refitted, the squared error of the attention
             output that is left, as a share of what it was before.
+        taken_up (`dict[int, float]`): for each layer of the student whose MLP was refitted so that it takes up the part of
+            dropped layers after it, the squared error of the hidden states that is left.
         teacher (`dict[str, str]`): the teacher, see [`describe_teacher`].
     """
 
@@ -53,6 +55,7 @@ class ConversionReport:
     kl: dict[str, float] = field(default_factory=dict)
     aligned: dict[int, list[int]] = field(default_factory=dict)
     refitted: dict[int, float] = field(default_factory=dict)
+    taken_up: dict[int, float] = field(default_factory=dict)
     teacher: dict[str, str] = field(default_factory=dict)
 
     def to_dict(self) -> dict:
@@ -83,7 +86,7 @@ class ConversionReport:
         if not self.kl:
             return []
         values = [f"{value:.4f} {name}" if name != "copied" else f"{value:.4f}" for name, value in self.kl.items()]
-        counts = {"aligned": len(self.aligned), "refitted": len(self.refitted)}
+        counts = {"aligned": len(self.aligned), "refitted": len(self.refitted), "taking up": len(self.taken_up)}
         layers = ", ".join(f"{count} {name}" for name, count in counts.items() if count)
         kept = f" ({layers or 'not kept'})" if len(values) > 1 else ""
         return [f"KL           {' → '.join(values)}{kept} nats per token"]
@@ -139,10 +142,9 @@ def convert(
         teacher = load_model(teacher)
     plan, tuning = SharingPlan(plan), {}
     student = EchoAttForCausalLM.from_teacher(teacher, plan, share_weights)
-    teacher_layers = [layer for layer in range(len(plan)) if layer not in plan.dropped_layers]
-    if rows is not None and list(plan) != list(range(len(plan))):
-        tuning = _tune(student, teacher, rows, similarity, align, refit, teacher_layers, progress)
-    inherited = dict(_name_in_teacher(student, plan, teacher_layers))
+    if rows is not None and plan.changed_layers:
+        tuning = _tune(student, teacher, plan, rows, similarity, align, refit, progress)
+    inherited = dict(_name_in_teacher(student, plan))
     names = [name for name, _ in teacher.named_parameters()]
     missing = [name for name in names if name not in inherited]
     new = inherited.keys() - set(names)
@@ -165,50 +167,50 @@ def convert(
 def _tune(
     student: EchoAttForCausalLM,
     teacher: PreTrainedModel,
+    plan: SharingPlan,
     rows: Sequence[dict],
     similarity: AttentionSimilarity | None,
     align: bool,
     refit: bool,
-    teacher_layers: list[int],
     progress: bool,
 ) -> dict[str, dict]:
     """Tune the changed layers, and keep it if it helps. Returns what the report says of it."""
     train, held_out = hold_out(rows)
-    before = {layer: get_parameters(echo) for layer, echo in find_changed(student).items()}
+    modules = find_tuned(student, plan)
+    before = {name: get_parameters(module) for name, module in modules.items()}
     kl = {"copied": compare_predictions(student, held_out, teacher).kl}
     if not (align or refit) or not before:
         return {"kl": kl}
     if align and similarity is None:
         similarity = measure_on_rows(teacher, rows, progress=progress)
-    tuned = tune_student(
+    tuned, taken_up = tune_student(
         student,
         teacher,
         train,
         held_out,
         similarity if align else None,
         refit=refit,
-        teacher_layers=teacher_layers,
+        teacher_layers=plan.kept_layers,
         progress=progress,
     )
     kl["tuned"] = compare_predictions(student, held_out, teacher).kl
     if not kl["tuned"] < kl["copied"]:
-        for layer, echo in find_changed(student).items():
-            set_parameters(echo, before[layer])
+        for name, module in modules.items():
+            set_parameters(module, before[name])
         return {"kl": kl}
     return {
         "kl": kl,
         "aligned": {layer: each.order for layer, each in tuned.items() if each.order is not None},
         "refitted": {layer: each.share for layer, each in tuned.items() if each.share < 1},
+        "taken_up": {layer: share for layer, share in taken_up.items() if share < 1},
     }
 
 
-def _name_in_teacher(
-    student: EchoAttForCausalLM, plan: SharingPlan, teacher_layers: list[int]
-) -> Iterator[tuple[str, nn.Parameter]]:
+def _name_in_teacher(student: EchoAttForCausalLM, plan: SharingPlan) -> Iterator[tuple[str, nn.Parameter]]:
     """The parameters of a student that are none of its own, by the names that they have in its teacher."""
     for name, parameter in student.language_model.named_parameters():
         if plan.dropped_layers:
-            name = re.sub(r"(?<=\.)\d+(?=\.)", lambda number: str(teacher_layers[int(number[0])]), name, count=1)
+            name = re.sub(r"(?<=\.)\d+(?=\.)", lambda number: str(plan.kept_layers[int(number[0])]), name, count=1)
         yield name, parameter
 
 

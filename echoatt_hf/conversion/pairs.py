@@ -16,12 +16,13 @@ from ..configuration_echoatt import read_entry
 from ..modeling_echoatt import EchoRecords, SkippedAttention
 from ..models.families import find_attention_modules, find_output_projection
 from ..models.inference import inference
-from ..models.layerwise import find_layers, keep_layer_outputs, replaced, run_until
+from ..models.layerwise import find_layers, keep_layer_outputs, replaced, run_to_call, run_until
 from ..models.recording import recording
 from ..text.rows import batch_rows
-from .alignment import EchoParameters, find_changed, get_parameters, set_parameters
+from .alignment import EchoParameters, find_changed, get_parameters, input_dim, set_parameters
 from .student import make_student
-from .tuning import make_tuning
+from .taking_up import find_takers
+from .tuning import TakingUp, make_tuning
 
 
 __all__ = ["Pair", "TunedPairs"]
@@ -78,6 +79,10 @@ class TunedPairs:
         if "drop" in layers and self._layers is None:
             raise ValueError("The layers of this model are not in one list: none can be dropped.")
         self._returns_tuple: bool | None = None
+        # By dropped layer, what takes up its part.
+        before = [layer - 1 for layer in sorted(layers.get("drop", ())) if layer > 0]
+        self._takers = {layer + 1: each for layer, each in find_takers(teacher, before).items()} if refit else {}
+        self._taken_up = {layer: get_parameters(each) for layer, each in self._takers.items()}
         self.parameters: dict[Pair, EchoParameters] = {}
 
     def _plan_with(self, move: str, changed: set[int]) -> list[int | str]:
@@ -102,9 +107,10 @@ class TunedPairs:
             progress (`bool`, *optional*, defaults to `False`): show a progress bar.
         """
         missing = [pair for pair in pairs if pair not in self.parameters]
-        untuned = [pair for pair in missing if pair[1] == "drop" or not (self._align or self._refit)]
-        for layer, entry in untuned:
-            self.parameters[layer, entry] = dict(self._original.get((read_entry(layer, entry)[0], layer), {}))
+        for layer, entry in missing:
+            is_tuned = layer in self._takers if entry == "drop" else self._align or self._refit
+            if not is_tuned:
+                self.parameters[layer, entry] = dict(self._original.get((read_entry(layer, entry)[0], layer), {}))
         groups = self._group([pair for pair in missing if pair not in self.parameters])
         batches = [
             (part, batch) for part, rows in enumerate(self._parts) for batch in batch_rows(rows, self._batch_size)
@@ -112,31 +118,42 @@ class TunedPairs:
         bar = tqdm(total=len(groups) * len(batches), desc="tune pairs", disable=not progress, leave=False)
         with bar, inference(self._teacher):
             for group in groups:
-                tunings = {}
+                tunings, dropped = {}, {layer for layer, entry in group if entry == "drop"}
                 for layer, entry in group:
                     move, source = read_entry(layer, entry)
+                    if move == "drop":
+                        tunings[layer, entry] = TakingUp(self._takers[layer])
+                        continue
                     module = self._become(layer, entry, self._original[move, layer])
                     heads = self._similarity.heads[source, layer] if self._align and source is not None else None
                     tunings[layer, entry] = make_tuning(module, heads, self._refit)
                 for part, batch in batches:
-                    calls, expected, _ = self._record(batch, {layer for layer, _ in group})
+                    calls, expected, added = self._record(batch, {layer for layer, e in group if e != "drop"}, dropped)
                     for (layer, entry), tuning in tunings.items():
-                        attend = calls[layer](self._become(layer, entry))
-                        tuning.add(part, attend, expected[layer])
+                        if entry == "drop":
+                            tuning.add(part, *added[layer])
+                        else:
+                            tuning.add(part, calls[layer](self._become(layer, entry)), expected[layer])
                     bar.update()
-                for layer, entry in group:
-                    self._become(layer, entry)
-                    self.parameters[layer, entry] = tunings[layer, entry].finish().parameters
+                for (layer, entry), tuning in tunings.items():
+                    if entry == "drop":
+                        tuning.finish()
+                        self.parameters[layer, entry] = get_parameters(self._takers[layer])
+                        set_parameters(self._takers[layer], self._taken_up[layer])
+                    else:
+                        self._become(layer, entry)
+                        self.parameters[layer, entry] = tuning.finish().parameters
 
     def _group(self, pairs: list[Pair]) -> list[list[Pair]]:
         """Pairs that are tuned together: equations of all of them are in memory at once."""
         groups, free = [], 0.0
         attentions = find_attention_modules(self._teacher)
         for layer, entry in pairs:
-            projection = find_output_projection(attentions[layer])
-            features, outputs = sorted(projection.weight.shape)
+            projection = self._takers[layer] if entry == "drop" else find_output_projection(attentions[layer])
+            inputs = projection.weight.shape[input_dim(projection)]
+            orders = 2 if self._align and entry != "drop" else 1
             is_fitted = self._refit and entry != "skip attention"
-            needed = 2 * (1 + self._align) * 8 * features * (features + outputs) if is_fitted else 0
+            needed = 2 * orders * 8 * inputs * sum(projection.weight.shape) if is_fitted else 0
             if not groups or needed > free:
                 groups.append([])
                 free = _memory_budget(projection.weight.device)
@@ -146,12 +163,14 @@ class TunedPairs:
 
     def _record(
         self, batch: BatchEncoding, layers: set[int], blocks: set[int] = frozenset()
-    ) -> tuple[dict[int, Any], dict[int, torch.Tensor], dict[int, torch.Tensor]]:
+    ) -> tuple[dict[int, Any], dict[int, torch.Tensor], dict[int, tuple[torch.Tensor, torch.Tensor]]]:
         """
         By layer, a function that lets an attention module be called as the teacher calls its own; what the teacher's
-        attention puts out, `(N, O)`; and of `blocks` what the whole layer adds to the hidden states, `(N, O)`.
+        attention puts out, `(N, O)`; and of `blocks` the inputs `(N, I)` of what can take up the layer, if there is something,
+        and what the whole layer adds to the hidden states, `(N, O)`.
         """
-        attentions, records, calls, expected, added = find_attention_modules(self._teacher), EchoRecords(), {}, {}, {}
+        attentions, records = find_attention_modules(self._teacher), EchoRecords()
+        calls, expected, inputs, added = {}, {}, {}, {}
 
         def remember_call(layer, module, args, kwargs):
             calls[layer] = lambda module: partial(module, *args, **kwargs)
@@ -161,7 +180,10 @@ class TunedPairs:
 
         def remember_block(layer, module, args, output):
             states = output[0] if isinstance(output, tuple) else output
-            added[layer] = (states - args[0]).detach().flatten(0, -2)
+            added[layer] = inputs.get(layer), (states - args[0]).detach().flatten(0, -2)
+
+        def remember_inputs(layer, module, args, output):
+            inputs[layer] = args[0].detach().flatten(0, -2)
 
         with ExitStack() as stack:
             stack.enter_context(recording(attentions.values()))
@@ -173,9 +195,17 @@ class TunedPairs:
             for layer in blocks:
                 hook = self._layers[layer].register_forward_hook(partial(remember_block, layer))
                 stack.callback(hook.remove)
+                if layer in self._takers:
+                    hook = self._takers[layer].register_forward_hook(partial(remember_inputs, layer))
+                    stack.callback(hook.remove)
             forward = partial(self._teacher, **batch.to(self._teacher.device), use_cache=False, echo_records=records)
             last = max((*layers, *blocks))
-            run_until(self._layers[last] if last in blocks else find_output_projection(attentions[last]), forward)
+            if last not in blocks:
+                run_until(find_output_projection(attentions[last]), forward)
+            elif last + 1 < len(self._layers):
+                run_to_call(self._layers[last + 1], forward)
+            else:
+                forward()
         return calls, expected, added
 
     def effects(
@@ -203,7 +233,7 @@ class TunedPairs:
                 calls, expected, added = self._record(batch, {layer for layer, e in pairs if e != "drop"}, dropped)
                 for layer, entry in pairs:
                     if entry == "drop":
-                        change, slopes = -added[layer], of_batch[layer, "drop"]
+                        change, slopes = self._left_out(layer, *added[layer]), of_batch[layer, "drop"]
                     else:
                         module = self._become(layer, entry, self.parameters[layer, entry])
                         change, slopes = self._output(module, calls[layer]) - expected[layer], of_batch[layer]
@@ -211,6 +241,17 @@ class TunedPairs:
                     found = slopes.square().sum().item() / 2 / len(slopes)
                     sums[layer, entry] = sums.get((layer, entry), 0.0) + found
         return {pair: value / tokens for pair, value in sums.items()}
+
+    def _left_out(self, layer: int, inputs: torch.Tensor | None, added: torch.Tensor) -> torch.Tensor:
+        """How the hidden states `(N, O)` change where a layer is dropped, and what it added is taken up, as far as it can be."""
+        if inputs is None:
+            return -added
+        taker = self._takers[layer]
+        before = taker(inputs)
+        set_parameters(taker, self.parameters[layer, "drop"])
+        taken_up = taker(inputs) - before
+        set_parameters(taker, self._taken_up[layer])
+        return taken_up - added
 
     def _output(self, module: nn.Module, call: Any) -> torch.Tensor:
         """What an attention module puts out `(N, O)`, before what a family does with it."""
@@ -226,6 +267,15 @@ class TunedPairs:
     def count_parameters(self, layer: int, move: str) -> int:
         """Parameters of the attention of a layer with a change."""
         return sum(parameter.numel() for parameter in self._original[move, layer].values())
+
+    def first_difference(self, plan: Sequence[int | str], other: Sequence[int | str]) -> int:
+        """The first layer that does something else in another plan: also the one that takes up a dropped one."""
+        differing = [layer for layer, entry in enumerate(plan) if other[layer] != entry]
+        found = [
+            layer - 1 if layer in self._takers and "drop" in (plan[layer], other[layer]) else layer
+            for layer in differing
+        ]
+        return min(found, default=0)
 
     def _become(self, layer: int, entry: int | str, parameters: EchoParameters | None = None) -> nn.Module:
         """The attention module of a layer with an entry of a plan."""
@@ -254,16 +304,21 @@ class TunedPairs:
         sources = {read_entry(layer, entry)[1] for layer, entry in pairs} - {None}
         recorded = {*attentions} - {layer for layer, _ in pairs} if record_all else sources
         dropped = [layer for layer, entry in pairs if entry == "drop"]
+        taken_up = [layer for layer in dropped if layer in self._takers and layer - 1 not in dropped]
         changed = [(layer, entry) for layer, entry in pairs if entry != "drop"]
         try:
             for layer, entry in changed:
                 module = self._become(layer, entry, self.parameters[layer, entry]).eval()
                 self._teacher.set_submodule(names[attentions[layer]], module)
+            for layer in taken_up:
+                set_parameters(self._takers[layer], self.parameters[layer, "drop"])
             with recording(attentions[layer] for layer in recorded), self._without(dropped):
                 yield
         finally:
             for layer, _ in changed:
                 self._teacher.set_submodule(names[attentions[layer]], attentions[layer])
+            for layer in taken_up:
+                set_parameters(self._takers[layer], self._taken_up[layer])
 
     @contextmanager
     def _without(self, layers: list[int]) -> Iterator[None]:

@@ -21,9 +21,11 @@ from ..models.devices import to_float64
 from ..models.families import find_attention_modules, find_output_projection
 from ..models.inference import inference
 from ..models.layerwise import find_layers, keep_layer_outputs, run_to_call, run_until, starting_at
+from ..planning.sharing import SharingPlan
 from ..text.rows import batch_rows
 from .alignment import EchoParameters, align_layer, find_changed, get_parameters, replace_parameter, set_parameters
 from .regression import NormalEquations, add_to_projection, solve_ridge
+from .taking_up import find_takers
 
 
 __all__ = ["LayerTuning", "TunedLayer", "hold_out", "refit_outputs", "tune_student"]
@@ -129,6 +131,53 @@ class ConstantTuning:
         return TunedLayer(get_parameters(self._skipped), None, error, share)
 
 
+class TakingUp:
+    """
+    A projection that takes up the part of dropped layers after it: sums over the tokens of batches, then the best ridge.
+
+    Args:
+        projection (`nn.Module`): see [`find_takers`]. Its parameters are replaced, not written to.
+    """
+
+    def __init__(self, projection: nn.Module):
+        self._projection, self._equations = projection, (NormalEquations(), NormalEquations())
+
+    def add(self, part: int, inputs: torch.Tensor, missing: torch.Tensor) -> None:
+        """Add the tokens of a batch to `part`, see [`LayerTuning.add`]: inputs `(N, I)` of it, and what is missing `(N, O)`."""
+        self._equations[part].add(self._projection, inputs, missing.to(inputs.device))
+
+    def finish(self) -> float:
+        """Solve, and put the best parameters in. Returns the squared error that is left on the rows held out, as a share."""
+        change, share = solve_ridge(*self._equations)
+        if change is not None:
+            add_to_projection(self._projection, change)
+        return share
+
+
+def find_tuned(student: EchoAttForCausalLM, plan: SharingPlan) -> dict[str, nn.Module]:
+    """
+    All modules of a student that [`tune_student`] tunes, by a name for files: the attention of changed layers, and the
+    projections that take up dropped ones.
+
+    Args:
+        student ([`EchoAttForCausalLM`]): the student.
+        plan ([`SharingPlan`]): the plan it was made with, of the teacher's layers.
+    """
+    followed = find_followed(plan.kept_layers, len(plan))
+    attentions = {str(layer): attention for layer, attention in find_changed(student).items()}
+    return attentions | {f"{layer}.mlp": each for layer, each in find_takers(student, list(followed)).items()}
+
+
+def find_followed(teacher_layers: Sequence[int], num_layers: int) -> dict[int, int]:
+    """For each layer of a student that is followed by dropped layers of its teacher the last of these."""
+    ends = [*teacher_layers[1:], num_layers]
+    return {
+        layer: end - 1
+        for layer, (original, end) in enumerate(zip(teacher_layers, ends, strict=True))
+        if end - 1 > original
+    }
+
+
 def make_tuning(module: nn.Module, similarity: torch.Tensor | None, refit: bool) -> LayerTuning | ConstantTuning:
     """The tuning of a changed layer. Arguments as in [`LayerTuning`]."""
     tuning = ConstantTuning if isinstance(module, SkippedAttention) else LayerTuning
@@ -147,7 +196,7 @@ def tune_student(
     teacher_layers: Sequence[int] | None = None,
     batch_size: int = 8,
     progress: bool = False,
-) -> dict[int, TunedLayer]:
+) -> tuple[dict[int, TunedLayer], dict[int, float]]:
     """
     Tune the changed layers of a student, in place.
 
@@ -178,7 +227,8 @@ def tune_student(
             Show a progress bar.
 
     Returns:
-        `dict[int, TunedLayer]`: by changed layer.
+        `tuple`: a dictionary of [`TunedLayer`] by changed layer, and one of what is left of the squared error, as a share, by
+        layer that took up dropped ones, see [`TakingUp`].
 
     Raises:
         `ValueError`: there are no rows, or none held out.
@@ -186,27 +236,45 @@ def tune_student(
     if not rows or not held_out_rows:
         raise ValueError(f"A refit needs rows and held-out rows; there are {len(rows)} and {len(held_out_rows)}.")
     changed, tuned, moves = find_changed(student), {}, read_layer_plan(student.config.plan)
-    teacher_layers = teacher_layers or range(len(moves))
+    teacher_layers = list(teacher_layers or range(len(moves)))
+    followed = find_followed(teacher_layers, teacher.config.get_text_config().num_hidden_layers)
+    takers, taken_up = find_takers(student, list(followed)) if refit else {}, {}
+
+    def tune(layer: int) -> TunedLayer:
+        source, heads = moves[layer][1], None
+        if similarity is not None and source is not None:
+            heads = similarity.heads[teacher_layers[source], teacher_layers[layer]]
+        tuning = make_tuning(changed[layer], heads, refit)
+        for state in states:
+            attend, states_before = state.advance(student, layer, changed[layer])
+            expected, expected_before = state.expected.pop(layer)
+            if residual_share and states_before is not None:
+                missing_before = (expected_before.to(states_before.device) - states_before).flatten(0, -2)
+                expected = expected + residual_share * missing_before.to(expected.device)
+            tuning.add(state.part, attend, expected)
+        return tuning.finish()
+
     with inference(student, teacher):
         states = [
-            _BatchState(part, batch, teacher, {layer: teacher_layers[layer] for layer in changed})
+            _BatchState(
+                part,
+                batch,
+                teacher,
+                {layer: teacher_layers[layer] for layer in changed},
+                {layer: followed[layer] for layer in takers},
+            )
             for part, each in enumerate((rows, held_out_rows))
             for batch in batch_rows(each, batch_size)
         ]
-        for layer, echo in tqdm(changed.items(), desc="tune", disable=not progress, leave=False):
-            source, heads = moves[layer][1], None
-            if similarity is not None and source is not None:
-                heads = similarity.heads[teacher_layers[source], teacher_layers[layer]]
-            tuning = make_tuning(echo, heads, refit)
-            for state in states:
-                attend, states_before = state.advance(student, layer, echo)
-                expected, expected_before = state.expected.pop(layer)
-                if residual_share and states_before is not None:
-                    missing_before = (expected_before.to(states_before.device) - states_before).flatten(0, -2)
-                    expected = expected + residual_share * missing_before.to(expected.device)
-                tuning.add(state.part, attend, expected)
-            tuned[layer] = tuning.finish()
-    return tuned
+        for layer in tqdm(sorted({*changed, *takers}), desc="tune", disable=not progress, leave=False):
+            if layer in changed:
+                tuned[layer] = tune(layer)
+            if layer in takers:
+                tuning = TakingUp(takers[layer])
+                for state in states:
+                    tuning.add(state.part, *state.compare_block(student, layer, takers[layer]))
+                taken_up[layer] = tuning.finish()
+    return tuned, taken_up
 
 
 class _BatchState:
@@ -215,31 +283,46 @@ class _BatchState:
 
     Args:
         layers (`dict[int, int]`): for each changed layer of the student, in order, that of the teacher.
+        blocks (`dict[int, int]`): for each layer of the student that takes up dropped ones the last of these in the teacher.
 
     Attributes:
         part (`int`): 0 to fit on, 1 to judge by.
         expected (`dict[int, tuple[torch.Tensor, torch.Tensor]]`): by layer, what the teacher's output projection puts out,
             `(N, O)`, and the hidden states before the layer, `(B, T, O)`.
+        after (`dict[int, torch.Tensor]`): by layer of `blocks`, the hidden states after the dropped layers, `(N, O)`.
     """
 
-    def __init__(self, part: int, batch: BatchEncoding, teacher: PreTrainedModel, layers: dict[int, int]):
+    def __init__(
+        self, part: int, batch: BatchEncoding, teacher: PreTrainedModel, layers: dict[int, int], blocks: dict[int, int]
+    ):
         self.part, self._batch = part, batch
         self._records, self._start, self._output = EchoRecords(), 0, None
-        attentions, self.expected, before = find_attention_modules(teacher), {}, {}
-        hooks, decoder_layers, last = [], find_layers(teacher), max(layers)
+        attentions, self.expected, self.after, before = find_attention_modules(teacher), {}, {}, {}
+        hooks, decoder_layers = [], find_layers(teacher)
         for layer, original in layers.items():
             projection = find_output_projection(attentions[original])
             if decoder_layers is not None:
                 hooks.append(decoder_layers[original].register_forward_pre_hook(partial(_keep_states, before, layer)))
-            if layer != last:
-                hooks.append(projection.register_forward_hook(partial(self._keep_expected, before, layer)))
-        forward = partial(teacher, **batch.to(teacher.device), use_cache=False)
+            hooks.append(projection.register_forward_hook(partial(self._keep_expected, before, layer)))
+        for layer, last in blocks.items():
+            hooks.append(decoder_layers[last].register_forward_hook(partial(self._keep_after, layer)))
+        furthest, forward = (
+            max([*layers.values(), *blocks.values()]),
+            partial(teacher, **batch.to(teacher.device), use_cache=False),
+        )
         try:
-            _, output = run_until(find_output_projection(attentions[layers[last]]), forward)
+            if furthest not in blocks.values():
+                run_until(find_output_projection(attentions[furthest]), forward)
+            elif furthest + 1 < len(decoder_layers):
+                run_to_call(decoder_layers[furthest + 1], forward)
+            else:
+                forward()
         finally:
             for hook in hooks:
                 hook.remove()
-        self.expected[last] = output, before.get(last)
+
+    def _keep_after(self, layer: int, module, args, output) -> None:
+        self.after[layer] = _states_of(output).detach().flatten(0, -2)
 
     def _keep_expected(self, before: dict, layer: int, module, args, output) -> None:
         self.expected[layer] = output.detach().flatten(0, -2), before.get(layer)
@@ -265,6 +348,30 @@ class _BatchState:
         if layers is not None:  # those that were skipped return their output, too
             self._start, self._output = layer, outputs[layer - 1]
         return partial(echo, *args, **kwargs), before.get(layer)
+
+    def compare_block(
+        self, student: EchoAttForCausalLM, layer: int, projection: nn.Module
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The inputs `(N, I)` of a projection of a layer, and what the hidden states after the layer lack, `(N, O)`."""
+        layers, seen = find_layers(student), {}
+        forward = partial(student, **self._batch.to(student.device), use_cache=False, echo_records=self._records)
+        hooks = [
+            projection.register_forward_hook(lambda module, args, output: seen.update(inputs=args[0])),
+            layers[layer].register_forward_hook(lambda module, args, output: seen.update(states=_states_of(output))),
+        ]
+        try:
+            with starting_at(layers, self._start, self._output):
+                run_to_call(layers[layer + 1], forward) if layer + 1 < len(layers) else forward()
+        finally:
+            for hook in hooks:
+                hook.remove()
+        states = seen["states"].flatten(0, -2)
+        return seen["inputs"].flatten(0, -2), self.after.pop(layer).to(states.device) - states
+
+
+def _states_of(output: torch.Tensor | tuple) -> torch.Tensor:
+    """The hidden states `(B, T, O)` that a decoder layer returns."""
+    return output[0] if isinstance(output, tuple) else output
 
 
 def _keep_states(kept: dict[int, torch.Tensor], layer: int, module, args) -> None:
@@ -300,7 +407,7 @@ def refit_outputs(
     Raises:
         `ValueError`: there are no rows, or none held out.
     """
-    tuned = tune_student(student, teacher, rows, held_out_rows, batch_size=batch_size, progress=progress)
+    tuned, _ = tune_student(student, teacher, rows, held_out_rows, batch_size=batch_size, progress=progress)
     return {layer: each.share for layer, each in tuned.items()}
 
 

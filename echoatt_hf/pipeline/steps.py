@@ -19,7 +19,8 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..analysis.similarity import AttentionSimilarity, measure_on_rows
-from ..conversion.alignment import find_changed, get_parameters, replace_parameter
+from ..conversion.alignment import get_parameters, replace_parameter
+from ..conversion.tuning import find_tuned
 from ..distillation.adapters import share_weights
 from ..distillation.checkpoints import whole_state
 from ..distillation.served_teacher import ServedTeacher
@@ -394,12 +395,13 @@ def _convert_once(
     share_weights = settings.distillation.lora_rank > 0
     if facts_file.exists():
         facts = json.loads(facts_file.read_text())
-        student = EchoAttForCausalLM.from_teacher(teacher, facts["conversion"]["layer_plan"], share_weights)
+        plan = SharingPlan(facts["conversion"]["layer_plan"])
+        student = EchoAttForCausalLM.from_teacher(teacher, plan, share_weights)
         tuned = load_file(tuned_file, device=str(teacher.device))
-        for layer, attention in find_changed(student).items():
-            for name in get_parameters(attention):
+        for key, module in find_tuned(student, plan).items():
+            for name in get_parameters(module):
                 path, _, leaf = name.rpartition(".")
-                replace_parameter(attention.get_submodule(path), leaf, tuned[f"{layer}.{name}"])
+                replace_parameter(module.get_submodule(path), leaf, tuned[f"{key}.{name}"])
         return student, facts
     plan, search = choose_plan(
         settings.plan, settings.calibration, teacher, rows, similarity, work / "measured.json", progress=True
@@ -408,9 +410,9 @@ def _convert_once(
     facts = {"search": search.to_dict()} if search is not None else {}
     facts["conversion"] = conversion.to_dict()
     tuned = {
-        f"{layer}.{name}": parameter.detach().contiguous()
-        for layer, attention in find_changed(student).items()
-        for name, parameter in get_parameters(attention).items()
+        f"{key}.{name}": parameter.detach().contiguous()
+        for key, module in find_tuned(student, plan).items()
+        for name, parameter in get_parameters(module).items()
     }
     save_file(tuned, tuned_file)
     write_whole(facts_file, json.dumps(facts))  # the last, as it says that all is there

@@ -141,6 +141,11 @@ class SharingPlan(Sequence):
         """`list[int]`: layers that are left out."""
         return self._find("drop")
 
+    @property
+    def kept_layers(self) -> list[int]:
+        """`list[int]`: layers that are not left out."""
+        return [layer for layer, (move, _) in enumerate(self.moves) if move != "drop"]
+
     def _find(self, wanted: str) -> list[int]:
         return [layer for layer, (move, _) in enumerate(self.moves) if move == wanted]
 
@@ -183,7 +188,7 @@ class SharingPlan(Sequence):
         """The plan of the layers that are left, numbered anew, as the student has them."""
         if not self.dropped_layers:
             return self
-        kept = [layer for layer in range(len(self)) if layer not in self.dropped_layers]
+        kept = self.kept_layers
         number = {layer: index for index, layer in enumerate(kept)}
         entries = {"plain": lambda layer, source: number[layer], "echo": lambda layer, source: number[source]}
         entries["kv"] = lambda layer, source: f"kv {number[source]}"

@@ -255,6 +255,8 @@ def _describe_start(report: dict, conversion: dict) -> list[str]:
         sentences.append("The heads of echo layers were aligned with those of their sources.")
     if conversion.get("refitted"):
         sentences.append("The output projections of echo layers were refitted in closed form.")
+    if conversion.get("taken_up"):
+        sentences.append("The MLP before a dropped layer was refitted so that it takes up its part.")
     return sentences
 
 

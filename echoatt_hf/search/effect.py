@@ -401,9 +401,7 @@ class _Measure:
         if self._layers is not None and not self._kept:
             with self._tuned.in_place(self._plan, record_all=True):
                 self._kept = [self._keep(batch) for batch in self._batches]
-        first = next((layer for layer, source in enumerate(plan) if self._plan[layer] != source), 0)
-        if self._layers is None:
-            first = 0
+        first = self._tuned.first_difference(self._plan, plan) if self._layers is not None else 0
         total = tokens = 0
         with self._tuned.in_place(plan):
             for index, (batch, expected) in enumerate(zip(self._batches, self._logits, strict=True)):
