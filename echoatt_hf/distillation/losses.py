@@ -374,7 +374,8 @@ def _accumulation_dtype(tensor: torch.Tensor) -> torch.dtype:
 
 
 def _log_probs(logits: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
-    return F.log_softmax(_upcast(logits) / temperature, dim=-1)
+    # Of a token that a head suppresses by a logit of -inf too, a divergence multiplies 0 with this logarithm.
+    return F.log_softmax(_upcast(logits).clamp_min(NO_PROBABILITY) / temperature, dim=-1)
 
 
 def _kl(log_probs: torch.Tensor, other_log_probs: torch.Tensor) -> torch.Tensor:
