@@ -80,7 +80,8 @@ def forward_kl(student_logits: torch.Tensor, teacher_log_probs: torch.Tensor) ->
 
     Args:
         student_logits (`torch.Tensor` of shape `(N, V)`): of any float dtype, computed in float32 at least.
-        teacher_log_probs (`torch.Tensor` of shape `(N, V)`): logarithms of the teacher's probabilities.
+        teacher_log_probs (`torch.Tensor` of shape `(N, V)`): finite logarithms of the teacher's probabilities,
+            `NO_PROBABILITY` for 0.
 
     Returns:
         `torch.Tensor` of shape `(N,)`: in nats.
