@@ -674,7 +674,9 @@ class StoredTeacherSettings:
     top_k: int = setting(
         64, "Tokens whose log-probabilities are kept at each position; all others together count as one more."
     )
-    rows: int | None = setting(None, "Most rows to store, drawn at random; all rows of the text if not given.")
+    rows: int | None = setting(
+        None, "Most rows to store, drawn at random, of streamed text with its shuffle buffer; all rows if not given."
+    )
     shard_rows: int = setting(512, "Rows in a file, which is what a stopped run can lose.")
     batch_size: int = setting(8, "Rows in a forward pass; with --server, requests at once.")
     seed: int = setting(0, "Seed of the order of rows.")

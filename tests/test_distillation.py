@@ -9,6 +9,7 @@ from dataclasses import fields
 import pytest
 import torch
 import torch.nn.functional as F
+from accelerate import dispatch_model
 from conftest import (
     CHECKPOINTING,
     FP32_TOLERANCE,
@@ -871,6 +872,32 @@ def test_padding_of_a_vocabulary_is_cut(saved, tmp_path, roles):
         found = trainer.compute_loss(student.train(), batch)
     assert found.item() == pytest.approx(plain_losses(logits, expected, batch["labels"])[1].item(), rel=1e-5)
     trainer.train()
+
+
+def test_a_larger_teacher_of_the_same_tokenizer(student, tmp_path):
+    larger = make_teacher("llama", vocab_size=VOCAB, hidden_size=64, num_hidden_layers=7)
+    trainer = make_trainer(without_dropout(student), larger, tmp_path)
+    batch = collate_rows(list(make_rows(4)))
+    with torch.no_grad():
+        logits = (model(batch["input_ids"]).logits for model in (student, larger))
+        found = trainer.compute_loss(student.train(), batch)
+    assert found.item() == pytest.approx(plain_losses(*logits, batch["labels"])[1].item(), rel=1e-5)
+    trainer.train()
+
+
+def test_a_teacher_that_is_spread_over_devices(lively_teacher, lively_student, tmp_path):
+    """As by `device_map`; a disk stands for a second device."""
+    student, batch = without_dropout(lively_student), collate_rows(list(make_rows(4)))
+    plain = make_trainer(student, copy.deepcopy(lively_teacher), tmp_path)
+    devices = dict.fromkeys(("model.embed_tokens", "model.rotary_emb", "model.norm", "lm_head"), "cpu")
+    devices |= {f"model.layers.{layer}": "cpu" if layer < 2 else "disk" for layer in range(4)}
+    spread = dispatch_model(lively_teacher, devices, offload_dir=tmp_path / "offload")
+    trainer = make_trainer(student, spread, tmp_path)
+    with torch.no_grad():
+        expected, found = (each.compute_loss(student.train(), batch).item() for each in (plain, trainer))
+    assert found == pytest.approx(expected, rel=1e-6)
+    trainer.train()
+    assert spread.hf_device_map == devices and spread.model.layers[3].mlp.up_proj.weight.is_meta
 
 
 # What `Trainer` takes.

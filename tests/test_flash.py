@@ -26,8 +26,18 @@ def attend(query, key, value, dropout_p=0.0, softmax_scale=None, causal=False, w
     return scaled_dot_product_attention(query, key, value, is_causal=is_causal, scale=softmax_scale).transpose(1, 2)
 
 
-def attend_to_rows_of_any_length(*args, **kwargs):
-    raise NotImplementedError
+def attend_to_rows_of_any_length(query, key, value, cu_seqlens_q, cu_seqlens_k, causal=False, **options):
+    """The same of rows that lie one after the other, `(N, H, D)`; those of queries are the ends of those of keys."""
+    outputs, (queries, keys) = [], (ends.tolist() for ends in (cu_seqlens_q, cu_seqlens_k))
+    for row in range(len(queries) - 1):
+        new, old = slice(*queries[row : row + 2]), slice(*keys[row : row + 2])
+        earlier = old.stop - old.start - (new.stop - new.start)
+        padded = torch.cat([query.new_zeros(earlier, *query.shape[1:]), query[new]])
+        found = attend(
+            padded[None], key[old][None], value[old][None], softmax_scale=options["softmax_scale"], causal=causal
+        )
+        outputs.append(found[0, earlier:])
+    return torch.cat([*outputs, query.new_zeros(len(query) - queries[-1], *query.shape[1:])])
 
 
 @pytest.fixture
@@ -97,11 +107,14 @@ def test_keys_and_values_are_shared_in_flash_attention(asked):
     assert {*asked} == {NAMES[0]}
 
 
-@pytest.mark.parametrize("attention", ["eager", "sdpa"])
-def test_paged_attention(attention):
-    student = EchoAttForCausalLM.from_teacher(make_teacher("llama", attention), plan_of("llama"))
+@pytest.mark.parametrize("attention", ["eager", "sdpa", "paged|eager", *NAMES])
+def test_paged_attention(attention, asked):
+    student = EchoAttForCausalLM.from_teacher(make_teacher("llama"), plan_of("llama"))
+    student.set_attn_implementation(attention.removeprefix("paged|"))
     prompt = make_batch(1, 7)["input_ids"]
     options = GenerationConfig(max_new_tokens=5, do_sample=False, eos_token_id=-1, pad_token_id=0)
+    expected = student.generate(prompt, generation_config=options)[0, 7:].tolist()
+    student.set_attn_implementation(attention)
     found = student.generate_batch(
         [prompt[0].tolist()],
         generation_config=options,
@@ -110,5 +123,5 @@ def test_paged_attention(attention):
         progress_bar=False,
     )
     (result,) = found.values()
-    expected = student.generate(prompt, generation_config=options)[0, 7:].tolist()
     assert result.error is None and result.generated_tokens == expected
+    assert {*asked} == {attention.removeprefix("paged|")} & {*NAMES}

@@ -123,6 +123,21 @@ def test_divergence_of_equal_logits_is_zero(name):
     assert abs(divergence(name, student, student.clone(), labels, 1).item()) < 1e-5
 
 
+@pytest.mark.parametrize("name", DIVERGENCES)
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+def test_tokens_that_a_head_suppresses(name, temperature):
+    """As the padding of a vocabulary, by a logit of -inf: what is left is compared."""
+    student, teacher, labels = random_batch()
+    expected = divergence(name, student[..., :-2], teacher[..., :-2], labels, 5, temperature)
+    for logits in (student, teacher):
+        logits[..., -2:] = -torch.inf
+    student.requires_grad_()
+    found = divergence(name, student, teacher, labels, 5, temperature)
+    torch.testing.assert_close(found, expected)
+    (gradient,) = torch.autograd.grad(found.sum(), student)
+    assert gradient.isfinite().all() and gradient[..., :-2].any() and not gradient[..., -2:].any()
+
+
 def test_jensen_shannon_of_disjoint_distributions_is_ln_2():
     logits = torch.tensor([[40.0, 0.0]])
     found = losses.jensen_shannon(logits, F.log_softmax(-logits, -1))

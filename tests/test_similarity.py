@@ -5,6 +5,7 @@ import weakref
 import pytest
 import torch
 import torch.nn.functional as F
+from accelerate import dispatch_model
 from conftest import make_batch, make_teacher
 from safetensors.torch import save
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -163,6 +164,16 @@ def test_without_attention_mask(measured):
 def test_nothing_to_compare(tiny_teacher, batches):
     with pytest.raises(ValueError, match="no attention row to compare: give batches with rows of at least two tokens"):
         measure_attention_similarity(tiny_teacher, batches)
+
+
+def test_model_that_is_spread_over_devices(measured, tmp_path):
+    """As by `device_map`; a disk stands for a second device."""
+    devices = dict.fromkeys(("model.embed_tokens", "model.rotary_emb", "model.norm", "lm_head"), "cpu")
+    devices |= {f"model.layers.{layer}": "cpu" if layer < 2 else "disk" for layer in range(5)}
+    model = dispatch_model(make_teacher("llama", num_hidden_layers=5), devices, offload_dir=tmp_path)
+    found = measure_attention_similarity(model, BATCHES)
+    torch.testing.assert_close(found.heads, measured.heads, rtol=1e-5, atol=1e-6)
+    assert model.model.layers[4].self_attn.q_proj.weight.is_meta
 
 
 def test_layers_with_different_heads():

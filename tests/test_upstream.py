@@ -52,6 +52,42 @@ EXPECTED = {
 }
 
 
+# The same of PEFT's tests: what is raised, and why that is right.
+EMBEDDINGS = "test_save_pretrained_targeting_lora_to_embedding_layer"
+REACHES = "the test reaches for `model.model`; a student has the headless model in its `language_model`"
+NO_GEMMA4 = "Gemma 4 gets no students: its layers have configurations of their own"
+EXPECTED_OF_PEFT = {
+    "test_prompt_tuning_trust_remote_code": (AttributeError, REACHES),
+    "test_lora_layer_replication": (AttributeError, REACHES),
+    "test_merge_and_unload_fixes_tie_word_embeddings_config": (AttributeError, REACHES),
+    **{
+        f"{EMBEDDINGS}[peft_config{number}-{value}]": (
+            AssertionError,
+            "the test looks for a key that begins with `base_model.model.model`; a student's has `language_model` in it",
+        )
+        for number in (0, 1)
+        for value in ("auto", "True")
+    },
+    **{
+        f"test_prefix_tuning_gemma4_{what}": (OSError, NO_GEMMA4)
+        for what in ("works", "warns_if_some_layers_skipped", "raises_if_all_layers_skipped")
+    },
+}
+
+# Models of the Hub that PEFT's tests name, and the students in their place: the family, and what its configuration has. Most are as
+# wide as the ranks in those tests ask for.
+WIDE = {"hidden_size": 64, "num_key_value_heads": 4}
+NARROW = {"hidden_size": 16}  # Gemma's embeddings grow with it, and the tests bound them
+LLAMA, QWEN2 = "trl-internal-testing/tiny-random-LlamaForCausalLM", "peft-internal-testing/tiny-dummy-qwen2"
+STAND_INS = {
+    LLAMA: ("llama", {**WIDE, "tie_word_embeddings": False}),
+    QWEN2: ("qwen2", {**WIDE, "tie_word_embeddings": True}),
+    "trl-internal-testing/tiny-Qwen3ForCausalLM": ("qwen3", WIDE),
+    "hf-internal-testing/tiny-random-MistralForCausalLM": ("mistral", WIDE),
+    "hf-internal-testing/tiny-random-Gemma3ForCausalLM": ("gemma3_text", NARROW),
+    "peft-internal-testing/tiny-random-OPTForCausalLM": ("opt", WIDE),
+}
+
 # In place of a data set of the Hub.
 QUOTES = Dataset.from_dict({"quote": ["Once upon a time"] * 8})
 
@@ -100,20 +136,16 @@ def define_suite(common, family: str) -> type:
     return type(f"Test_{family}", parents, members)
 
 
-def save_students(folder: Path) -> tuple[str, ...]:
-    """Save tiny students with a tokenizer. Returns their names; PEFT's tests go by words in a model's name."""
+def save_students(folder: Path):
+    """Save tiny students with a tokenizer, each where PEFT's tests look for the model of the Hub that it stands in for."""
     tokenizer = train_byte_level_bpe(["Once upon a time"] * 3, 290, ["<|endoftext|>"])
     special = {"eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>"}
-    for family in ("llama", "qwen2"):
-        # Projections as wide as the ranks of PEFT's tests.
-        config = make_config(family, vocab_size=300, hidden_size=64, num_key_value_heads=4)
+    for name, (family, overrides) in STAND_INS.items():
+        config = make_config(family, vocab_size=300, **overrides)
         torch.manual_seed(0)
         student = EchoAttForCausalLM(EchoAttConfig(text_config=config, echo_sources=plan_of(family)))
-        student.save_pretrained(folder / f"tiny-{family}-student")
-        PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(
-            folder / f"tiny-{family}-student"
-        )
-    return tuple(sorted(path.name for path in folder.iterdir()))
+        student.save_pretrained(folder / name)
+        PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder / name)
 
 
 @pytest.mark.parametrize("package", ["transformers", "peft"])
@@ -136,18 +168,23 @@ if folder is not None:
 folder = find_tests("peft")
 if folder is not None:
     _students = tempfile.TemporaryDirectory(prefix="echoatt-upstream-")
+    save_students(Path(_students.name))
     decoders = import_tests(
         folder,
         "test_decoder_models",
         {"diffusers": ("StableDiffusionPipeline",)},
-        dict.fromkeys(("PEFT_DECODER_MODELS_TO_TEST", "SMALL_GRID_MODELS"), save_students(Path(_students.name))),
+        dict.fromkeys(("PEFT_DECODER_MODELS_TO_TEST", "SMALL_GRID_MODELS"), (LLAMA, QWEN2)),
     )
 
     class TestDecoderModels(decoders.TestDecoderModels):
         @pytest.fixture(autouse=True)
         def on_students(self, request, monkeypatch):
             monkeypatch.chdir(_students.name)
+            monkeypatch.setattr(decoders, "hub_online_once", lambda model_id: contextlib.nullcontext())
             monkeypatch.setattr(decoders, "load_dataset_english_quotes", lambda: DatasetDict(train=QUOTES))
+            if request.node.name in EXPECTED_OF_PEFT:
+                raised, reason = EXPECTED_OF_PEFT[request.node.name]
+                request.node.add_marker(pytest.mark.xfail(raises=raised, reason=reason, strict=True))
             if "use_reentrant" in request.fixturenames and request.getfixturevalue("use_reentrant"):
                 reason = EXPECTED["test_training_gradient_checkpointing_use_reentrant_true"][2]
                 request.node.add_marker(pytest.mark.xfail(raises=ValueError, reason=reason, strict=True))

@@ -282,7 +282,7 @@ class _Group:
 def _group_by_heads(modules: dict[int, torch.nn.Module], records: EchoRecords) -> list[_Group]:
     groups: dict[int, dict[int, torch.nn.Module]] = {}
     for layer, module in modules.items():
-        count = records.get(layer, next(module.parameters()).device).query.shape[1]
+        count = records.by_layer[layer].query.shape[1]
         groups.setdefault(count, {})[layer] = module
     return [_Group(group, count) for count, group in groups.items()]
 

@@ -22,7 +22,7 @@ from ..modeling_echoatt import (
     OwnAttention,
     find_fused_modules,
 )
-from ..models.checks import check_no_nan
+from ..models.checks import check_no_nan, relative_error
 from ..models.families import (
     check_same_heads,
     count_value_features,
@@ -226,21 +226,12 @@ def _random_tokens(model: PreTrainedModel) -> tuple[torch.Tensor, torch.Tensor]:
     return tokens.to(model.get_input_embeddings().weight.device).split((4, 1), dim=1)
 
 
-def _relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
-    """Distance in units of the norm; infinite where one is finite and the other is not."""
-    found, is_finite = found.to(expected.device), expected.isfinite()
-    if not torch.equal(is_finite, found.isfinite()):
-        return float("inf")
-    found, expected = found[is_finite].float(), expected[is_finite].float()
-    return ((found - expected).norm() / expected.norm().clamp_min(1e-12)).item()
-
-
 def _error_of_logits(teacher: PreTrainedModel) -> float:
     """How far the logits of a student without echo layers are from those of its teacher."""
     twin = _make_student(teacher, range(teacher.config.num_hidden_layers), share_weights=True)
     prompt, _ = _random_tokens(teacher)
     found, expected = (model(input_ids=prompt, use_cache=False).logits for model in (twin, teacher))
-    return _relative_error(found, expected)
+    return relative_error(found, expected)
 
 
 def _errors_of_echoes(
@@ -285,7 +276,7 @@ def _errors_of_echoes(
             for how, own in ways.items():
                 kwargs = {name: caches[how] if isinstance(value, Cache) else value for name, value in kwargs.items()}
                 found, _ = changed[layer](*args, **(kwargs | {"echo_records": own}))
-                yield (layer, f"{step} by {how}"), _relative_error(found, expected)
+                yield (layer, f"{step} by {how}"), relative_error(found, expected)
 
 
 def _error_of_decoding(model: PreTrainedModel) -> Exception | None:

@@ -80,7 +80,8 @@ def forward_kl(student_logits: torch.Tensor, teacher_log_probs: torch.Tensor) ->
 
     Args:
         student_logits (`torch.Tensor` of shape `(N, V)`): of any float dtype, computed in float32 at least.
-        teacher_log_probs (`torch.Tensor` of shape `(N, V)`): logarithms of the teacher's probabilities.
+        teacher_log_probs (`torch.Tensor` of shape `(N, V)`): finite logarithms of the teacher's probabilities,
+            `NO_PROBABILITY` for 0.
 
     Returns:
         `torch.Tensor` of shape `(N,)`: in nats.
@@ -374,7 +375,8 @@ def _accumulation_dtype(tensor: torch.Tensor) -> torch.dtype:
 
 
 def _log_probs(logits: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
-    return F.log_softmax(_upcast(logits) / temperature, dim=-1)
+    # Of a token that a head suppresses by a logit of -inf too, a divergence multiplies 0 with this logarithm.
+    return F.log_softmax(_upcast(logits).clamp_min(NO_PROBABILITY) / temperature, dim=-1)
 
 
 def _kl(log_probs: torch.Tensor, other_log_probs: torch.Tensor) -> torch.Tensor:

@@ -5,12 +5,20 @@ import json
 import logging
 
 import numpy as np
+import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 
-__all__ = ["check_no_nan", "check_same_tokenizer", "find_tokenizer", "hash_tokenizer", "hash_weights"]
+__all__ = [
+    "check_no_nan",
+    "check_same_tokenizer",
+    "find_tokenizer",
+    "hash_tokenizer",
+    "hash_weights",
+    "relative_error",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +41,22 @@ def check_no_nan(model: nn.Module, role: str) -> None:
                 f"The {role} has weights that are NaN, in {name!r}: its checkpoint is damaged, or its training "
                 "diverged. Give a sound one."
             )
+
+
+def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """
+    How far outputs are from those that are expected, such as logits, of which heads may give -inf.
+
+    Args:
+        found, expected (`torch.Tensor`): of one shape.
+
+    Returns:
+        `float`: their distance in units of the norm of what is expected; infinite where one is finite and the other is not,
+        NaN where one is NaN.
+    """
+    found, expected = found.to(expected.device).float(), expected.float()
+    distance = torch.where(found == expected, 0.0, found - expected).norm()
+    return (distance / expected.masked_fill(expected.isinf(), 0.0).norm().clamp_min(1e-12)).item()
 
 
 def find_tokenizer(model: PreTrainedModel) -> PreTrainedTokenizerBase | None:

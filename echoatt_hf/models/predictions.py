@@ -203,7 +203,9 @@ def _score_chunk(logits: torch.Tensor, targets: torch.Tensor, teacher_logits: to
             log_probs = F.log_softmax(logits.float(), dim=-1)
         teacher_log_probs = F.log_softmax(teacher_logits.float(), dim=-1)
         has_target = targets != IGNORED
-        of_tokens = F.kl_div(log_probs, teacher_log_probs, log_target=True, reduction="none").sum(-1)
-        kl = of_tokens.masked_fill(~has_target, 0.0)
+        of_tokens = F.kl_div(log_probs, teacher_log_probs, log_target=True, reduction="none")
+        # A token to which the teacher gives no probability adds nothing, where 0 · log 0 would be NaN.
+        of_tokens.masked_fill_(teacher_log_probs == -torch.inf, 0.0)
+        kl = of_tokens.sum(-1).masked_fill(~has_target, 0.0)
         same = ((logits.argmax(-1) == teacher_logits.argmax(-1)) & has_target).to(nll.dtype)
     return torch.stack([nll, kl, same])

@@ -34,6 +34,7 @@ from transformers.utils import logging
 
 from ..configuration_echoatt import EchoAttConfig
 from ..modeling_echoatt import EchoAttPreTrainedModel
+from ..models.checks import relative_error
 from ..models.loading import explain_hub_error
 from ..outputs.files import hash_file, write_whole
 from .callbacks import CODE_FILES, copy_code
@@ -473,10 +474,10 @@ def _check_remote_load(staged: Path) -> None:
             reason = (result.stderr.strip().splitlines() or ["no reason given"])[-1]
             raise ValueError(f"The folder does not load where echoatt_hf is not installed: {reason}")
         found = load_file(outputs)["output"]
-    worst = (found - expected).abs().max().item()
-    if not worst <= 1e-3 * expected.abs().max().item():
+    error = relative_error(found, expected)
+    if not error <= 1e-3:  # NaN is refused too
         raise ValueError(
-            f"Loaded where echoatt_hf is not installed the model gives other outputs, by up to {worst:.3g}: save it anew "
+            f"Loaded where echoatt_hf is not installed the model gives other outputs, by {error:.1%}: save it anew "
             "with this version, and report it if that does not help."
         )
 
