@@ -1,7 +1,9 @@
 """Configuration of an EchoAtt model: the base family's own configuration and the sharing plan."""
 
 import difflib
+import re
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
@@ -17,37 +19,87 @@ ECHO_DECODES = ("auto", "weights", "replay")
 TYPES_WITHOUT_ATTENTION = ("linear_attention", "conv", "mamba", "moe")
 
 
-def check_echo_sources(echo_sources: list[int], num_layers: int, layer_types: list[str] | None = None) -> None:
-    """Raise `ValueError` if `echo_sources` is no sharing plan for that many layers, of those types."""
-    if not isinstance(echo_sources, (list, tuple)):
-        raise ValueError(f"echo_sources is {echo_sources!r}; it must be a list of layer indices, one for each layer.")
-    if len(echo_sources) != num_layers:
+def read_entry(layer: int, entry: int | str) -> tuple[str, int | None] | None:
+    """
+    What a layer does by its entry in a plan, as `(move, source)`; `None` if it is no entry.
+
+    A number is the layer's own where it stays as it is, `("plain", None)`, and that of its source where it echoes, `("echo",
+    source)`. Else it is one of `"kv N"`, `("kv", N)`, `"skip attention"` and `"drop"`, which have no source.
+    """
+    if isinstance(entry, int) and not isinstance(entry, bool):
+        return ("plain", None) if entry == layer else ("echo", entry)
+    if entry in ("skip attention", "drop"):
+        return entry, None
+    shared = re.fullmatch(r"kv (\d+)", entry) if isinstance(entry, str) else None
+    return ("kv", int(shared[1])) if shared else None
+
+
+def read_layer_plan(layer_plan: Sequence[int | str]) -> list[tuple[str, int | None]]:
+    """
+    What each layer of a plan does, see [`read_entry`]. Whether the sources are possible is left to [`check_layer_plan`].
+
+    Raises:
+        `ValueError`: the plan is no list, or has something else in it.
+    """
+    if not isinstance(layer_plan, (list, tuple)):
+        raise ValueError(f"echo_sources is {layer_plan!r}; it must be a list of layer indices, one for each layer.")
+    moves = [read_entry(layer, entry) for layer, entry in enumerate(layer_plan)]
+    if None in moves:
         raise ValueError(
-            f"echo_sources has {len(echo_sources)} entries for {num_layers} layers: give one source index per layer, "
+            f"{_name_entry(layer_plan, moves.index(None))}; it must be a layer index (an integer), the layer's own if it stays "
+            "as it is and that of its source if it echoes, or 'kv N', 'skip attention' or 'drop'."
+        )
+    return moves
+
+
+def check_layer_plan(layer_plan: Sequence[int | str], num_layers: int, layer_types: list[str] | None = None) -> None:
+    """Raise `ValueError` if `layer_plan`, see [`read_layer_plan`], is no plan for that many layers, of those types."""
+    moves = read_layer_plan(layer_plan)
+    if len(moves) != num_layers:
+        raise ValueError(
+            f"{_name_plan(layer_plan)} has {len(moves)} entries for {num_layers} layers: give one source index per layer, "
             "a layer's own index where it computes its own attention."
         )
     types = layer_types or [None] * num_layers
-    for layer, source in enumerate(echo_sources):
-        entry = f"echo_sources[{layer}] is {source!r}"
-        if isinstance(source, bool) or not isinstance(source, int):
-            raise ValueError(f"{entry}; it must be a layer index (an integer).")
-        if not 0 <= source <= layer:
-            raise ValueError(f"{entry}; a layer can echo itself or an earlier layer, 0 to {layer}.")
-        if echo_sources[source] != source:
+    for layer, (move, source) in enumerate(moves):
+        entry = _name_entry(layer_plan, layer)
+        if source is not None and not 0 <= source < layer:
+            own = "can echo itself or an earlier layer" if move == "echo" else "can use those of an earlier layer"
+            raise ValueError(f"{entry}; a layer {own}, 0 to {layer if move == 'echo' else layer - 1}.")
+        if source is not None and moves[source][0] != "plain":
+            found, instead = moves[source]
+            does = f"is itself an echo of layer {instead}" if found == "echo" else f"is {layer_plan[source]!r}"
             raise ValueError(
-                f"{entry}, but layer {source} is itself an echo of layer {echo_sources[source]}: a source must compute "
-                f"its own attention. Use {echo_sources[source]} instead."
+                f"{entry}, but layer {source} {does}: a source must compute its own attention."
+                + (f" Use {instead} instead." if instead is not None else "")
             )
-        if types[layer] != types[source]:
+        if source is not None and types[layer] != types[source]:
             raise ValueError(
                 f"{entry}, but layer {layer} is of type {types[layer]!r} and layer {source} of type {types[source]!r}: "
                 "an echo must have the type of its source."
             )
-        if source != layer and types[layer] in TYPES_WITHOUT_ATTENTION:
+        if move not in ("plain", "drop") and types[layer] in TYPES_WITHOUT_ATTENTION:
             raise ValueError(
                 f"{entry}, but these layers are of type {types[layer]!r}, which has no attention weights to share: "
                 "leave them plain."
             )
+    for kind in dict.fromkeys(types):
+        first = types.index(kind)
+        if moves[first][0] == "skip attention":
+            raise ValueError(
+                f"{_name_entry(layer_plan, first)}, but layer {first} is the first of its type, from which caches take their "
+                "length: leave its attention in."
+            )
+    if all(move == "drop" for move, _ in moves):
+        raise ValueError("The plan drops every layer: leave at least one.")
+
+
+def _name_plan(layer_plan: Sequence[int | str]) -> str:
+    return "layer_plan" if any(isinstance(entry, str) for entry in layer_plan) else "echo_sources"
+
+
+def _name_entry(layer_plan: Sequence[int | str], layer: int) -> str:
+    return f"{_name_plan(layer_plan)}[{layer}] is {layer_plan[layer]!r}"
 
 
 def check_base_family(config: PreTrainedConfig) -> None:
@@ -86,6 +138,11 @@ class EchoAttConfig(PreTrainedConfig):
             The sharing plan: for each layer the 0-based index of the layer whose attention weights it uses, its own
             index for source and plain layers. `[0, 1, 1, 1, 4]`: layers 2 and 3 echo layer 1. Without it no layer
             echoes.
+        layer_plan (`list[int | str]`, *optional*):
+            A plan with other moves than echoes, in place of `echo_sources`, which then follows from it: for each layer a
+            number as there, `"kv N"` for a layer that attends with queries of its own to the keys and values of layer N, or
+            `"skip attention"` for a layer without attention, which adds a constant in its place.
+            `[0, 1, 1, "kv 1", "skip attention"]`: layer 2 echoes layer 1, layer 3 uses its keys and values.
         echo_decode (`str`, *optional*, defaults to `"auto"`):
             How echo layers reuse the attention of their source. `"replay"`: an echo layer repeats the attention call of
             the source with its own values. `"auto"`: the source keeps its attention weights where it has them at hand,
@@ -118,6 +175,7 @@ class EchoAttConfig(PreTrainedConfig):
 
     text_config: Any = None
     echo_sources: Any = None
+    layer_plan: Any = None
     echo_decode: Any = "auto"
     echoatt_version: str | None = None
 
@@ -139,16 +197,33 @@ class EchoAttConfig(PreTrainedConfig):
         for name in ("attn_implementation", "experts_implementation"):
             if kwargs.get(name) is not None:  # again, as only now there is a text_config to hand it down to
                 setattr(self, f"_{name}", kwargs[name])
-        if self.echo_sources is None:
+        if self.echo_sources is None and self.layer_plan is None:
             self.echo_sources = list(range(text_config.num_hidden_layers))
+        if self.echo_sources is None:
+            self.echo_sources = self._find_echo_sources()
         self.validate_echo_sources()
         self.echo_sources = list(self.echo_sources)
+        if self.layer_plan is not None:  # kept where it says more than `echo_sources` does
+            self.layer_plan = list(self.layer_plan) if _name_plan(self.layer_plan) == "layer_plan" else None
 
     def validate_echo_sources(self) -> None:
         """Check the sharing plan against the layers of `text_config`. Runs at construction and before saving."""
-        check_echo_sources(
-            self.echo_sources, self.text_config.num_hidden_layers, getattr(self.text_config, "layer_types", None)
-        )
+        plan = self.echo_sources if self.layer_plan is None else self.layer_plan
+        check_layer_plan(plan, self.text_config.num_hidden_layers, getattr(self.text_config, "layer_types", None))
+        if "drop" in plan:
+            raise ValueError(
+                f"layer_plan drops layer {list(plan).index('drop')}: a configuration has only the layers that are there. Give "
+                "the plan to `from_teacher` or `convert`, which leave that layer out."
+            )
+        if list(self.echo_sources) != self._find_echo_sources():
+            raise ValueError(
+                f"echo_sources is {self.echo_sources} and layer_plan {self.layer_plan}, which do not agree: give one of them."
+            )
+
+    def _find_echo_sources(self) -> list[int]:
+        """For each layer of the plan the layer whose attention weights it uses."""
+        plan = self.echo_sources if self.layer_plan is None else self.layer_plan
+        return [source if move == "echo" else layer for layer, (move, source) in enumerate(read_layer_plan(plan))]
 
     def validate_layer_type(self) -> None:
         """The base family's configuration checks its layers itself; done here, it would rename some of them."""
@@ -160,8 +235,23 @@ class EchoAttConfig(PreTrainedConfig):
 
     @property
     def source_layers(self) -> list[int]:
-        """`list[int]`: indices of the layers whose attention weights other layers reuse."""
-        return sorted({source for layer, source in enumerate(self.echo_sources) if layer != source})
+        """`list[int]`: indices of the layers whose attention weights, or keys and values, other layers use."""
+        return sorted({source for _, source in read_layer_plan(self.plan) if source is not None})
+
+    @property
+    def plan(self) -> list[int | str]:
+        """`list[int | str]`: the whole plan, `layer_plan` where there is one, else `echo_sources`."""
+        return list(self.echo_sources if self.layer_plan is None else self.layer_plan)
+
+    @property
+    def kv_sources(self) -> dict[int, int]:
+        """`dict[int, int]`: for each layer that uses the keys and values of another the layer it has them from."""
+        return {layer: source for layer, (move, source) in enumerate(read_layer_plan(self.plan)) if move == "kv"}
+
+    @property
+    def layers_without_attention(self) -> list[int]:
+        """`list[int]`: indices of the layers whose attention is left out."""
+        return [layer for layer, (move, _) in enumerate(read_layer_plan(self.plan)) if move == "skip attention"]
 
     def to_dict(self) -> dict[str, Any]:
         """All fields, and what tools look for among them: whether the embeddings of the family are tied."""
@@ -247,4 +337,4 @@ def _resolve_text_config(text_config: Any) -> PreTrainedConfig:
 
 EchoAttConfig.register_for_auto_class()
 
-__all__ = ["EchoAttConfig", "check_base_family", "check_echo_sources"]
+__all__ = ["EchoAttConfig", "check_base_family", "check_layer_plan", "read_layer_plan"]

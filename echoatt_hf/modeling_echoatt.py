@@ -16,7 +16,7 @@ Source: EchoAtt, arXiv 2409.14595, section 3 (shared attention layers inherit al
 import functools
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from inspect import signature
 from typing import Any
@@ -33,16 +33,18 @@ from transformers import (
     PreTrainedModel,
     QuantizedCache,
 )
+from transformers.cache_utils import DynamicLayer
 from transformers.modeling_layers import GenericForSequenceClassification, GenericForTokenClassification
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.auto import modeling_auto
 from transformers.pytorch_utils import Conv1D
 
-from .configuration_echoatt import EchoAttConfig
+from .configuration_echoatt import EchoAttConfig, read_layer_plan
 
 
 RECORD_ATTENTION = "echoatt_record"
+KV_ATTENTION = "echoatt_kv"
 
 AttentionOutput = tuple[torch.Tensor, torch.Tensor | None]
 """Output of an attention `(B, T, H, D)` and, in eager mode, its weights `(B, H, T, S)`."""
@@ -59,6 +61,8 @@ PROJECTIONS = ("v_proj", *FUSED_MODULES)
 """Names under which the families project queries and values, whole or fused."""
 OUTPUT_MODULES = ("o_proj", "dense", "out_proj", "c_proj")
 _GATE_MODULES = ("gate_proj", "g_proj")
+# Of keys alone.
+_KEY_NORMS = ("k_norm", "k_layernorm", "key_layernorm")
 _DROPOUT_MODULES = ("attn_dropout", "attention_dropout", "resid_dropout")
 KNOWN_MODULES = {*_QUERY_KEY_MODULES, *PROJECTIONS, *OUTPUT_MODULES, *_GATE_MODULES, *_DROPOUT_MODULES}
 
@@ -180,21 +184,29 @@ class EchoRecords:
     state stays on modules. It is not a `dict` because FSDP2 rebuilds the dicts among the arguments, and all layers must
     see the same object. So `to` returns the object itself: a record moves when an echo on another device reads it.
 
-    `decode` is `echo_decode` of the configuration. `last_echoes` has for sources the last layer that reads their record,
-    which then goes: of a long prompt it is as large as what the cache holds of the layer, or larger. With gradients all
-    records stay, as a backward pass may compute layers again.
+    `decode` is `echo_decode` of the configuration. `last_echoes` and `last_kv` have for sources the last layer that reads
+    their record, or their keys and values, which then go: of a long prompt they are as large as what the cache holds of
+    the layer, or larger. With gradients all stay, as a backward pass may compute layers again. Without them everything of
+    every source is kept.
     """
 
-    def __init__(self, decode: str = "replay", last_echoes: dict[int, int] | None = None):
+    def __init__(
+        self, decode: str = "replay", last_echoes: dict[int, int] | None = None, last_kv: dict[int, int] | None = None
+    ):
         self.by_layer: dict[int, AttentionRecord | AttentionWeights] = {}
-        self._last_echoes = last_echoes or {}
+        self.keys_values: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # (B, H_kv, S, D)
+        self._last_echoes, self._last_kv = last_echoes, last_kv
         self._grad_enabled = torch.is_grad_enabled()
         self._decode = decode
 
     def record(self, call: AttentionRecord, module: nn.Module, value: torch.Tensor) -> AttentionOutput:
-        """Run the call of a source layer and keep it, or its attention weights."""
+        """Run the call of a source layer and keep it, or its attention weights, and its keys and values."""
         if self._grad_enabled and not torch.is_grad_enabled():
             raise ValueError(REENTRANT_ERROR)
+        if self._last_kv is None or module.layer_idx in self._last_kv:
+            self.keys_values[module.layer_idx] = call.key, value
+        if self._last_echoes is not None and module.layer_idx not in self._last_echoes:
+            return call.attend(module, value)
         kept, is_one_token = call, call.query.shape[2] == 1
         # With sinks, what eager attention returns may be no more than a part of what it multiplies the values with.
         is_exact = not call.kwargs.get("dropout") and call.kwargs.get("s_aux") is None
@@ -211,11 +223,24 @@ class EchoRecords:
         return found
 
     def get(self, layer: int, device: torch.device, echo: int | None = None) -> AttentionRecord | AttentionWeights:
+        """The record of a source, for `echo`."""
         # Where it was needed once it stays: the echoes of a block mostly lie on one device.
         record = self.by_layer[layer] = self.by_layer[layer].to(device)
-        if echo is not None and echo == self._last_echoes.get(layer) and not self._grad_enabled:
+        if self._is_last(self._last_echoes, layer, echo):
             del self.by_layer[layer]
         return record
+
+    def get_keys_values(
+        self, layer: int, device: torch.device, reader: int | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The keys and values of a source, for the layer `reader`."""
+        found = self.keys_values[layer] = tuple(states.to(device) for states in self.keys_values[layer])
+        if self._is_last(self._last_kv, layer, reader):
+            del self.keys_values[layer]
+        return found
+
+    def _is_last(self, last: dict[int, int] | None, layer: int, reader: int | None) -> bool:
+        return reader is not None and (last or {}).get(layer) == reader and not self._grad_enabled
 
     def to(self, *args, **kwargs) -> "EchoRecords":
         return self
@@ -242,7 +267,8 @@ def _not_plain_error(layer: int, record: AttentionRecord) -> str:
 
 def _give_records(config: EchoAttConfig, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
     last_echoes = {config.echo_sources[layer]: layer for layer in config.echo_layers}
-    return args, {"echo_records": EchoRecords(config.echo_decode, last_echoes)} | kwargs
+    last_kv = {source: layer for layer, source in config.kv_sources.items()}
+    return args, {"echo_records": EchoRecords(config.echo_decode, last_echoes, last_kv)} | kwargs
 
 
 def record_attention(
@@ -255,16 +281,37 @@ def record_attention(
     **kwargs,
 ) -> AttentionOutput:
     """Attention function of source layers: record the call, and run it in the implementation the user chose."""
-    if echo_records is None:
+    implementation, records = module.config.viewed._attn_implementation, _check_records(module, echo_records)
+    return records.record(AttentionRecord(implementation, query, key, attention_mask, kwargs), module, value)
+
+
+def attend_to_source(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: Any,
+    echo_records: EchoRecords | None = None,
+    **kwargs,
+) -> AttentionOutput:
+    """Attention function of layers that use the keys and values of another, in place of `key` and `value`, which are empty."""
+    records = _check_records(module, echo_records)
+    key, value = records.get_keys_values(module.kv_source, query.device, module.layer_idx)
+    call = AttentionRecord(module.config.viewed._attn_implementation, query, key, attention_mask, kwargs)
+    return call.attend(module, value)
+
+
+def _check_records(module: nn.Module, records: EchoRecords | None) -> EchoRecords:
+    if records is None:
         raise ValueError(
             f"EchoAtt does not support the family {module.config.model_type!r} yet: its layers do not hand keyword "
             "arguments on to their attention."
         )
-    implementation = module.config.viewed._attn_implementation
-    return echo_records.record(AttentionRecord(implementation, query, key, attention_mask, kwargs), module, value)
+    return records
 
 
 AttentionInterface.register(RECORD_ATTENTION, record_attention)
+AttentionInterface.register(KV_ATTENTION, attend_to_source)
 
 
 def _cache_values(cache: Cache, value: torch.Tensor, layer: int) -> torch.Tensor:
@@ -281,7 +328,38 @@ def _cache_values(cache: Cache, value: torch.Tensor, layer: int) -> torch.Tensor
     return cache.update(value, value if is_laid_out else value[..., :0], layer)[0]
 
 
-class EchoAttention:
+class EmptySlot(DynamicLayer):
+    """The slot in a cache of a layer that has nothing there. One of transformers' own fails to be cropped while it is empty."""
+
+    def crop(self, *args, **kwargs) -> None:
+        pass
+
+
+def _leave_empty(layer: int, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """
+    The keyword arguments of an attention without the cache, for a layer that has nothing there. Where its slot is one that
+    grows, it gets one that says so.
+    """
+    caches = {name: kwargs[name] for name in ("past_key_values", "layer_past") if kwargs.get(name) is not None}
+    for cache in caches.values():
+        if any(isinstance(slot, DynamicLayer) for slot in cache.layers[layer : layer + 1]):
+            cache.layers[layer] = EmptySlot()
+    return kwargs | dict.fromkeys(caches)
+
+
+class OwnAttention:
+    """The attention of a layer that a plan changes."""
+
+
+class MixedAttention(OwnAttention):
+    """A forward pass of ours, mixed into the family's own attention class."""
+
+    def __reduce__(self):
+        # The class is made at run time, so it is pickled by those it is made from.
+        return _rebuild_attention, type(self).__bases__, self.__dict__
+
+
+class EchoAttention(MixedAttention):
     """
     Forward pass of an echo layer's attention, mixed into the family's own attention class.
 
@@ -318,20 +396,71 @@ class EchoAttention:
             output = nn.functional.dropout(output, self.echo_dropout, self.training)
         return output, weights
 
-    def __reduce__(self):
-        # The class is made at run time, so it is pickled by the family's class it is made from.
-        return _rebuild_echo_attention, (type(self).__bases__[1],), self.__dict__
+
+class KVAttention(MixedAttention):
+    """
+    Forward pass of the attention of a layer that uses the keys and values of another, mixed into the family's own attention
+    class: the family's, without a cache, which has nothing of this layer, and without projections of keys and values.
+    """
+
+    def forward(self, hidden_states: torch.Tensor, *args, **kwargs) -> AttentionOutput:
+        return super().forward(hidden_states, *args, **_leave_empty(self.layer_idx, kwargs))
+
+
+class SkippedAttention(OwnAttention, nn.Module):
+    """What is left of the attention of a layer without attention: a constant that it puts out for every token."""
+
+    def forward(self, hidden_states: torch.Tensor, *args, **kwargs) -> AttentionOutput:
+        _leave_empty(self.layer_idx, kwargs)
+        return self.constant.to(hidden_states.dtype).expand_as(hidden_states), None
 
 
 @functools.cache
-def _echo_attention_class(attention_class: type[nn.Module]) -> type[nn.Module]:
+def _mix_in(own: type, attention_class: type[nn.Module]) -> type[nn.Module]:
     """Subclass of the family's attention class, so that what transformers declares for it (outputs to record) holds."""
-    return type(f"Echo{attention_class.__name__}", (EchoAttention, attention_class), {"__module__": __name__})
+    prefix = own.__name__.removesuffix("Attention")
+    return type(f"{prefix}{attention_class.__name__}", (own, attention_class), {"__module__": __name__})
 
 
-def _rebuild_echo_attention(attention_class: type[nn.Module]) -> nn.Module:
-    echo_class = _echo_attention_class(attention_class)
-    return echo_class.__new__(echo_class)
+def _rebuild_attention(own: type, attention_class: type[nn.Module]) -> nn.Module:
+    mixed = _mix_in(own, attention_class)
+    return mixed.__new__(mixed)
+
+
+class NoProjection:
+    """
+    In the place of a projection of keys or values that is not needed: zeros, which nobody reads. It is no module, so that
+    tools that go by the names of modules, as for adapters, do not find one.
+    """
+
+    def __init__(self, features: int):
+        self.out_features = features
+
+    def __call__(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return hidden_states.new_zeros(*hidden_states.shape[:-1], self.out_features)
+
+
+class FusedQueries:
+    """
+    In the place of a fused projection: the queries of `q_proj` of the same attention, and zeros for keys and values. It is no
+    module either.
+
+    Args:
+        attention (`nn.Module`): the attention module.
+        features (`int`): of the fused projection.
+        parts (`int`): 1 where keys and values follow all queries, 3 where each head has its query, key and value.
+    """
+
+    def __init__(self, attention: nn.Module, features: int, parts: int):
+        self.attention, self.features, self.parts = attention, features, parts
+
+    def __call__(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        queries = self.attention.q_proj(hidden_states)  # (B, T, H · D)
+        if self.parts == 1:
+            return nn.functional.pad(queries, (0, self.features - queries.shape[-1]))
+        head_dim = get_head_dim(self.attention)
+        by_head = queries.unflatten(-1, (-1, head_dim))  # (B, T, H, D)
+        return nn.functional.pad(by_head, (0, (self.parts - 1) * head_dim)).flatten(-2)
 
 
 def find_eager_attention(attention: nn.Module) -> Callable | None:
@@ -384,19 +513,28 @@ def find_fused_modules(attention: nn.Module) -> dict[str, int]:
 
 
 def _share_attention(model: PreTrainedModel, config: EchoAttConfig) -> None:
-    """Turn the attention modules of `model` into source and echo layers as `config.echo_sources` says, in place."""
-    attentions = find_shareable(model) if config.echo_layers else {}
-    for layer in (*config.source_layers, *config.echo_layers):
+    """Turn the attention modules of `model` into what `config` plans, in place."""
+    moves = read_layer_plan(config.plan)
+    changed = [layer for layer, (move, _) in enumerate(moves) if move != "plain"]
+    attentions = find_shareable(model) if changed else {}
+    for layer in (*config.source_layers, *changed):
         if layer not in attentions:
             raise ValueError(
                 f"EchoAtt does not support the family {config.text_config.model_type!r} yet: the attention of its layer "
                 f"{layer} has not the modules that are expected. Another version of transformers or of echoatt_hf may."
             )
     for layer in config.source_layers:
-        attentions[layer].eager_attention = find_eager_attention(attentions[layer])
-        attentions[layer].config = View(config.text_config, _attn_implementation=RECORD_ATTENTION)
-    for layer in config.echo_layers:
-        _make_echo(attentions[layer], config.echo_sources[layer])
+        _call(attentions[layer], RECORD_ATTENTION, config)
+    make = {"echo": _make_echo, "kv": _make_kv, "skip attention": _make_skipped}
+    for layer in changed:
+        move, source = moves[layer]
+        make[move](attentions[layer], source, config)
+
+
+def _call(attention: nn.Module, implementation: str, config: EchoAttConfig) -> None:
+    """Let an attention module call an attention function of ours."""
+    attention.eager_attention = find_eager_attention(attention)
+    attention.config = View(config.text_config, _attn_implementation=implementation)
 
 
 def _extend_tp_plan(model: PreTrainedModel) -> None:
@@ -410,7 +548,7 @@ def _extend_tp_plan(model: PreTrainedModel) -> None:
     model.tp_plan.update(kept)
 
 
-def _make_echo(attention: nn.Module, source: int) -> None:
+def _make_echo(attention: nn.Module, source: int, config: EchoAttConfig) -> None:
     """Turn a family's attention module into that of an echo of layer `source`, in place."""
     attention.eager_attention = find_eager_attention(attention)
     attention.echo_source = source
@@ -428,13 +566,53 @@ def _make_echo(attention: nn.Module, source: int) -> None:
         setattr(attention, FUSED_MODULES[name], nn.Linear(inputs, features, fused.bias is not None, **like))
         delattr(attention, name)
     attention.echo_gate = next((name for name in _GATE_MODULES if getattr(attention, name, None) is not None), None)
+    _remove(attention, _QUERY_KEY_MODULES)
+    attention.__class__ = _mix_in(EchoAttention, type(attention))
+
+
+def _remove(attention: nn.Module, names: Iterable[str]) -> None:
+    """Take modules and parameters from an attention module."""
     parameters = [name for name, _ in attention.named_parameters(recurse=False)]
-    for name in _QUERY_KEY_MODULES:
+    for name in names:
         if hasattr(attention, name):
             delattr(attention, name)
         if name in parameters:  # the family still initializes it
             setattr(attention, name, torch.empty(0))
-    attention.__class__ = _echo_attention_class(type(attention))
+
+
+def _make_kv(attention: nn.Module, source: int, config: EchoAttConfig) -> None:
+    """Turn a family's attention module into one that uses the keys and values of layer `source`, in place."""
+    attention.kv_source = source
+    for name in ("k_proj", "v_proj"):
+        if hasattr(attention, name):
+            attention.kv_features = getattr(attention, name).out_features
+            delattr(attention, name)
+            setattr(attention, name, NoProjection(attention.kv_features))
+    for name, kept in find_fused_modules(attention).items():
+        if name != "q_proj":  # queries and gates are its own
+            attention.kv_features = kept
+            fused = getattr(attention, name)
+            is_conv = isinstance(fused, Conv1D)
+            inputs, features = (fused.nx, fused.nf) if is_conv else (fused.in_features, fused.out_features)
+            like = {"device": fused.weight.device, "dtype": fused.weight.dtype}
+            delattr(attention, name)
+            attention.q_proj = nn.Linear(inputs, features - 2 * kept, fused.bias is not None, **like)
+            setattr(attention, name, FusedQueries(attention, features, 3 if name == "query_key_value" else 1))
+    for name in _KEY_NORMS:
+        if isinstance(getattr(attention, name, None), nn.Module):
+            setattr(attention, name, nn.Identity())
+    _call(attention, KV_ATTENTION, config)  # last, as the view is no configuration to read
+    attention.__class__ = _mix_in(KVAttention, type(attention))
+
+
+def _make_skipped(attention: nn.Module, source: None, config: EchoAttConfig) -> None:
+    """Turn a family's attention module into a constant, in place."""
+    output = next(getattr(attention, name) for name in OUTPUT_MODULES if hasattr(attention, name))
+    features = output.nf if isinstance(output, Conv1D) else output.out_features
+    like = {"device": output.weight.device, "dtype": output.weight.dtype}
+    _remove(attention, KNOWN_MODULES)
+    attention.constant = nn.Parameter(torch.zeros(features, **like))
+    attention.__class__ = SkippedAttention  # not of the family, which may look for what is gone
 
 
 class EchoAttPreTrainedModel(PreTrainedModel):
@@ -460,7 +638,7 @@ class EchoAttPreTrainedModel(PreTrainedModel):
     def _share(self, model: PreTrainedModel) -> PreTrainedModel:
         """Let the layers of the family's model share their attention, and take over what it says about itself."""
         _share_attention(model, self.config)
-        if self.config.echo_layers:
+        if self.config.source_layers:
             # On the decoder, as fused language model heads call it without the family's head.
             give_records = functools.partial(_give_records, self.config)
             find_decoder(model).register_forward_pre_hook(give_records, with_kwargs=True)

@@ -188,6 +188,43 @@ def setting(default: Any, text: str) -> Any:
     return field(default=default, metadata={"help": text})
 
 
+MOVES = {"echo": "echo", "kv": "kv", "skip": "skip attention", "drop": "drop"}
+"""What a search may do to a layer, by the name of the setting, and what it is in a plan."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """
+    What a student is to cost at most.
+
+    Args:
+        quantity (`str`): `"parameters"`, `"kv-bytes"` or `"decode"`.
+        share (`float`): of what the teacher costs.
+    """
+
+    quantity: str
+    share: float
+
+    @property
+    def field(self) -> str:
+        """`str`: the field of [`PlanCosts`]."""
+        return {"parameters": "parameters", "kv-bytes": "kv_bytes_per_token", "decode": "decode_bytes"}[self.quantity]
+
+
+def parse_target(text: str) -> Target:
+    """A target from a text such as `"kv-bytes=-40%"` or `"decode=1.15x"`. Raises `ValueError` for anything else."""
+    less = re.fullmatch(r"(parameters|kv-bytes)=-(\d+(?:\.\d+)?)%", text.strip())
+    if less and 0 < float(less[2]) < 100:
+        return Target(less[1], 1 - float(less[2]) / 100)
+    faster = re.fullmatch(r"decode=(\d+(?:\.\d+)?)x", text.strip())
+    if faster and float(faster[1]) > 1:
+        return Target("decode", 1 / float(faster[1]))
+    raise ValueError(
+        f"target is {text!r}; it must be parameters=-N% or kv-bytes=-N% with N between 0 and 100, or decode=Nx with N above 1, "
+        "such as kv-bytes=-40%."
+    )
+
+
 @dataclass(frozen=True)
 class DataSource:
     """
@@ -365,13 +402,62 @@ class PlanSettings:
         None,
         "Most layers in a block, its source included, for 'effect' and 'similarity'; their number for 'spread' and 'paper'.",
     )
+    target: list[str] | None = setting(
+        None,
+        "With 'effect', in place of the ratio: what to save, parameters=-10%, kv-bytes=-40% (of the cache) or decode=1.15x (by "
+        "the bytes that are read for a token). May be repeated; all are reached.",
+    )
+    moves: str | None = setting(
+        None,
+        "With 'effect': what may be done to layers, of echo, kv (keys and values of another, with queries of its own), skip (no "
+        "attention) and drop (left out), separated by commas. If not given, echo by ratio, all by target.",
+    )
+    decode_context: int = setting(2048, "Tokens in the cache for the target decode.")
+    from_search: str | None = setting(
+        None,
+        "The .search.json that `echoatt plan` wrote: the best of what it measured that reaches the target, at no cost.",
+    )
     search_rows: int = setting(8, "With 'effect' and from a student: rows on which a plan is measured.")
     search_width: int = setting(8, "With 'effect': candidates measured for each echo layer but the first.")
 
     def __post_init__(self):
-        _check_at_least_one(self, "search_rows", "search_width")
+        _check_at_least_one(self, "search_rows", "search_width", "decode_context")
+        if (self.target or self.moves or self.from_search) and self.plan != "effect":
+            raise ValueError(f"plan is {self.plan!r}; target, moves and from_search are for the plan 'effect' alone.")
+        if self.from_search is not None and not self.target:
+            raise ValueError("from_search needs a target: give for instance --target kv-bytes=-40%.")
+        if self.block_size is not None and (self.target or (self.moves or "echo") != "echo"):
+            raise ValueError(
+                "block_size is for plans of echo layers alone: leave it out, or leave target and moves out."
+            )
+        self.list_targets()
+        self.list_moves()
         if self.plan == "blocks":
             object.__setattr__(self, "plan", "spread")
+
+    def list_targets(self) -> list[Target]:
+        """What to save. Raises `ValueError` if a target is not understood."""
+        targets = [parse_target(text) for text in self.target or []]
+        repeated = {
+            each.quantity for each in targets if [other.quantity for other in targets].count(each.quantity) > 1
+        }
+        if repeated:
+            raise ValueError(f"target names {sorted(repeated)[0]} more than once: give it once.")
+        return targets
+
+    def list_moves(self) -> list[str]:
+        """What may be done to layers, as plans name it. Raises `ValueError` if a move is not known."""
+        if self.moves is None:
+            return list(MOVES.values()) if self.target else ["echo"]
+        names = [name.strip() for name in self.moves.split(",")]
+        unknown = [name for name in names if name not in MOVES]
+        if unknown:
+            raise ValueError(f"moves is {self.moves!r}; it must name some of {', '.join(MOVES)}, separated by commas.")
+        if not self.target and names != ["echo"]:
+            raise ValueError(
+                f"moves is {self.moves!r}, but a ratio counts echo layers alone: give a target, such as kv-bytes=-40%."
+            )
+        return [MOVES[name] for name in dict.fromkeys(names)]
 
 
 def recipe_setting(name: str, text: str) -> Any:

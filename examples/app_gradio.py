@@ -116,7 +116,7 @@ def draw_similarity(pair: Pair, inputs: BatchEncoding) -> np.ndarray:
     similarity = measure_attention_similarity(pair.teacher, [dict(inputs)])
     with tempfile.TemporaryDirectory() as folder:  # nothing is left behind
         path = Path(folder) / "similarity.png"
-        similarity.plot(path, SharingPlan(pair.student.config.echo_sources))
+        similarity.plot(path, SharingPlan(pair.student.config.plan))
         return (matplotlib.image.imread(path) * 255).astype(np.uint8)
 
 
@@ -151,9 +151,7 @@ def build_app(pair: Pair):
     import gradio
 
     with gradio.Blocks(title="EchoAtt") as app:
-        gradio.Markdown(
-            f"# EchoAtt\n\nThe student echoes attention: `{SharingPlan(pair.student.config.echo_sources)}`"
-        )
+        gradio.Markdown(f"# EchoAtt\n\nThe student echoes attention: `{SharingPlan(pair.student.config.plan)}`")
         prompt = gradio.Textbox("def main(", label="Prompt", lines=3)
         with gradio.Row():
             max_new_tokens = gradio.Slider(8, 256, 64, step=8, label="New tokens")

@@ -58,16 +58,14 @@ from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
-from safetensors.torch import load_model as load_weights
-from safetensors.torch import save_model as save_weights
 from study_report import compare, make_curve, make_report, plot_curves
 from transformers import PreTrainedModel
 
 from echoatt_hf import SharingPlan, convert, count_kv_bytes_per_token, evaluate_model, evaluate_zero_shot
 from echoatt_hf.analysis.similarity import AttentionSimilarity, measure_on_rows
-from echoatt_hf.baselines.kv_sharing import share_keys_values
-from echoatt_hf.baselines.layer_dropping import check_same_model, choose_layers_to_drop, drop_layers
+from echoatt_hf.baselines.layer_dropping import choose_layers_to_drop
 from echoatt_hf.baselines.random_plans import draw_plan
+from echoatt_hf.conversion.dropping import check_same_model, drop_layers
 from echoatt_hf.conversion.tuning import hold_out
 from echoatt_hf.distillation.two_stages import train_two_stages
 from echoatt_hf.models.devices import default_device
@@ -377,9 +375,8 @@ class Study:
         else:
             plan = self._plan(run)
             facts["plan"] = list(plan)
-        if start.kind == "KV sharing":
-            student = self._share_keys_values(plan)
-        elif start.kind == "echo":
+            if start.kind == "KV sharing":
+                plan = plan.with_kv()
             rows = self.calibration_rows if start.align or start.refit else None
             similarity = self.similarity if start.align else None
             student, report = convert(
@@ -417,15 +414,9 @@ class Study:
             return str(error)
         return None
 
-    def _share_keys_values(self, sources: Iterable[int]) -> PreTrainedModel:
-        return share_keys_values(self._load(self._arguments.teacher), list(sources))
-
     def _save(self, run: Run, student: PreTrainedModel, facts: dict, folder: Path) -> None:
-        if run.start.kind == "KV sharing":  # no architecture of transformers: weights alone
-            save_weights(student, str(folder / "model.safetensors"))
-        else:
-            student.save_pretrained(folder)
-            self.tokenizer.save_pretrained(folder)
+        student.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
         write_whole(folder / "facts.json", json.dumps(facts, indent=2) + "\n")
 
     def read_facts(self, run: Run) -> dict:
@@ -434,12 +425,7 @@ class Study:
 
     def load(self, run: Run) -> PreTrainedModel:
         """Load the student of a run."""
-        folder = self._output / run.folder / "student"
-        if run.start.kind != "KV sharing":
-            return self._load(folder)
-        student = self._share_keys_values(self.read_facts(run)["plan"])
-        load_weights(student, str(folder / "model.safetensors"))
-        return student
+        return self._load(self._output / run.folder / "student")
 
     # Evaluating.
 

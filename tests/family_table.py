@@ -80,7 +80,8 @@ class FamilyTable:
             cell = f"refused: {reason}" if reason else "ok"
         else:
             return
-        self.cells[family.name][feature] = cell
+        if self.cells[family.name].get(feature) != "FAILED":  # of two students of a family
+            self.cells[family.name][feature] = cell
 
     def pytest_terminal_summary(self, terminalreporter, config):
         if "families" in config.option.markexpr and self.cells:

@@ -1,17 +1,15 @@
 """Other ways to make a model smaller, each against what it must equal."""
 
-import copy
-
 import pytest
 import torch
 from conftest import FP32_TOLERANCE, make_batch, make_teacher
 from transformers import AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, repeat_kv
 
-from echoatt_hf import evaluate_model
-from echoatt_hf.baselines.kv_sharing import share_keys_values
-from echoatt_hf.baselines.layer_dropping import choose_layers_to_drop, drop_layers
+from echoatt_hf import EchoAttForCausalLM, SharingPlan, evaluate_model
+from echoatt_hf.baselines.layer_dropping import choose_layers_to_drop
 from echoatt_hf.baselines.random_plans import draw_plan
+from echoatt_hf.conversion.dropping import drop_layers
 
 
 pytestmark = pytest.mark.once
@@ -48,44 +46,21 @@ def run_llama_by_hand(model, input_ids, sources):
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 def test_kv_sharing_equals_the_teacher_with_keys_and_values_put_in(attention):
     teacher, sources = make_teacher(num_hidden_layers=6, attention=attention), [0, 1, 1, 1, 4, 4]
-    student = share_keys_values(copy.deepcopy(teacher), sources)
+    student = EchoAttForCausalLM.from_teacher(teacher, SharingPlan(sources).with_kv())
     input_ids = make_batch()["input_ids"]
     expected = run_llama_by_hand(teacher, input_ids, sources)
     found = student(input_ids=input_ids).logits
     torch.testing.assert_close(found, expected, **FP32_TOLERANCE)
     assert (found - teacher(input_ids=input_ids).logits).abs().max() > 1e-3
-    kept = {name for name, _ in student.named_parameters()}
+    student_parameters = dict(student.language_model.named_parameters())
+    kept = {*student_parameters}
     gone = [f"model.layers.{layer}.self_attn.{name}.weight" for layer in (2, 3, 5) for name in ("k_proj", "v_proj")]
     assert {name for name, _ in teacher.named_parameters()} - kept == set(gone)
     found.square().mean().backward()
     expected.square().mean().backward()
     gradients = {name: parameter.grad for name, parameter in teacher.named_parameters()}
-    for name, parameter in student.named_parameters():
+    for name, parameter in student_parameters.items():
         torch.testing.assert_close(parameter.grad, gradients[name], **FP32_TOLERANCE)
-
-
-@pytest.mark.parametrize("family", ["qwen3", "gemma2"])
-def test_kv_sharing_of_other_families_trains(family):
-    student = share_keys_values(make_teacher(family, attention="eager"), [0, 1, 2, 1, 2, 5])
-    student(**make_batch()).logits.square().mean().backward()
-    assert all(parameter.grad is not None for parameter in student.parameters())
-
-
-def test_kv_sharing_refuses_fused_projections():
-    with pytest.raises(ValueError, match="no k_proj and v_proj of their own"):
-        share_keys_values(make_teacher("gpt2"), [0, 1, 1, 3, 4, 5])
-
-
-@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3_text"])
-def test_kv_sharing_generates_with_a_cache_that_has_nothing_of_the_sharing_layers(family):
-    sources = [0, 1, 0, 1, 4, 1]
-    student = share_keys_values(make_teacher(family), sources)
-    batch = make_batch(3, 12, padding=(4, 0, 1))
-    options = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False}
-    output = student.generate(**batch, **options, return_dict_in_generate=True)
-    assert torch.equal(output.sequences, student.generate(**batch, **options, use_cache=False))
-    layers = output.past_key_values.layers
-    assert [layer for layer, states in enumerate(layers) if not states.is_initialized] == [2, 3, 5]
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2", "gpt2"])

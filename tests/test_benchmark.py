@@ -263,7 +263,7 @@ def test_students_plans_ratios_and_text(folder, tmp_path):
             BenchmarkSettings(**settings, prompts=str(folder / "text.txt")), str(folder / "teacher"), student
         )
         assert list(results["models"]) == ["teacher", "student"]
-        plans[student] = results["models"]["student"]["echo_sources"]
+        plans[student] = results["models"]["student"]["layer_plan"]
     assert list(plans.values()) == [plan_of("llama"), [0, 1, 1, 1, 4, 4], [0, 1, 1, 1, 4, 4], [0, 1, 1, 3, 3, 5]]
 
 

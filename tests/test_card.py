@@ -102,6 +102,19 @@ def test_what_was_inherited_and_dropped_is_said_of_a_converted_student(folder):
     assert str(report) in card and "q_proj" in card and f"{student.num_parameters():,}" in card
 
 
+def test_other_moves_are_named(folder, tmp_path):
+    student, report = convert(make_teacher(), [0, 1, "kv 1", "skip attention", "drop", 5])
+    student.save_pretrained(tmp_path / "mixed")
+    write(tmp_path / "mixed", "conversion.json", report.to_dict())
+    card = make_card(tmp_path / "mixed")
+    assert (
+        "A language model in which 1 of 5 layers use the keys and values of an earlier layer, 1 of 5 layers have no attention, "
+        "1 layers of the teacher are left out ([EchoAtt]"
+    ) in card
+    assert "2→kv1 3:skip 4:drop" in card and "`skip` is a layer without attention" in card
+    assert "use the keys" not in make_card(folder)
+
+
 CONVERSION = {
     "echo_sources": [0, 1, 1, 1, 4, 5],
     "copied": ["a"],

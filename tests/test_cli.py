@@ -22,7 +22,7 @@ from echoatt_hf.cli.app import app
 from echoatt_hf.distillation.trainer_args import parse_trainer_args
 from echoatt_hf.distillation.two_stages import make_training_arguments
 from echoatt_hf.models import devices, dtypes, loading
-from echoatt_hf.planning.from_settings import parse_sources
+from echoatt_hf.planning.from_settings import parse_entries
 from echoatt_hf.settings import (
     CalibrationSettings,
     DataSettings,
@@ -50,7 +50,7 @@ def workplace(tmp_path_factory):
     tokenizer = write_workplace(folder, TEXT)
     for name, dtype in (("teacher", torch.float32), ("half", torch.bfloat16)):
         teacher = make_teacher("llama", vocab_size=len(tokenizer)).to(dtype)
-        student = EchoAttForCausalLM.from_teacher(teacher, parse_sources(PLAN))
+        student = EchoAttForCausalLM.from_teacher(teacher, parse_entries(PLAN))
         for model, path in ((teacher, folder / name), (student, folder / f"{name}-student")):
             model.save_pretrained(path)
             tokenizer.save_pretrained(path)

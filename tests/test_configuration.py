@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from echoatt_hf import EchoAttConfig, EchoAttForCausalLM
-from echoatt_hf.configuration_echoatt import ECHOATT_VERSION, check_echo_sources
+from echoatt_hf.configuration_echoatt import ECHOATT_VERSION, check_layer_plan
 
 
 PLAN = [0, 1, 1, 1, 4]
@@ -227,7 +227,7 @@ def test_bad_plan(sources, message):
     with pytest.raises(ValueError, match=message):
         make_echo_config(echo_sources=sources)
     with pytest.raises(ValueError, match=message):
-        check_echo_sources(sources, 5)
+        check_layer_plan(sources, 5)
 
 
 @pytest.mark.parametrize("sources", ["01114", 3, {0: 0}], ids=repr)
@@ -243,10 +243,10 @@ def test_tuple_becomes_a_list():
 @pytest.mark.parametrize("source", ["1", 1.0, True, None], ids=repr)
 def test_source_that_is_no_integer(source):
     sources = [0, 1, source, 1, 4]
-    with pytest.raises(ValueError, match=r"echo_sources\[2\] is .*must be a layer index \(an integer\)"):
+    with pytest.raises(ValueError, match=r"(echo_sources|layer_plan)\[2\] is .*must be a layer index \(an integer\)"):
         make_echo_config(echo_sources=sources)
-    with pytest.raises(ValueError, match=r"echo_sources\[2\] is .*must be a layer index \(an integer\)"):
-        check_echo_sources(sources, 5)
+    with pytest.raises(ValueError, match=r"(echo_sources|layer_plan)\[2\] is .*must be a layer index \(an integer\)"):
+        check_layer_plan(sources, 5)
 
 
 def test_mixed_layer_types():
@@ -276,7 +276,7 @@ def test_plan_is_checked_again_before_saving(tmp_path):
         ("text_configs", "has no field 'text_configs': did you mean 'text_config'"),
         (
             "echo_temperature",
-            "has no field 'echo_temperature': known are text_config, echo_sources, echo_decode, echoatt_version",
+            "has no field 'echo_temperature': known are text_config, echo_sources, layer_plan, echo_decode, echoatt_version",
         ),
     ],
 )

@@ -114,7 +114,7 @@ def test_report_as_text_and_json(tiny_teacher):
     assert f"{report.teacher_parameters:,} → {report.student_parameters:,} (-" in text
     # Two of five layers keep values only: 8 of 10 parts are left.
     assert "(-20.0%) per token" in text
-    assert json.loads(json.dumps(report.to_dict()))["echo_sources"] == [0, 1, 1, 1, 4]
+    assert json.loads(json.dumps(report.to_dict()))["layer_plan"] == [0, 1, 1, 1, 4]
 
 
 @pytest.mark.parametrize(

@@ -8,10 +8,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 from echoatt_hf import EchoAttConfig, EchoAttForCausalLM
-from echoatt_hf.baselines.kv_sharing import share_keys_values
-from echoatt_hf.baselines.layer_dropping import drop_layers
 from echoatt_hf.benchmark.costs import count_costs, is_replayed
 from echoatt_hf.benchmark.shapes import SHAPES
+from echoatt_hf.conversion.dropping import drop_layers
 from echoatt_hf.planning.sharing import SharingPlan
 
 
@@ -152,7 +151,7 @@ def test_baselines():
     assert before.linear_weights - fewer.linear_weights == layer
     assert fewer.kv_bytes == before.kv_bytes * 5 // 6
     # Two of six layers have no keys and values of their own; they read those of others, in a model and in a cache.
-    sharing = count_costs(share_keys_values(teacher, [0, 1, 1, 1, 4, 5]))
+    sharing = count_costs(EchoAttForCausalLM.from_teacher(teacher, [0, 1, "kv 1", "kv 1", 4, 5]))
     assert before.linear_weights - sharing.linear_weights == 2 * 2 * 32 * 16
     assert sharing.kv_bytes == before.kv_bytes and sharing.query_features == before.query_features
     assert sharing.cache_bytes == before.cache_bytes * 4 // 6

@@ -1,5 +1,6 @@
 """
-Every family with every feature, against the slow oracle: eager attention weights of the source, no cache.
+Every family with every feature, against the slow oracle: eager attention weights of the source, no cache. A student of each
+family only echoes, another one has layers too that use keys and values of others.
 
 By default a few representative families are tested, and the logits and refusals of all; `python -m pytest -m families` tests all of them and prints the
 table, and with `--update-readme` writes it into FAMILIES.md.
@@ -41,28 +42,38 @@ class Subject:
     """The models of one family: what is tested and what it must equal."""
 
     family: Family
+    plan: list[int | str]
     teacher: nn.Module
     student: EchoAttForCausalLM
 
     @functools.cached_property
     def oracle(self) -> nn.Module:
-        return make_oracle(self.teacher, self.family.plan)
+        return make_oracle(self.teacher, self.plan)
 
     @functools.cached_property
     def teachers_oracle(self) -> nn.Module:
-        return make_oracle(self.teacher, range(len(self.family.plan)))
+        return make_oracle(self.teacher, list(range(len(self.plan))))
 
 
-def make_subject(family: Family) -> Subject:
+def make_subject(family: Family, moves: str = "echo") -> Subject:
     if not family.is_known:
         pytest.skip(f"not in transformers {__version__}")
     teacher = make_teacher(family.name, family.attention)
-    return Subject(family, teacher, EchoAttForCausalLM.from_teacher(teacher, plan_of(family.name)))
+    plan = plan_of(family.name)
+    if moves == "kv":  # every second of the layers that share, so that a source may have both
+        for layer in [layer for layer, source in enumerate(plan) if layer != source][::-2]:
+            plan[layer] = f"kv {plan[layer]}"
+    return Subject(family, plan, teacher, EchoAttForCausalLM.from_teacher(teacher, plan))
 
 
 @pytest.fixture(scope="module", params=[pytest.param(family, id=family.name) for family in SUPPORTED])
-def subject(request) -> Subject:
-    return make_subject(request.param)
+def family(request) -> Family:
+    return request.param
+
+
+@pytest.fixture(scope="module", params=["echo", "kv"])
+def subject(request, family) -> Subject:
+    return make_subject(family, request.param)
 
 
 @pytest.fixture
@@ -228,7 +239,7 @@ def test_cache(subject, assert_like_oracle, variant):
 
 
 def test_cache_bytes(subject):
-    """Measured in memory: what the teacher's cache holds, without the keys of echo layers."""
+    """Measured in memory: what the teacher's cache holds, without the keys of echo layers, and without kv layers."""
 
     def bytes_of(states: torch.Tensor) -> int:
         return states.untyped_storage().nbytes() if states.numel() else 0
@@ -242,10 +253,13 @@ def test_cache_bytes(subject):
             with torch.no_grad():
                 model(make_batch(2, 20)["input_ids"], past_key_values=caches[-1], use_cache=True)
         for layer in find_attention_modules(subject.teacher):
-            source = subject.family.plan[layer]
-            before, after = (cache.layers[layer] for cache in caches)
-            saved = bytes_of(before.keys) if layer != source else 0
+            before = caches[0].layers[layer]
             assert bytes_of(before.keys) == bytes_of(before.values) > 0
+            if layer in subject.student.config.kv_sources:
+                assert not any(slot.is_initialized for slot in caches[1].layers[layer : layer + 1])
+                continue
+            after = caches[1].layers[layer]
+            saved = bytes_of(before.keys) if layer in subject.student.config.echo_layers else 0
             assert bytes_of(after.keys) + bytes_of(after.values) == 2 * bytes_of(before.values) - saved
 
 
@@ -356,7 +370,7 @@ def test_output(subject, assert_like_oracle, variant):
             of_layer = dict(zip(attentions, found, strict=True))
             for layer, weights in of_layer.items():
                 assert weights.shape == (2, 4, 12, 12)
-                assert torch.equal(weights, of_layer[subject.family.plan[layer]])
+                assert torch.equal(weights, of_layer[subject.student.config.echo_sources[layer]])
 
     assert_like_oracle(check)
 
@@ -368,7 +382,7 @@ def test_save_and_load(subject, tmp_path):
     )
     assert type(loaded) is EchoAttForCausalLM
     assert not any(info.values()), info
-    assert loaded.config.echo_sources == list(subject.family.plan)
+    assert loaded.config.plan == subject.plan
     batch = make_batch(2, 12, padding=(3,))
     with torch.no_grad():
         torch.testing.assert_close(loaded.eval()(**batch).logits, subject.student(**batch).logits, **FP32_TOLERANCE)
@@ -379,7 +393,7 @@ def test_tuning(subject):
     rows = [{"input_ids": row.tolist()} for row in make_batch(32, 12)["input_ids"]]
     before = {name: value.clone() for name, value in subject.teacher.state_dict().items()}
     modules = list(subject.teacher.modules())
-    student, report = convert(subject.teacher, subject.family.plan, rows)
+    student, report = convert(subject.teacher, subject.plan, rows)
     kl = evaluate_model(student, rows[24:], teacher=subject.teacher)["kl"]
     assert kl == pytest.approx(min(report.kl.values()), rel=1e-3, abs=1e-6)
     assert report.kl.keys() == {"copied", "tuned"}

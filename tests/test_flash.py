@@ -10,8 +10,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, ContinuousBatchingConfig, DynamicCache, GenerationConfig, PreTrainedModel
 from transformers.integrations.flash_attention import flash_attention_forward
 
-from echoatt_hf import EchoAttForCausalLM, convert
-from echoatt_hf.baselines.kv_sharing import share_keys_values
+from echoatt_hf import EchoAttForCausalLM, SharingPlan, convert
 
 
 KERNEL = "kernels-community/stub-of-flash"
@@ -86,7 +85,10 @@ def test_teacher_in_flash_attention_is_converted(name, asked, tmp_path):
 
 
 def test_keys_and_values_are_shared_in_flash_attention(asked):
-    batch, model = make_batch(2, 10), share_keys_values(make_teacher("llama"), plan_of("llama"))
+    batch, model = (
+        make_batch(2, 10),
+        EchoAttForCausalLM.from_teacher(make_teacher("llama"), SharingPlan(plan_of("llama")).with_kv()),
+    )
     with torch.no_grad():
         expected = model(**batch).logits
         in_flash = copy.deepcopy(model)

@@ -137,7 +137,8 @@ def test_a_wrong_command_is_refused_in_one_line(arguments, message, folder, tmp_
 
 
 def config_of(family="llama", **overrides):
-    config = EchoAttConfig(text_config=make_teacher(family, **overrides).config, echo_sources=plan_of(family))
+    plan = overrides.pop("layer_plan", plan_of(family))
+    config = EchoAttConfig(text_config=make_teacher(family, **overrides).config, layer_plan=plan)
     config.architectures = ["EchoAttForCausalLM"]
     return config
 
@@ -160,8 +161,9 @@ LONG = {"original_max_position_embeddings": 64, "short_factor": [1.0] * 4, "long
             lambda: config_of(**scaled("yarn", **ROPE["yarn"], attention_factor=1.5, truncate=False)),
             "by 'yarn' with attention_factor, truncate, which mlx_lm does not have",
         ),
+        (lambda: config_of(layer_plan=[0, 1, 1, "kv 1", 4, 5]), "it has other moves than echoes in its layer_plan"),
     ],
-    ids=["gemma", "phi3", "activation", "longrope", "yarn"],
+    ids=["gemma", "phi3", "activation", "longrope", "yarn", "moves"],
 )
 def test_what_mlx_cannot_run_is_refused(config, message):
     with pytest.raises(ValueError, match="mlx_lm cannot run the student") as refused:

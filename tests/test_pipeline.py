@@ -201,7 +201,7 @@ def test_stopped_search_resumes_to_the_same_plan(workplace, tmp_path, monkeypatc
         json.loads(output.read_text())["echo_sources"]
         == json.loads(whole.stdout[whole.stdout.index("{") :])["echo_sources"]
     )
-    assert [path.name for path in tmp_path.iterdir()] == ["plan.json"]
+    assert {path.name for path in tmp_path.iterdir()} == {"plan.json", "plan.search.json", "plan.search.png"}
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL], ids=["Ctrl-C", "kill"])

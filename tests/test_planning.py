@@ -8,7 +8,7 @@ from transformers import LlamaConfig
 from echoatt_hf import plan_like_paper
 from echoatt_hf.analysis.ranking import find_kept_layers, mean_similarities
 from echoatt_hf.analysis.similarity import AttentionSimilarity
-from echoatt_hf.configuration_echoatt import check_echo_sources
+from echoatt_hf.configuration_echoatt import check_layer_plan
 from echoatt_hf.planning.from_settings import make_plan
 from echoatt_hf.planning.rules import plan_from_similarity
 from echoatt_hf.planning.sharing import SharingPlan
@@ -77,7 +77,7 @@ def test_best_plan_at_every_ratio(num_layers, protected, layer_types, seed):
         plan = plan_from_similarity(
             similarity.tolist(), ratio=echoes / num_layers, protected_layers=protected, layer_types=layer_types
         )
-        check_echo_sources(list(plan), num_layers, layer_types)
+        check_layer_plan(list(plan), num_layers, layer_types)
         assert len(plan.echo_layers) == echoes
         found = pairs_of(plan)
         assert sorted(found) in [sorted(pairs) for pairs in plans]

@@ -19,7 +19,7 @@ from test_pipeline import (  # noqa: F401
 from transformers import AutoModelForCausalLM
 
 from echoatt_hf import EchoAttForCausalLM, StudentSize, find_sizes, permute_heads, put_back
-from echoatt_hf.conversion.alignment import find_echoes
+from echoatt_hf.conversion.alignment import find_changed
 from echoatt_hf.models.predictions import compare_predictions
 from echoatt_hf.publishing.card import find_gaps
 
@@ -86,7 +86,7 @@ def test_heads_in_another_order_do_not_matter(tiny_teacher):
     """The values of an aligned echo do not fit attention weights of its own; the whole layer of the teacher does."""
     student = EchoAttForCausalLM.from_teacher(tiny_teacher, PLAN)
     before = logits_of(student)
-    for attention in find_echoes(student).values():
+    for attention in find_changed(student).values():
         permute_heads(attention, [3, 2, 1, 0])
     assert not torch.allclose(logits_of(student), before, atol=1e-3)
     larger = put_back(student, tiny_teacher, [2, 3, 4])
@@ -118,7 +118,7 @@ def test_each_time_the_best_layer_comes_back(tiny_teacher):
     assert sizes[0] == StudentSize(PLAN, [], 0.0, sizes[0].kl)
     for size in sizes:
         model = put_back(student, tiny_teacher, size.layers, size.teacher_share)
-        assert model.config.echo_sources == size.echo_sources
+        assert model.config.plan == size.layer_plan
         assert compare_predictions(model, rows, tiny_teacher).kl == pytest.approx(size.kl, rel=1e-4)
     kl = {
         layer: compare_predictions(put_back(student, tiny_teacher, [layer]), rows, tiny_teacher).kl
@@ -158,7 +158,7 @@ def test_type_of_the_student_stays(tiny_teacher):
 
 def test_bad_input_is_refused(tiny_teacher):
     student, rows = distilled(tiny_teacher, PLAN), rows_of(2)
-    with pytest.raises(ValueError, match=r"Layers \[1, 7\] are no echo layers of the student: .* \[2, 3, 4\]"):
+    with pytest.raises(ValueError, match=r"does not change layers \[1, 7\]: put back some of \[2, 3, 4\]"):
         put_back(student, tiny_teacher, [1, 2, 7])
     with pytest.raises(ValueError, match=r"teacher_share is 1.5; it must be from 0 to 1"):
         put_back(student, tiny_teacher, [2], 1.5)
@@ -220,7 +220,7 @@ def test_command_writes_the_student_of_the_ratio(workplace, student, tmp_path): 
         assert f"{size['perplexity']:.3f}" in result.stdout and {"kl", "calibration_kl"} <= {*size}
     assert files_of(student) == before
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "larger")
-    assert len(model.config.echo_layers) == 2 and model.config.echo_sources == sizes[1]["echo_sources"]
+    assert len(model.config.echo_layers) == 2 and model.config.echo_sources == sizes[1]["layer_plan"]
     assert report["plan"]["echo_sources"] == model.config.echo_sources
     # It is the student that was measured.
     evaluate = ["evaluate", tmp_path / "larger", "--teacher", teacher, *text[:-2], "--output", tmp_path / "found.json"]
@@ -235,7 +235,7 @@ def test_command_writes_the_student_of_the_ratio(workplace, student, tmp_path): 
     # It distils on as any other.
     distill = ["distill", tmp_path / "larger", "--teacher", teacher, *text[:-2], "--batch-size", 4, "--steps", 2]
     echoatt(*distill, "--warmup-steps", 1, "--output", tmp_path / "distilled")
-    assert AutoModelForCausalLM.from_pretrained(tmp_path / "distilled").config.echo_sources == sizes[1]["echo_sources"]
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "distilled").config.echo_sources == sizes[1]["layer_plan"]
 
 
 @pytest.mark.parametrize(

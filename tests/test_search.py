@@ -60,7 +60,7 @@ def test_greedy_as_by_hand(llama, rows):
     assert found.rounds[-1]["kl"] == found.kl["effect"]
     greedy = list(range(7))
     for each in found.rounds:
-        greedy = [each["source"] if source == each["echo"] else source for source in greedy]
+        greedy = [each["entry"] if source == each["layer"] else source for source in greedy]
     assert greedy == plan
     assert found.tokens == 4 * 16
     # The best of all rules wins, and each value is the measured one.
@@ -120,7 +120,7 @@ def test_other_rules_are_candidates(llama, rows):
 def test_protected_layers_do_not_echo(llama, rows, protected):
     teacher, similarity = llama
     found = search_plan(teacher, rows, similarity, ratio=0.29, width=2, protected_layers=protected, **UNTUNED)
-    assert all(protected <= each["echo"] < 7 - protected for each in found.rounds)
+    assert all(protected <= each["layer"] < 7 - protected for each in found.rounds)
     assert len(found.plan.echo_layers) == 2
 
 

@@ -3,7 +3,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from echoatt_hf.configuration_echoatt import check_echo_sources
+from echoatt_hf.configuration_echoatt import check_layer_plan
 from echoatt_hf.planning.sharing import SharingPlan, count_echo_layers
 
 
@@ -163,7 +163,7 @@ def test_every_possible_ratio(num_layers, protected_layers):
             continue
         plan = SharingPlan.from_ratio(num_layers, ratio, protected_layers=protected_layers)
         made += 1
-        check_echo_sources(list(plan), num_layers)
+        check_layer_plan(list(plan), num_layers)
         assert len(plan) == num_layers
         assert len(echoes_of(plan)) == echoes
         ends = {*range(protected_layers), *range(num_layers - protected_layers, num_layers)}
@@ -185,7 +185,7 @@ def test_ratio_with_mixed_layer_types(layer_types, ratio):
     assert len(plan.echo_layers) == round(len(layer_types) * ratio)
     assert {0, len(layer_types) - 1} <= set(plan.plain_layers)
     assert plan.layer_types == tuple(layer_types)
-    check_echo_sources(list(plan), len(layer_types), layer_types)
+    check_layer_plan(list(plan), len(layer_types), layer_types)
     inner = range(1, len(layer_types) - 1)
     for block in plan.blocks:
         kind = layer_types[block[0]]

@@ -30,7 +30,7 @@ def vllm_config_of(config, heads=2, **parallel):
 
 
 def student_config(family="llama", plan=(0, 1, 1, 1, 4, 4)):
-    return EchoAttConfig(text_config=make_config(family), echo_sources=list(plan))
+    return EchoAttConfig(text_config=make_config(family), layer_plan=list(plan))
 
 
 def test_the_plugin_is_declared_and_imports_neither_torch_nor_vllm():
@@ -69,6 +69,11 @@ def test_a_student_that_vllm_runs_is_let_through():
 def test_what_is_divided_wrongly_is_refused(parallel, said):
     with pytest.raises(ValueError, match=said):
         check_vllm_config(vllm_config_of(student_config(), **parallel))
+
+
+def test_other_moves_than_echoes_are_refused():
+    with pytest.raises(ValueError, match="vLLM does not run students with other moves than echoes"):
+        check_vllm_config(vllm_config_of(student_config(plan=(0, 1, 1, "kv 1", 4, 4))))
 
 
 RECURRENT = [family for family in SUPPORTED if "paged caches do not hold recurrent states" in family.lacks.values()]

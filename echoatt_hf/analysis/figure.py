@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from ..configuration_echoatt import read_layer_plan
 from .ranking import find_kept_layers, mean_similarities
 
 
@@ -13,7 +14,7 @@ MOST_WITH_NUMBERS = 32
 
 
 def plot_similarity(
-    similarity: Sequence[Sequence[float]], path: str | Path, about: str, plan: Iterable[int] | None = None
+    similarity: Sequence[Sequence[float]], path: str | Path, about: str, plan: Iterable[int | str] | None = None
 ) -> None:
     """
     Write a figure as PNG: above, the mean similarity of each layer to all others, below, the similarity of all pairs.
@@ -36,7 +37,8 @@ def plot_similarity(
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    size, pairs = len(similarity), [(echo, source) for echo, source in enumerate(plan or []) if echo != source]
+    moves = read_layer_plan(list(plan or []))
+    size, pairs = len(similarity), [(layer, source) for layer, (_, source) in enumerate(moves) if source is not None]
     side = min(max(0.36 * size, 5.0), 10.0)  # of the heat map, inches
     figure, (curve, image) = pyplot.subplots(
         2, 1, figsize=(side + 1.6, 1.3 * side + 1.4), height_ratios=(0.3, 1), sharex=True, layout="constrained"

@@ -1,18 +1,17 @@
 """The models that a benchmark measures: teacher, student, and other small ones."""
 
-import copy
 from dataclasses import dataclass
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from ..baselines.kv_sharing import share_keys_values
-from ..baselines.layer_dropping import drop_layers
+from ..conversion.dropping import drop_layers
 from ..modeling_echoatt import EchoAttForCausalLM
 from ..models.devices import default_device
 from ..models.loading import load_config, load_model
 from ..models.sizes import count_kv_bytes_per_token
 from ..planning.from_settings import make_plan
+from ..planning.sharing import SharingPlan
 from ..settings import BenchmarkSettings, PlanSettings
 from .shapes import SHAPES
 
@@ -72,8 +71,8 @@ def make_contenders(settings: BenchmarkSettings, teacher: str, student: str) -> 
     if "layers" in settings.baseline:
         contenders.append(Contender(DROPPED, _drop_as_many(model, shared), settings.attention))
     if "kv" in settings.baseline:
-        copied = copy.deepcopy(model, {id(each): each for each in model.parameters()})
-        sharing = share_keys_values(copied, shared.config.echo_sources)
+        plan = SharingPlan(shared.config.echo_sources).with_kv()
+        sharing = EchoAttForCausalLM.from_teacher(model, plan, share_weights=True)
         contenders.append(Contender(SHARING, sharing, settings.attention))
     return contenders
 
@@ -86,7 +85,7 @@ def _make_config(settings: BenchmarkSettings, teacher: str) -> PreTrainedConfig:
     return AutoConfig.for_model(**known)
 
 
-def _read_plan(student: str, config: PreTrainedConfig) -> list[int] | None:
+def _read_plan(student: str, config: PreTrainedConfig) -> list[int | str] | None:
     """The plan that `student` says, or `None` where it names a model."""
     try:
         settings = PlanSettings(plan="spread", ratio=float(student))
@@ -126,7 +125,7 @@ def describe_contender(contender: Contender) -> dict:
     return {
         "attention": contender.attention,
         "layers": contender.model.config.num_hidden_layers,
-        "echo_sources": getattr(contender.model.config, "echo_sources", None),
+        "layer_plan": getattr(contender.model.config, "plan", None),
         "parameters": contender.model.num_parameters(),
         "weight_bytes": sum(each.numel() * each.element_size() for each in parameters),
         "kv_bytes_per_token": count_kv_bytes_per_token(contender.model),

@@ -26,8 +26,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from ..baselines.kv_sharing import NoProjection
-from ..modeling_echoatt import AttentionRecord, EchoAttention
+from ..modeling_echoatt import AttentionRecord, EchoAttention, KVAttention
 from ..models.families import count_query_features, count_value_features, find_attention_modules
 
 
@@ -139,8 +138,7 @@ def count_costs(model: PreTrainedModel) -> Costs | None:
     queries = echoing = read = replayed = cached = 0
     for attention in find_attention_modules(model).values():
         features = count_query_features(attention)
-        shares = isinstance(getattr(attention, "v_proj", None), NoProjection)
-        values = attention.v_proj.features if shares else count_value_features(attention)
+        values, shares = count_value_features(attention), isinstance(attention, KVAttention)
         if isinstance(attention, EchoAttention):
             echoing, read, replayed, cached = echoing + features, read + values, replayed + values, cached + values
         else:

@@ -179,7 +179,7 @@ def compress(
         dtype=dtype,
     )
     report = compress(settings, output, overwrite=overwrite, resume=resume)
-    print(f"\n{SharingPlan(report['plan']['echo_sources'])}")
+    print(f"\n{SharingPlan.from_dict(report['plan'])}")
     for name, kl in report.get("search", {}).get("kl", {}).items():
         print(f"KL of the plan by {name}, untrained: {kl:.4f} nats")
     print(f"\n{format_table(report['results'])}\n\nwritten to {output}")
@@ -233,7 +233,7 @@ def plan(
     teacher = name_gguf_file(teacher, gguf_file)
     settings = CompressionSettings(teacher=teacher, plan=plan, calibration=calibration, data=data, dtype=dtype)
     found = make_plan(settings, output, similarity=similarity, overwrite=overwrite, resume=resume)
-    made = SharingPlan(found["plan"]["echo_sources"])
+    made = SharingPlan.from_dict(found["plan"])
     if "search" in found:
         print(f"{PlanSearch(made, **found['search'])}\n")
     print(made)
@@ -273,11 +273,11 @@ def convert(
         if similarity is not None:
             raise ValueError("similarity is given, but the student has its plan: leave it out.")
         report = convert_student(settings, from_student, output, overwrite=overwrite)
-        print(f"{SharingPlan(report['plan']['echo_sources'])}\n")
+        print(f"{SharingPlan.from_dict(report['plan'])}\n")
         print(f"{format_table(report['put_back']['sizes'])}\n\nwritten to {output}")
         return
     report = convert(settings, output, similarity=similarity, overwrite=overwrite)
-    print(f"{ConversionReport(**report)}\n\nwritten to {output}")
+    print(f"{ConversionReport.from_dict(report)}\n\nwritten to {output}")
 
 
 @app.command(epilog="Example: echoatt store-teacher TEACHER --data text.txt --output store")

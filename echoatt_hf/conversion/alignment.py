@@ -9,8 +9,9 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ..analysis.similarity import AttentionSimilarity
-from ..modeling_echoatt import EchoAttention, EchoAttForCausalLM
-from ..models.families import find_attention_modules, find_output_projection
+from ..configuration_echoatt import read_layer_plan
+from ..modeling_echoatt import EchoAttention, EchoAttForCausalLM, OwnAttention, get_head_dim
+from ..models.families import count_value_features, find_output_projection
 
 
 __all__ = ["align_heads", "match_heads", "permute_heads"]
@@ -18,10 +19,11 @@ __all__ = ["align_heads", "match_heads", "permute_heads"]
 
 def align_heads(student: EchoAttForCausalLM, similarity: AttentionSimilarity) -> dict[int, list[int]]:
     """
-    Order the heads of every echo layer by the heads of its source, in place.
+    Order the heads of every layer that uses another by the heads of its source, in place.
 
     An echo layer has the attention weights of its source, head by head. Which of its own heads gets which of them is
-    free: the order is folded into the value and output projections, and costs nothing when the student runs.
+    free: the order is folded into the value and output projections, and costs nothing when the student runs. Where a layer
+    uses keys and values of its source, the order is folded into the query and output projections.
 
     Args:
         student ([`EchoAttForCausalLM`]):
@@ -30,29 +32,30 @@ def align_heads(student: EchoAttForCausalLM, similarity: AttentionSimilarity) ->
             Of its teacher.
 
     Returns:
-        `dict[int, list[int]]`: for each echo layer the head of the teacher that is now in each place.
+        `dict[int, list[int]]`: for each of these layers the head of the teacher that is now in each place.
 
     Raises:
         `ValueError`: the similarity is that of another model.
     """
-    sources = student.config.echo_sources
-    if len(similarity.layers) != len(sources):
+    moves = read_layer_plan(student.config.plan)
+    if len(similarity.layers) != len(moves):
         raise ValueError(
-            f"The similarity is of {len(similarity.layers)} layers and the student has {len(sources)}: measure it on "
+            f"The similarity is of {len(similarity.layers)} layers and the student has {len(moves)}: measure it on "
             "the teacher of this student."
         )
     return {
-        layer: align_layer(attention, similarity.between(sources[layer], layer))
-        for layer, attention in find_echoes(student).items()
+        layer: align_layer(attention, similarity.between(moves[layer][1], layer))
+        for layer, attention in find_changed(student).items()
+        if moves[layer][1] is not None
     }
 
 
 def align_layer(attention: EchoAttention, similarity: torch.Tensor) -> list[int]:
     """
-    Order the heads of one echo layer, in place.
+    Order the heads of one layer, in place.
 
     Args:
-        attention (`EchoAttention`):
+        attention (`EchoAttention` or `KVAttention`):
             Attention module of the layer.
         similarity (`torch.Tensor` of shape `(H, H)`):
             Of the heads of its source with its own, see [`match_heads`].
@@ -96,11 +99,11 @@ def match_heads(similarity: torch.Tensor, num_kv_heads: int) -> list[int]:
 
 def permute_heads(attention: EchoAttention, order: Sequence[int]) -> None:
     """
-    Put the heads of an echo layer in another order, in its value and output projections and its gate.
+    Put the heads of a layer that uses another in another order: in all that it has for each head.
 
     Args:
-        attention (`EchoAttention`):
-            Attention module of an echo layer; its parameters are replaced, not written to.
+        attention (`EchoAttention` or `KVAttention`):
+            Attention module of the layer; its parameters are replaced, not written to.
         order (sequence of `int`):
             For each place the head that comes there. Heads that share their values must stay together.
 
@@ -116,44 +119,56 @@ def permute_heads(attention: EchoAttention, order: Sequence[int]) -> None:
         raise ValueError(
             f"The order {order.tolist()} separates heads that share their values: keep each {size} of them together."
         )
-    _reorder(attention.v_proj, 0, groups[:, 0])
     output = find_output_projection(attention)
     _reorder(output, input_dim(output), order)
-    if attention.echo_gate is not None:
-        _reorder(getattr(attention, attention.echo_gate), 0, order)
+    if isinstance(attention, EchoAttention):
+        _reorder(attention.v_proj, 0, groups[:, 0])
+        if attention.echo_gate is not None:
+            _reorder(getattr(attention, attention.echo_gate), 0, order)
+        return
+    # Queries, with what goes with them: gates, norms of all heads together, sinks.
+    for child in attention.children():
+        weight = getattr(child, "weight", None)
+        is_by_head = weight is not None and weight.shape[0] % num_heads == 0 and weight.shape[0] >= num_heads
+        if child is not output and is_by_head and (weight.dim() == 2 or weight.shape[0] > get_head_dim(attention)):
+            _reorder(child, 0, order)
+    for name, parameter in list(attention.named_parameters(recurse=False)):
+        if parameter.shape == (num_heads,):
+            index = torch.from_numpy(order).to(parameter.device)
+            replace_parameter(attention, name, parameter.detach().index_select(0, index))
 
 
-def find_echoes(student: EchoAttForCausalLM) -> dict[int, EchoAttention]:
-    """The attention modules of a student's echo layers, by layer."""
-    attentions = find_attention_modules(student.language_model)
-    return {layer: attentions[layer] for layer in student.config.echo_layers}
+def find_changed(student: EchoAttForCausalLM) -> dict[int, nn.Module]:
+    """The attention modules of the layers that a plan changes, by layer."""
+    found = {module.layer_idx: module for module in student.modules() if isinstance(module, OwnAttention)}
+    return dict(sorted(found.items()))
 
 
 EchoParameters = dict[str, nn.Parameter]
-"""Parameters of an echo layer's attention by name. What replaced them is undone by putting them back."""
+"""Parameters of an attention by name. What replaced them is undone by putting them back."""
 
 
-def get_parameters(attention: EchoAttention) -> EchoParameters:
-    """The parameters of an echo layer's attention, themselves, not copies."""
+def get_parameters(attention: nn.Module) -> EchoParameters:
+    """The parameters of an attention, themselves, not copies."""
     return dict(attention.named_parameters())
 
 
-def set_parameters(attention: EchoAttention, parameters: EchoParameters) -> None:
-    """Put parameters into an echo layer's attention."""
+def set_parameters(attention: nn.Module, parameters: EchoParameters) -> None:
+    """Put parameters into an attention."""
     for name, parameter in parameters.items():
         path, _, leaf = name.rpartition(".")
         setattr(attention.get_submodule(path), leaf, parameter)
 
 
-def count_heads(attention: EchoAttention) -> int:
-    """Number of heads of an echo layer."""
+def count_heads(attention: nn.Module) -> int:
+    """Number of heads of a layer."""
     output = find_output_projection(attention)
-    return output.weight.shape[input_dim(output)] // attention.echo_head_dim
+    return output.weight.shape[input_dim(output)] // get_head_dim(attention)
 
 
-def count_kv_heads(attention: EchoAttention) -> int:
-    """Number of heads of values of an echo layer."""
-    return attention.v_proj.out_features // attention.echo_head_dim
+def count_kv_heads(attention: nn.Module) -> int:
+    """Number of heads of values that a layer uses."""
+    return count_value_features(attention) // get_head_dim(attention)
 
 
 def input_dim(projection: nn.Module) -> int:

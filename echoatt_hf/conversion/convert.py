@@ -1,9 +1,11 @@
 """Teacher and plan to student: what is inherited, what is dropped, and what that saves."""
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from torch import nn
 from transformers import PreTrainedModel
 
 from ..analysis.similarity import AttentionSimilarity, measure_on_rows
@@ -12,7 +14,7 @@ from ..models.predictions import compare_predictions
 from ..models.sizes import count_kv_bytes_per_token
 from ..outputs.provenance import describe_teacher
 from ..planning.sharing import SharingPlan
-from .alignment import find_echoes, get_parameters, set_parameters
+from .alignment import find_changed, get_parameters, set_parameters
 from .tuning import hold_out, tune_student
 
 
@@ -25,7 +27,7 @@ class ConversionReport:
     What a conversion did.
 
     Args:
-        echo_sources (`list[int]`): the sharing plan.
+        layer_plan (`list[int | str]`): the plan, of the teacher's layers, see [`SharingPlan`].
         copied (`list[str]`): parameters the student inherits, by the teacher's names.
         cut (`list[str]`): fused projections of the teacher of which the student inherits a part: values, output gates.
         dropped (`list[str]`): parameters of the teacher that the student does without.
@@ -40,7 +42,7 @@ class ConversionReport:
         teacher (`dict[str, str]`): the teacher, see [`describe_teacher`].
     """
 
-    echo_sources: list[int]
+    layer_plan: list[int | str]
     copied: list[str]
     cut: list[str]
     dropped: list[str]
@@ -57,11 +59,17 @@ class ConversionReport:
         """The report as JSON can hold it."""
         return asdict(self)
 
+    @classmethod
+    def from_dict(cls, content: dict) -> "ConversionReport":
+        """The report of what [`ConversionReport.to_dict`] returned, or that of version 0.2.0."""
+        plan = {"layer_plan": content["echo_sources"]} if "echo_sources" in content else {}
+        return cls(**{name: value for name, value in content.items() if name != "echo_sources"} | plan)
+
     def __str__(self) -> str:
         cut = [f"cut          {_name_modules(self.cut)}; values and gates are kept"] if self.cut else []
         return "\n".join(
             [
-                f"plan         {SharingPlan(self.echo_sources)}",
+                f"plan         {SharingPlan(self.layer_plan)}",
                 f"copied       {len(self.copied)} tensors",
                 *cut,
                 f"dropped      {_name_modules(self.dropped)}",
@@ -83,7 +91,7 @@ class ConversionReport:
 
 def convert(
     teacher: PreTrainedModel | str,
-    plan: Sequence[int],
+    plan: Sequence[int | str],
     rows: Sequence[dict] | None = None,
     *,
     similarity: AttentionSimilarity | None = None,
@@ -102,8 +110,8 @@ def convert(
     Args:
         teacher (`PreTrainedModel` or `str`):
             A causal language model of a supported family, or the name or path of one. It is left untouched.
-        plan (`SharingPlan` or sequence of `int`):
-            For each layer the index of the layer whose attention weights it uses.
+        plan (`SharingPlan` or sequence of `int` or `str`):
+            For each layer the index of the layer whose attention weights it uses, or another move, see [`SharingPlan`].
         rows (sequence of `dict`, *optional*):
             Calibration text: rows with `input_ids` of T tokens, as returned by [`pack_rows`]. A refit wants many times as
             many tokens as the model's hidden size.
@@ -129,17 +137,18 @@ def convert(
         from ..models.loading import load_model
 
         teacher = load_model(teacher)
+    plan, tuning = SharingPlan(plan), {}
     student = EchoAttForCausalLM.from_teacher(teacher, plan, share_weights)
-    tuning = {}
-    if rows is not None and student.config.echo_layers:
-        tuning = _tune(student, teacher, rows, similarity, align, refit, progress)
-    inherited = dict(student.language_model.named_parameters())
+    teacher_layers = [layer for layer in range(len(plan)) if layer not in plan.dropped_layers]
+    if rows is not None and list(plan) != list(range(len(plan))):
+        tuning = _tune(student, teacher, rows, similarity, align, refit, teacher_layers, progress)
+    inherited = dict(_name_in_teacher(student, plan, teacher_layers))
     names = [name for name, _ in teacher.named_parameters()]
     missing = [name for name in names if name not in inherited]
     new = inherited.keys() - set(names)
-    cut = [name for name in missing if _name_of_kept(name) in new]
+    cut = [name for name in missing if _names_of_kept(name) & new]
     report = ConversionReport(
-        echo_sources=list(plan),
+        layer_plan=list(plan),
         copied=[name for name in names if name in inherited],
         cut=cut,
         dropped=[name for name in missing if name not in cut],
@@ -160,22 +169,30 @@ def _tune(
     similarity: AttentionSimilarity | None,
     align: bool,
     refit: bool,
+    teacher_layers: list[int],
     progress: bool,
 ) -> dict[str, dict]:
-    """Tune the echo layers, and keep it if it helps. Returns what the report says of it."""
+    """Tune the changed layers, and keep it if it helps. Returns what the report says of it."""
     train, held_out = hold_out(rows)
-    before = {layer: get_parameters(echo) for layer, echo in find_echoes(student).items()}
+    before = {layer: get_parameters(echo) for layer, echo in find_changed(student).items()}
     kl = {"copied": compare_predictions(student, held_out, teacher).kl}
-    if not (align or refit):
+    if not (align or refit) or not before:
         return {"kl": kl}
     if align and similarity is None:
         similarity = measure_on_rows(teacher, rows, progress=progress)
     tuned = tune_student(
-        student, teacher, train, held_out, similarity if align else None, refit=refit, progress=progress
+        student,
+        teacher,
+        train,
+        held_out,
+        similarity if align else None,
+        refit=refit,
+        teacher_layers=teacher_layers,
+        progress=progress,
     )
     kl["tuned"] = compare_predictions(student, held_out, teacher).kl
     if not kl["tuned"] < kl["copied"]:
-        for layer, echo in find_echoes(student).items():
+        for layer, echo in find_changed(student).items():
             set_parameters(echo, before[layer])
         return {"kl": kl}
     return {
@@ -185,10 +202,20 @@ def _tune(
     }
 
 
-def _name_of_kept(name: str) -> str:
-    """Name of the parameter that an echo layer keeps of a fused one."""
+def _name_in_teacher(
+    student: EchoAttForCausalLM, plan: SharingPlan, teacher_layers: list[int]
+) -> Iterator[tuple[str, nn.Parameter]]:
+    """The parameters of a student that are none of its own, by the names that they have in its teacher."""
+    for name, parameter in student.language_model.named_parameters():
+        if plan.dropped_layers:
+            name = re.sub(r"(?<=\.)\d+(?=\.)", lambda number: str(teacher_layers[int(number[0])]), name, count=1)
+        yield name, parameter
+
+
+def _names_of_kept(name: str) -> set[str]:
+    """Names of the parameters that a layer may keep of a fused one."""
     *path, module, parameter = name.split(".")
-    return ".".join([*path, FUSED_MODULES.get(module, module), parameter])
+    return {".".join([*path, kept, parameter]) for kept in ("q_proj", FUSED_MODULES.get(module, module))}
 
 
 def _name_modules(parameters: list[str]) -> str:

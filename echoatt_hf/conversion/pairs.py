@@ -1,4 +1,4 @@
-"""Every layer as an echo of every source it may have, tuned by itself: what a search for a plan compares."""
+"""Every layer with every change that a plan may make to it, tuned by itself: what a search for a plan compares."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -12,41 +12,42 @@ from tqdm.auto import tqdm
 from transformers import BatchEncoding, PreTrainedModel
 
 from ..analysis.similarity import AttentionSimilarity
-from ..modeling_echoatt import EchoRecords
+from ..configuration_echoatt import read_entry
+from ..modeling_echoatt import EchoRecords, SkippedAttention
 from ..models.families import find_attention_modules, find_output_projection
 from ..models.inference import inference
-from ..models.layerwise import run_until
+from ..models.layerwise import find_layers, keep_layer_outputs, replaced, run_until
 from ..models.recording import recording
 from ..text.rows import batch_rows
-from .alignment import EchoParameters, get_parameters, set_parameters
+from .alignment import EchoParameters, find_changed, get_parameters, set_parameters
 from .student import make_student
-from .tuning import LayerTuning
+from .tuning import make_tuning
 
 
 __all__ = ["Pair", "TunedPairs"]
 
-Pair = tuple[int, int]
-"""An echo layer and its source."""
+Pair = tuple[int, int | str]
+"""A layer and its entry in a plan: an echo and its source, a layer and `"kv N"`, `"skip attention"` or `"drop"`."""
 
 
 class TunedPairs:
     """
-    Layers as echoes of sources, each aligned and refitted by itself, with the inputs that it has in the teacher.
+    Layers with changes of a plan, each aligned and refitted by itself, with the inputs that it has in the teacher.
 
     Args:
         teacher (`PreTrainedModel`):
             A causal language model of a supported family.
         similarity ([`AttentionSimilarity`]):
             Of the teacher.
-        pairs (sequence of `tuple[int, int]`):
-            Pairs of an echo and its source, sorted by echo.
+        pairs (sequence of `tuple[int, int | str]`):
+            Layers and their entries in plans, sorted by layer.
         rows, held_out_rows, batch_size:
             As in [`tune_student`].
         align, refit (`bool`, *optional*, defaults to `True`):
             What to do.
 
     Attributes:
-        parameters (`dict[tuple[int, int], dict]`): those of the pairs that are tuned and kept.
+        parameters (`dict[tuple[int, int | str], dict]`): those of the pairs that are tuned and kept.
     """
 
     def __init__(
@@ -63,26 +64,48 @@ class TunedPairs:
     ):
         self._teacher, self._similarity, self._parts = teacher, similarity, (rows, held_out_rows)
         self._align, self._refit, self._batch_size = align, refit, batch_size
-        first_source = dict(reversed(pairs))
-        plan = [first_source.get(layer, layer) for layer in range(len(similarity.heads))]
-        student = make_student(teacher, plan, share_weights=True)
-        self._modules = find_attention_modules(student.language_model)
-        self._original = {echo: get_parameters(self._modules[echo]) for echo in first_source}
+        # By kind of change and layer. One student of each kind has all its layers.
+        self._modules: dict[tuple[str, int], nn.Module] = {}
+        layers: dict[str, set[int]] = {}
+        for layer, entry in pairs:
+            layers.setdefault(read_entry(layer, entry)[0], set()).add(layer)
+        for move, changed in layers.items():
+            if move != "drop":
+                found = find_changed(make_student(teacher, self._plan_with(move, changed), share_weights=True))
+                self._modules |= {(move, layer): module for layer, module in found.items()}
+        self._original = {key: get_parameters(module) for key, module in self._modules.items()}
+        self._layers = find_layers(teacher)
+        if "drop" in layers and self._layers is None:
+            raise ValueError("The layers of this model are not in one list: none can be dropped.")
+        self._returns_tuple: bool | None = None
         self.parameters: dict[Pair, EchoParameters] = {}
+
+    def _plan_with(self, move: str, changed: set[int]) -> list[int | str]:
+        """A plan that changes some layers; those that need a source have the first one of their type."""
+        config = self._teacher.config.get_text_config()
+        plan: list[int | str] = list(range(config.num_hidden_layers))
+        types = getattr(config, "layer_types", None) or [None] * len(plan)
+        for layer in changed:
+            if move == "skip attention":
+                plan[layer] = move
+            else:
+                source = next(each for each in range(layer) if types[each] == types[layer] and each not in changed)
+                plan[layer] = source if move == "echo" else f"kv {source}"
+        return plan
 
     def tune(self, pairs: Iterable[Pair], *, progress: bool = False) -> None:
         """
         Tune the pairs that are not, in as few passes over the rows as the memory for their equations allows.
 
         Args:
-            pairs (iterable of `tuple[int, int]`): sorted by echo.
+            pairs (iterable of `tuple[int, int | str]`): sorted by layer.
             progress (`bool`, *optional*, defaults to `False`): show a progress bar.
         """
         missing = [pair for pair in pairs if pair not in self.parameters]
-        if not (self._align or self._refit):
-            self.parameters |= {(echo, source): dict(self._original[echo]) for echo, source in missing}
-            return
-        groups = self._group(missing)
+        untuned = [pair for pair in missing if pair[1] == "drop" or not (self._align or self._refit)]
+        for layer, entry in untuned:
+            self.parameters[layer, entry] = dict(self._original.get((read_entry(layer, entry)[0], layer), {}))
+        groups = self._group([pair for pair in missing if pair not in self.parameters])
         batches = [
             (part, batch) for part, rows in enumerate(self._parts) for batch in batch_rows(rows, self._batch_size)
         ]
@@ -90,43 +113,55 @@ class TunedPairs:
         with bar, inference(self._teacher):
             for group in groups:
                 tunings = {}
-                for echo, source in group:
-                    module = self._become(echo, self._original[echo], source)
-                    heads = self._similarity.heads[source, echo] if self._align else None
-                    tunings[echo, source] = LayerTuning(module, heads, self._refit)
+                for layer, entry in group:
+                    move, source = read_entry(layer, entry)
+                    module = self._become(layer, entry, self._original[move, layer])
+                    heads = self._similarity.heads[source, layer] if self._align and source is not None else None
+                    tunings[layer, entry] = make_tuning(module, heads, self._refit)
                 for part, batch in batches:
-                    calls = self._record(batch, {echo for echo, _ in group})
-                    for (echo, source), tuning in tunings.items():
-                        attend, expected = calls[echo]
-                        self._modules[echo].echo_source = source
-                        tuning.add(part, attend, expected)
+                    calls, expected, _ = self._record(batch, {layer for layer, _ in group})
+                    for (layer, entry), tuning in tunings.items():
+                        attend = calls[layer](self._become(layer, entry))
+                        tuning.add(part, attend, expected[layer])
                     bar.update()
-                self.parameters |= {pair: tuning.finish().parameters for pair, tuning in tunings.items()}
+                for layer, entry in group:
+                    self._become(layer, entry)
+                    self.parameters[layer, entry] = tunings[layer, entry].finish().parameters
 
     def _group(self, pairs: list[Pair]) -> list[list[Pair]]:
         """Pairs that are tuned together: equations of all of them are in memory at once."""
         groups, free = [], 0.0
-        for echo, source in pairs:
-            projection = find_output_projection(self._modules[echo])
+        attentions = find_attention_modules(self._teacher)
+        for layer, entry in pairs:
+            projection = find_output_projection(attentions[layer])
             features, outputs = sorted(projection.weight.shape)
-            needed = 2 * (1 + self._align) * 8 * features * (features + outputs) if self._refit else 0
+            is_fitted = self._refit and entry != "skip attention"
+            needed = 2 * (1 + self._align) * 8 * features * (features + outputs) if is_fitted else 0
             if not groups or needed > free:
                 groups.append([])
                 free = _memory_budget(projection.weight.device)
-            groups[-1].append((echo, source))
+            groups[-1].append((layer, entry))
             free -= needed
         return groups
 
-    def _record(self, batch: BatchEncoding, layers: set[int]) -> dict[int, tuple[Any, torch.Tensor]]:
-        """By layer, a function that calls its echo module as the teacher calls its own, and what the teacher puts out."""
-        attentions, records, calls, expected = find_attention_modules(self._teacher), EchoRecords(), {}, {}
-        last = max(layers)
+    def _record(
+        self, batch: BatchEncoding, layers: set[int], blocks: set[int] = frozenset()
+    ) -> tuple[dict[int, Any], dict[int, torch.Tensor], dict[int, torch.Tensor]]:
+        """
+        By layer, a function that lets an attention module be called as the teacher calls its own; what the teacher's
+        attention puts out, `(N, O)`; and of `blocks` what the whole layer adds to the hidden states, `(N, O)`.
+        """
+        attentions, records, calls, expected, added = find_attention_modules(self._teacher), EchoRecords(), {}, {}, {}
 
         def remember_call(layer, module, args, kwargs):
-            calls[layer] = partial(self._modules[layer], *args, **kwargs)
+            calls[layer] = lambda module: partial(module, *args, **kwargs)
 
         def remember_output(layer, module, args, output):
             expected[layer] = output.detach().flatten(0, -2)
+
+        def remember_block(layer, module, args, output):
+            states = output[0] if isinstance(output, tuple) else output
+            added[layer] = (states - args[0]).detach().flatten(0, -2)
 
         with ExitStack() as stack:
             stack.enter_context(recording(attentions.values()))
@@ -135,93 +170,138 @@ class TunedPairs:
                 stack.callback(hook.remove)
                 projection = find_output_projection(attentions[layer])
                 stack.callback(projection.register_forward_hook(partial(remember_output, layer)).remove)
+            for layer in blocks:
+                hook = self._layers[layer].register_forward_hook(partial(remember_block, layer))
+                stack.callback(hook.remove)
             forward = partial(self._teacher, **batch.to(self._teacher.device), use_cache=False, echo_records=records)
-            run_until(find_output_projection(attentions[last]), forward)
-        return {layer: (calls[layer], expected[layer]) for layer in layers}
+            last = max((*layers, *blocks))
+            run_until(self._layers[last] if last in blocks else find_output_projection(attentions[last]), forward)
+        return calls, expected, added
 
     def effects(
-        self, pairs: Iterable[Pair], batches: Sequence[BatchEncoding], gradients: Sequence[dict[int, torch.Tensor]]
+        self,
+        pairs: Iterable[Pair],
+        batches: Sequence[BatchEncoding],
+        gradients: Sequence[dict[int | tuple[int, str], torch.Tensor]],
     ) -> dict[Pair, float]:
         """
-        What the pairs are expected to do to the predictions: KL(teacher || student) of a student with that echo alone, to
+        What the pairs are expected to do to the predictions: KL(teacher || student) of a student with that change alone, to
         second order, in nats per token. The mean over tokens and samples of (g · δ)² / 2, where δ is how much the
-        attention output of the layer changes and g the gradient of the log-likelihood of a sampled token by it.
+        attention output of the layer changes, or the hidden states after it where it is dropped, and g the gradient of the
+        log-likelihood of a sampled token by it.
 
         Args:
-            pairs (iterable of `tuple[int, int]`): tuned pairs, sorted by echo.
+            pairs (iterable of `tuple[int, int | str]`): tuned pairs, sorted by layer.
             batches (sequence of `BatchEncoding`): tokens.
-            gradients (sequence of `dict[int, torch.Tensor]`): for each batch and layer, `(K, N, O)` of K samples, see
-                [`sample_gradients`].
+            gradients (sequence of `dict`): for each batch and layer, `(K, N, O)` of K samples, see [`sample_gradients`].
         """
         pairs, sums, tokens = list(pairs), {}, 0
+        dropped = {layer for layer, entry in pairs if entry == "drop"}
         with inference(self._teacher):
             for batch, of_batch in zip(batches, gradients, strict=True):
                 tokens += batch["input_ids"][:, 1:].numel()
-                calls = self._record(batch, {echo for echo, _ in pairs})
-                for echo, source in pairs:
-                    module = self._become(echo, self.parameters[echo, source], source)
-                    attend, expected = calls[echo]
-                    _, output = run_until(find_output_projection(module), attend)
-                    change = (output - expected).float()  # (N, O)
-                    slopes = torch.einsum("kno,no->kn", of_batch[echo].float(), change)
+                calls, expected, added = self._record(batch, {layer for layer, e in pairs if e != "drop"}, dropped)
+                for layer, entry in pairs:
+                    if entry == "drop":
+                        change, slopes = -added[layer], of_batch[layer, "drop"]
+                    else:
+                        module = self._become(layer, entry, self.parameters[layer, entry])
+                        change, slopes = self._output(module, calls[layer]) - expected[layer], of_batch[layer]
+                    slopes = torch.einsum("kno,no->kn", slopes.float(), change.float())
                     found = slopes.square().sum().item() / 2 / len(slopes)
-                    sums[echo, source] = sums.get((echo, source), 0.0) + found
+                    sums[layer, entry] = sums.get((layer, entry), 0.0) + found
         return {pair: value / tokens for pair, value in sums.items()}
+
+    def _output(self, module: nn.Module, call: Any) -> torch.Tensor:
+        """What an attention module puts out `(N, O)`, before what a family does with it."""
+        if isinstance(module, SkippedAttention):
+            return module.constant
+        return run_until(find_output_projection(module), call(module))[1]
 
     def keep(self, pairs: Iterable[Pair]) -> None:
         """Forget all other pairs, which are tuned anew if they are needed again."""
         kept = {*pairs}
         self.parameters = {pair: value for pair, value in self.parameters.items() if pair in kept}
 
-    def _become(self, layer: int, parameters: EchoParameters, source: int) -> nn.Module:
-        """The attention module of a layer, as an echo of `source`."""
-        echo = self._modules[layer]
-        echo.echo_source = source
-        set_parameters(echo, parameters)
-        return echo
+    def count_parameters(self, layer: int, move: str) -> int:
+        """Parameters of the attention of a layer with a change."""
+        return sum(parameter.numel() for parameter in self._original[move, layer].values())
+
+    def _become(self, layer: int, entry: int | str, parameters: EchoParameters | None = None) -> nn.Module:
+        """The attention module of a layer with an entry of a plan."""
+        move, source = read_entry(layer, entry)
+        module = self._modules[move, layer]
+        if source is not None:
+            setattr(module, {"echo": "echo_source", "kv": "kv_source"}[move], source)
+        if parameters is not None:
+            set_parameters(module, parameters)
+        return module
 
     @contextmanager
-    def in_place(self, plan: Sequence[int], *, record_all: bool = False) -> Iterator[None]:
+    def in_place(self, plan: Sequence[int | str], *, record_all: bool = False) -> Iterator[None]:
         """
         Make the teacher the student of a plan, while the context lasts. Forward passes must be given
         `echo_records=EchoRecords()`.
 
         Args:
-            plan (sequence of `int`): for each layer the layer it echoes, or itself.
+            plan (sequence of `int` or `str`): for each layer its entry.
             record_all (`bool`, *optional*, defaults to `False`): record layers that are no source too.
         """
         attentions = find_attention_modules(self._teacher)
-        pairs = [(echo, source) for echo, source in enumerate(plan) if echo != source]
+        pairs = [(layer, entry) for layer, entry in enumerate(plan) if entry != layer]
         self.tune(pairs)
         names = {module: name for name, module in self._teacher.named_modules()}
-        recorded = {*attentions} - {echo for echo, _ in pairs} if record_all else {source for _, source in pairs}
+        sources = {read_entry(layer, entry)[1] for layer, entry in pairs} - {None}
+        recorded = {*attentions} - {layer for layer, _ in pairs} if record_all else sources
+        dropped = [layer for layer, entry in pairs if entry == "drop"]
+        changed = [(layer, entry) for layer, entry in pairs if entry != "drop"]
         try:
-            for echo, source in pairs:
-                module = self._become(echo, self.parameters[echo, source], source).eval()
-                self._teacher.set_submodule(names[attentions[echo]], module)
-            with recording(attentions[layer] for layer in recorded):
+            for layer, entry in changed:
+                module = self._become(layer, entry, self.parameters[layer, entry]).eval()
+                self._teacher.set_submodule(names[attentions[layer]], module)
+            with recording(attentions[layer] for layer in recorded), self._without(dropped):
                 yield
         finally:
-            for echo, _ in pairs:
-                self._teacher.set_submodule(names[attentions[echo]], attentions[echo])
+            for layer, _ in changed:
+                self._teacher.set_submodule(names[attentions[layer]], attentions[layer])
+
+    @contextmanager
+    def _without(self, layers: list[int]) -> Iterator[None]:
+        """Let layers hand on the hidden states that they get, while the context lasts."""
+        if layers and self._returns_tuple is None:
+            ids = torch.zeros(1, 2, dtype=torch.long, device=self._teacher.device)
+            with keep_layer_outputs(self._layers) as outputs, inference(self._teacher):
+                self._teacher(input_ids=ids, use_cache=False, echo_records=EchoRecords())
+            self._returns_tuple = isinstance(outputs[0], tuple)
+
+        def hand_on(hidden_states, *args, **kwargs):
+            return (hidden_states,) if self._returns_tuple else hidden_states
+
+        with replaced([self._layers[layer] for layer in layers], hand_on):
+            yield
 
 
 def sample_gradients(
-    teacher: PreTrainedModel, batches: Sequence[BatchEncoding], layers: Sequence[int], samples: int = 4
-) -> list[dict[int, torch.Tensor]]:
+    teacher: PreTrainedModel,
+    batches: Sequence[BatchEncoding],
+    layers: Sequence[int],
+    blocks: Sequence[int] = (),
+    samples: int = 4,
+) -> list[dict[int | tuple[int, str], torch.Tensor]]:
     """
-    Gradients of the log-likelihood of tokens that the teacher itself draws, by what its attention layers put out: the
-    square root of the Fisher information that [`TunedPairs.effects`] needs.
+    Gradients of the log-likelihood of tokens that the teacher itself draws, by what its attention layers put out, and by the
+    hidden states after layers: the square root of the Fisher information that [`TunedPairs.effects`] needs.
 
     Args:
         teacher (`PreTrainedModel`): a causal language model.
         batches (sequence of `BatchEncoding`): tokens; each row is a pass of its own, which bounds the memory.
         layers (sequence of `int`): layers with attention.
+        blocks (sequence of `int`, *optional*): layers that may be dropped.
         samples (`int`, *optional*, defaults to 4): tokens drawn for each place, and backward passes, K.
 
     Returns:
-        `list[dict[int, torch.Tensor]]`: for each batch and layer the gradients `(K, N, O)` by the output of its output
-        projection, of the N tokens of the batch, in the teacher's dtype.
+        `list[dict]`: for each batch and layer the gradients `(K, N, O)` by the output of its output projection, of the N
+        tokens of the batch, in the teacher's dtype; for `(layer, "drop")` by the hidden states after a layer of `blocks`.
     """
     attentions = find_attention_modules(teacher)
     generator = torch.Generator(device=teacher.device).manual_seed(0)
@@ -238,36 +318,39 @@ def sample_gradients(
             projection = find_output_projection(attentions[layer])
             hook = projection.register_forward_hook(partial(_keep_output, outputs, layer))
             stack.callback(hook.remove)
+        decoder_layers = find_layers(teacher) if blocks else None
+        for layer in blocks:
+            hook = decoder_layers[layer].register_forward_hook(partial(_keep_output, outputs, (layer, "drop")))
+            stack.callback(hook.remove)
+        wanted = [*layers, *((layer, "drop") for layer in blocks)]
         stack.enter_context(torch.enable_grad())
         for batch in batches:
             rows = []
             for index in range(len(batch["input_ids"])):
                 row = {name: value[index : index + 1] for name, value in batch.items()}
-                rows.append(_sample_row(teacher, row, outputs, layers, samples, generator))
-            found.append({layer: torch.cat([row[layer] for row in rows], dim=1) for layer in layers})
+                rows.append(_sample_row(teacher, row, outputs, wanted, samples, generator))
+            found.append({key: torch.cat([row[key] for row in rows], dim=1) for key in wanted})
     return found
 
 
 def _sample_row(
-    teacher, row, outputs: dict, layers: Sequence[int], samples: int, generator
-) -> dict[int, torch.Tensor]:
+    teacher, row, outputs: dict, keys: Sequence[int | tuple[int, str]], samples: int, generator
+) -> dict[int | tuple[int, str], torch.Tensor]:
     """Gradients `(K, T, O)` of one row."""
     logits = teacher(**row, use_cache=False).logits[0, :-1].float()  # (T - 1, V)
     log_probs = logits.log_softmax(-1)
     drawn = torch.multinomial(log_probs.detach().exp(), samples, replacement=True, generator=generator)  # (T - 1, K)
     likelihoods = log_probs.gather(-1, drawn).sum(0)  # (K,)
-    wanted = [outputs[layer] for layer in layers]
+    wanted = [outputs[key] for key in keys]
     gradients = [
         torch.autograd.grad(likelihoods[sample], wanted, retain_graph=sample < samples - 1)
         for sample in range(samples)
     ]
-    return {
-        layer: torch.stack([each[place].flatten(0, -2) for each in gradients]) for place, layer in enumerate(layers)
-    }
+    return {key: torch.stack([each[place].flatten(0, -2) for each in gradients]) for place, key in enumerate(keys)}
 
 
-def _keep_output(outputs: dict, layer: int, module, args, output) -> None:
-    outputs[layer] = output
+def _keep_output(outputs: dict, key: int | tuple[int, str], module, args, output) -> None:
+    outputs[key] = output[0] if isinstance(output, tuple) else output
 
 
 def _memory_budget(device: torch.device) -> float:

@@ -14,12 +14,13 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from ..modeling_echoatt import EchoAttForCausalLM
-from ..models.families import find_attention_modules
 from ..models.heads import OutputHead, predict
 from ..models.inference import inference
 from ..models.layerwise import find_layers
 from ..models.predictions import sum_predictions
+from ..planning.sharing import SharingPlan
 from ..text.rows import batch_rows
+from .alignment import find_changed
 from .student import _check_teacher, _make_student
 
 
@@ -39,13 +40,13 @@ class StudentSize:
     One of the sizes of a student.
 
     Args:
-        echo_sources (`list[int]`): the sharing plan.
+        layer_plan (`list[int | str]`): the plan, see [`SharingPlan`].
         layers (`list[int]`): the layers of the teacher that are back, in the order in which they came.
         teacher_share (`float`): how far the weights that both models have are drawn to the teacher's, see [`put_back`].
         kl (`float`): KL(teacher || student) on the rows it was measured on, in nats per token.
     """
 
-    echo_sources: list[int]
+    layer_plan: list[int | str]
     layers: list[int]
     teacher_share: float
     kl: float
@@ -59,7 +60,7 @@ def put_back(
     student: EchoAttForCausalLM, teacher: PreTrainedModel, layers: Sequence[int], teacher_share: float = 0.0
 ) -> EchoAttForCausalLM:
     """
-    A larger student: some echo layers of a student are whole layers of its teacher again.
+    A larger student: some changed layers of a student are whole layers of its teacher again.
 
     Args:
         student ([`EchoAttForCausalLM`]):
@@ -67,24 +68,23 @@ def put_back(
         teacher (`PreTrainedModel`):
             The model it was made from. It is left untouched.
         layers (sequence of `int`):
-            Echo layers of the student. Attention, MLP and norms of the teacher come back together: what a training made of
+            Layers of the student that its plan changes, such as echo layers. Attention, MLP and norms of the teacher come back together: what a training made of
             the values of an echo does not fit attention weights of its own.
         teacher_share (`float`, *optional*, defaults to 0.0):
             How far all other weights are drawn to the teacher's: 0 leaves the student's, 1 takes the teacher's. The attention of
-            the echo layers that are left stays the student's.
+            the changed layers that are left stays the student's.
 
     Returns:
         [`EchoAttForCausalLM`]: the student, in evaluation mode, with weights of its own.
 
     Raises:
-        `ValueError`: a layer is no echo, the student has adapters, or it was made from another teacher.
+        `ValueError`: the plan does not change a layer, the student has adapters, or it was made from another teacher.
     """
     _check_student(student, teacher)
-    others = sorted({*layers} - {*student.config.echo_layers})
+    changed = SharingPlan(student.config.plan).changed_layers
+    others = sorted({*layers} - {*changed})
     if others:
-        raise ValueError(
-            f"Layers {others} are no echo layers of the student: put back some of {student.config.echo_layers}."
-        )
+        raise ValueError(f"The plan of the student does not change layers {others}: put back some of {changed}.")
     if not 0 <= teacher_share <= 1:
         raise ValueError(f"teacher_share is {teacher_share}; it must be from 0 to 1.")
     larger = _put_back(student, teacher, layers, teacher_share)
@@ -105,7 +105,7 @@ def find_sizes(
     The order in which the layers of a teacher are best put back into its student.
 
     Each time that layer comes back that lowers KL(teacher || student) most, and then the other weights are drawn to the
-    teacher's for as long as that lowers it. With n echo layers that takes about n²/2 + 2n measurements. Beside both models
+    teacher's for as long as that lowers it. With n changed layers that takes about n²/2 + 2n measurements. Beside both models
     there is one more copy of the weights in memory.
 
     Args:
@@ -119,7 +119,7 @@ def find_sizes(
             Show a progress bar.
 
     Returns:
-        `list` of [`StudentSize`]: from the student itself to that with one echo layer.
+        `list` of [`StudentSize`]: from the student itself to that with one changed layer.
 
     Raises:
         `ValueError`: there are no rows, the student has adapters, or it was made from another teacher.
@@ -127,12 +127,12 @@ def find_sizes(
     _check_student(student, teacher)
     if not rows:
         raise ValueError("There are no rows to measure on: give text that fills at least one.")
-    echoes = student.config.echo_layers
+    echoes = SharingPlan(student.config.plan).changed_layers
     total = len(echoes) * (len(echoes) + 1) // 2
     with inference(student, teacher), tqdm(total=total, desc="put back", disable=not progress, leave=False) as bar:
         measure = _Measure(student, teacher, list(batch_rows(rows, batch_size)))
         layers, share, kl = [], 0.0, measure([], 0.0)
-        sizes = [StudentSize(list(student.config.echo_sources), [], share, kl)]
+        sizes = [StudentSize(student.config.plan, [], share, kl)]
         bar.update()
         while len(layers) < len(echoes) - 1:
             found = {}
@@ -174,8 +174,7 @@ def _put_back(
     names = {module: f"{name}." for name, module in model.named_modules()}
     decoder_layers = find_layers(model)
     from_teacher = tuple(names[decoder_layers[layer]] for layer in layers)
-    attentions = find_attention_modules(model) if larger.config.echo_layers else {}
-    from_student = tuple(names[attentions[layer]] for layer in larger.config.echo_layers)
+    from_student = tuple(names[attention] for attention in find_changed(larger).values())
     state = {}
     for name, value in model.state_dict().items():
         value = value.to(student.device, student.dtype if value.is_floating_point() else None)
@@ -189,9 +188,9 @@ def _put_back(
     return larger.requires_grad_(False).eval()
 
 
-def _plan_with(student: EchoAttForCausalLM, layers: Sequence[int]) -> list[int]:
-    """The student's plan, but that some layers have their own attention. No source is an echo, so it stays a plan."""
-    return [layer if layer in layers else source for layer, source in enumerate(student.config.echo_sources)]
+def _plan_with(student: EchoAttForCausalLM, layers: Sequence[int]) -> list[int | str]:
+    """The student's plan, but that some layers stay as they are. All sources do, so it stays a plan."""
+    return [layer if layer in layers else entry for layer, entry in enumerate(student.config.plan)]
 
 
 def _check_student(student: EchoAttForCausalLM, teacher: PreTrainedModel) -> None:
@@ -205,14 +204,14 @@ def _check_student(student: EchoAttForCausalLM, teacher: PreTrainedModel) -> Non
         )
     if not all(parameter.is_floating_point() for parameter in student.parameters()):
         raise ValueError("The student is quantized: put layers back into the one it was made from.")
-    if not student.config.echo_layers:
+    if not SharingPlan(student.config.plan).changed_layers:
         raise ValueError("The student has no echo layers: nothing can be put back.")
     _check_teacher(teacher)
     remedy = "Give the teacher the student was made from."
-    depths = len(student.config.echo_sources), teacher.config.num_hidden_layers
+    depths = len(student.config.plan), teacher.config.num_hidden_layers
     if depths[0] != depths[1]:
         raise ValueError(f"The student has {depths[0]} layers and the teacher {depths[1]}. {remedy}")
-    twin = _make_student(teacher, student.config.echo_sources, share_weights=True).language_model
+    twin = _make_student(teacher, student.config.plan, share_weights=True).language_model
     if find_layers(twin) is None:
         raise ValueError(
             f"The layers of the family {teacher.config.model_type!r} are not in one list: none can be put back."

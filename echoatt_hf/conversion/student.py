@@ -13,20 +13,27 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.pytorch_utils import Conv1D
 
-from ..configuration_echoatt import EchoAttConfig
+from ..configuration_echoatt import EchoAttConfig, read_layer_plan
 from ..modeling_echoatt import (
     FUSED_MODULES,
-    EchoAttention,
     EchoAttForCausalLM,
     EchoAttPreTrainedModel,
     EchoRecords,
+    OwnAttention,
     find_fused_modules,
 )
 from ..models.checks import check_no_nan
-from ..models.families import check_same_heads, count_value_features, find_attention_modules
+from ..models.families import (
+    check_same_heads,
+    count_value_features,
+    find_attention_modules,
+    find_output_projection,
+)
 from ..models.inference import inference
 from ..models.loading import load_model
 from ..models.recording import recording
+from ..planning.sharing import SharingPlan
+from .dropping import drop_layers
 
 
 __all__ = ["make_student"]
@@ -61,12 +68,15 @@ def make_student(
     if isinstance(teacher, (str, Path)):
         teacher = load_model(teacher)
     _check_teacher(teacher)
+    plan = SharingPlan(plan)
+    if plan.dropped_layers:
+        teacher, plan = drop_layers(teacher, plan.dropped_layers, share_weights=True), plan.without_dropped()
     student = _make_student(teacher, plan, share_weights)
     _check_conversion(student, teacher)
     return student
 
 
-def _make_student(teacher: PreTrainedModel, plan: Sequence[int], share_weights: bool) -> EchoAttForCausalLM:
+def _make_student(teacher: PreTrainedModel, plan: Sequence[int | str], share_weights: bool) -> EchoAttForCausalLM:
     text_config = copy.deepcopy(teacher.config)
     text_config.architectures = None
     text_config.name_or_path = ""  # a path of this machine would end up in the student's config.json
@@ -80,14 +90,13 @@ def _make_student(teacher: PreTrainedModel, plan: Sequence[int], share_weights: 
         text_config.tie_word_embeddings = head.weight is embeddings.weight
     config = EchoAttConfig(
         text_config=text_config,
-        echo_sources=list(plan),
+        layer_plan=list(plan),
         attn_implementation=teacher.config._attn_implementation,
         dtype=teacher.dtype,
     )
-    if config.echo_layers:
-        check_same_heads(
-            find_attention_modules(teacher, [*config.source_layers, *config.echo_layers]), config.echo_sources
-        )
+    pairs = {layer: source for layer, (_, source) in enumerate(read_layer_plan(config.plan)) if source is not None}
+    if pairs:
+        check_same_heads(find_attention_modules(teacher, [*pairs, *pairs.values()]), pairs)
     with torch.device("meta"):
         student = EchoAttForCausalLM._from_config(config)
         _check_initialization(student)
@@ -124,34 +133,44 @@ def _inherited_state(
         for name, tensor in teacher.state_dict().items()
         if name in inherited
     }
-    names = {module: name for name, module in teacher.named_modules()}
-    attentions = find_attention_modules(teacher) if student.config.echo_layers else {}
-    for attention in (attentions[layer] for layer in student.config.echo_layers):
+    names, plan = {module: name for name, module in teacher.named_modules()}, SharingPlan(student.config.plan)
+    attentions = find_attention_modules(teacher) if plan.changed_layers else {}
+    for layer in (*plan.echo_layers, *plan.kv_layers):
+        attention = attentions[layer]
         for fused in find_fused_modules(attention):
-            for key, tensor in _kept_parameters(attention, fused).items():
-                kept = tensor.detach() if share_weights else tensor.detach().clone()
-                state[f"{names[attention]}.{FUSED_MODULES[fused]}.{key}"] = kept.contiguous()
+            what, kept = ("value", FUSED_MODULES[fused]) if layer in plan.echo_layers else ("query", "q_proj")
+            if (what, fused) != ("query", "q_proj"):  # queries and gates are a layer's own
+                for key, tensor in _kept_parameters(attention, fused, what).items():
+                    tensor = tensor.detach() if share_weights else tensor.detach().clone()
+                    state[f"{names[attention]}.{kept}.{key}"] = tensor.contiguous()
+    for attention in (attentions[layer] for layer in plan.layers_without_attention):
+        name = f"{names[attention]}.constant"
+        state[name] = find_output_projection(attention).weight.new_zeros(inherited[name].shape)
     return state
 
 
-def _kept_parameters(attention: nn.Module, name: str) -> dict[str, torch.Tensor]:
-    """Weight `(features, hidden size)` and bias of what an echo layer keeps of the fused projection `name`."""
+def _kept_parameters(attention: nn.Module, name: str, what: str) -> dict[str, torch.Tensor]:
+    """
+    Weight `(features, hidden size)` and bias of a part of the fused projection `name`: of what an echo layer keeps of it, or
+    of the queries.
+    """
     projection = getattr(attention, name)
-    kept = {}
+    kept, is_query = {}, what == "query"
     for key, tensor in projection.named_parameters():
         rows = tensor.t() if isinstance(projection, Conv1D) else tensor  # (features, ...)
         if name in ("qkv_proj", "c_attn"):
-            kept[key] = rows[-count_value_features(attention) :]
+            values = count_value_features(attention)
+            kept[key] = rows[: len(rows) - 2 * values] if is_query else rows[-values:]
         else:  # for each head its query, key and value, or its query and gate
             head_dim = attention.head_dim if hasattr(attention, "head_dim") else attention.head_size
             parts = 3 if name == "query_key_value" else 2
-            kept[key] = rows.unflatten(0, (-1, parts, head_dim))[:, -1].flatten(0, 1)
+            kept[key] = rows.unflatten(0, (-1, parts, head_dim))[:, 0 if is_query else -1].flatten(0, 1)
     return kept
 
 
 def _check_initialization(student: EchoAttForCausalLM) -> None:
-    """Check that the family can initialize echo layers, as it does with what a checkpoint lacks when it is loaded."""
-    echoes = [module for module in student.modules() if isinstance(module, EchoAttention)]
+    """Check that the family can initialize changed layers, as it does with what a checkpoint lacks when it is loaded."""
+    echoes = [module for module in student.modules() if isinstance(module, OwnAttention)]
     try:
         for echo in echoes:
             student.language_model._init_weights(echo)
@@ -179,7 +198,7 @@ def _check_conversion(student: EchoAttForCausalLM, teacher: PreTrainedModel) -> 
             return
         try:
             error = _error_of_logits(teacher)
-            errors = dict(_errors_of_echoes(student, teacher)) if student.config.echo_layers else {}
+            errors = dict(_errors_of_echoes(student, teacher)) if student.config.source_layers else {}
         except (RuntimeError, TypeError) as exception:
             reason = str(exception).strip().splitlines()
             raise ValueError(
@@ -230,18 +249,18 @@ def _errors_of_echoes(
     """By layer and way of decoding how far an echo of the layer's own attention is from the layer."""
     config = student.config
     prompt, token = _random_tokens(teacher)
-    attentions, echoes = (find_attention_modules(model) for model in (teacher, student.language_model))
+    attentions, changed = (find_attention_modules(model) for model in (teacher, student.language_model))
     student(input_ids=prompt, use_cache=False)
-    calls = []
+    calls, cache = [], None
 
     def remember(module, args, kwargs, output):
         calls.append((module, args, kwargs, output[0]))
 
-    cache = None
-    caches = {how: DynamicCache(config=config) for how in ("replay", "weights")}
+    caches = {how: DynamicCache(config=config) for how in ("replay", "weights", "keys and values")}
     for tokens, step in ((prompt, "a prompt"), (token, "a token")):
         calls.clear()
-        hooks = [attentions[layer].register_forward_hook(remember, with_kwargs=True) for layer in config.echo_layers]
+        layers = [*config.echo_layers, *config.kv_sources]
+        hooks = [attentions[layer].register_forward_hook(remember, with_kwargs=True) for layer in layers]
         records, by_weights = EchoRecords("replay"), EchoRecords("auto")
         try:
             with recording(attentions.values()):
@@ -255,12 +274,17 @@ def _errors_of_echoes(
             for hook in hooks:
                 hook.remove()
         for attention, args, kwargs, expected in calls:
-            layer = attention.layer_idx
-            for how, found_in in (("replay", records), ("weights", by_weights)):
-                own = EchoRecords()
-                own.by_layer[config.echo_sources[layer]] = found_in.get(layer, expected.device)
+            layer, ways = attention.layer_idx, {}
+            if layer in config.kv_sources:
+                own = ways["keys and values"] = EchoRecords()
+                own.keys_values[config.kv_sources[layer]] = records.get_keys_values(layer, expected.device)
+            else:
+                for how, found_in in (("replay", records), ("weights", by_weights)):
+                    own = ways[how] = EchoRecords()
+                    own.by_layer[config.echo_sources[layer]] = found_in.get(layer, expected.device)
+            for how, own in ways.items():
                 kwargs = {name: caches[how] if isinstance(value, Cache) else value for name, value in kwargs.items()}
-                found, _ = echoes[layer](*args, **(kwargs | {"echo_records": own}))
+                found, _ = changed[layer](*args, **(kwargs | {"echo_records": own}))
                 yield (layer, f"{step} by {how}"), _relative_error(found, expected)
 
 

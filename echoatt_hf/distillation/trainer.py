@@ -25,6 +25,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.pytorch_utils import id_tensor_storage
 from transformers.trainer_utils import get_last_checkpoint
 
+from ..configuration_echoatt import read_layer_plan
 from ..modeling_echoatt import EchoAttPreTrainedModel
 from ..models.checks import check_no_nan, check_same_tokenizer
 from ..models.families import find_attention_modules
@@ -673,12 +674,12 @@ def find_hidden_layers(name: str, config: PreTrainedConfig) -> list[int]:
     Raises:
         `ValueError`: the student has not these layers, or no blocks.
     """
-    count, sources = config.get_text_config().num_hidden_layers, getattr(config, "echo_sources", None)
+    count, plan = config.get_text_config().num_hidden_layers, getattr(config, "plan", [])
     if name == "all":
         return list(range(count))
     layers = parse_layers(name)
     if layers is None:
-        last = {source: layer for layer, source in enumerate(sources or []) if layer != source}
+        last = {source: layer for layer, (_, source) in enumerate(read_layer_plan(plan)) if source is not None}
         layers = sorted(last.values())
     if not layers:
         raise ValueError(

@@ -8,6 +8,7 @@ from ..modeling_echoatt import (
     KNOWN_MODULES,
     OUTPUT_MODULES,
     PROJECTIONS,
+    KVAttention,
     can_share,
     find_eager_attention,
     find_fused_modules,
@@ -80,20 +81,18 @@ def _unsupported_reason(attention: nn.Module) -> str:
     return "has no value projection"
 
 
-def check_same_heads(attentions: dict[int, nn.Module], echo_sources: Sequence[int]) -> None:
+def check_same_heads(attentions: dict[int, nn.Module], sources: dict[int, int]) -> None:
     """
-    Check that echo layers have heads like those of their sources.
+    Check that layers have heads like those of their sources.
 
     Args:
         attentions (`dict[int, nn.Module]`): attention modules of the teacher, as from [`find_attention_modules`].
-        echo_sources (sequence of `int`): the sharing plan.
+        sources (`dict[int, int]`): for each layer that uses another the layer it uses.
 
     Raises:
         `ValueError`: they differ.
     """
-    for layer, source in enumerate(echo_sources):
-        if layer == source:
-            continue
+    for layer, source in sources.items():
         shapes = [(get_head_dim(each), count_value_features(each)) for each in (attentions[layer], attentions[source])]
         if shapes[0] != shapes[1]:
             raise ValueError(
@@ -129,6 +128,8 @@ def count_value_features(attention: nn.Module) -> int:
     Args:
         attention (`nn.Module`): attention module, as from [`find_attention_modules`].
     """
+    if isinstance(attention, KVAttention):
+        return attention.kv_features
     if hasattr(attention, "v_proj"):
         return attention.v_proj.out_features
     return next(iter(find_fused_modules(attention).values()))

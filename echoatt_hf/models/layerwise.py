@@ -1,6 +1,6 @@
 """Forward passes that begin at a layer, with what was kept of those before it, and that end where they are told to."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -9,7 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 
-__all__ = ["find_layers", "keep_layer_outputs", "run_until", "starting_at"]
+__all__ = ["find_layers", "keep_layer_outputs", "replaced", "run_until", "starting_at"]
 
 
 class _Reached(Exception):
@@ -34,18 +34,25 @@ def starting_at(layers: nn.ModuleList | None, index: int, output: Any) -> Iterat
         index (`int`): the first layer that is computed; 0 for all of them.
         output: what layer `index - 1` returned.
     """
-    skipped = list(layers[:index]) if layers is not None else []
+    with replaced(layers[:index] if layers is not None else [], lambda *args, **kwargs: output):
+        yield
+
+
+@contextmanager
+def replaced(layers: Iterable[nn.Module], forward: Callable) -> Iterator[None]:
+    """In this context the forward passes of some layers are another function."""
+    layers = list(layers)
     # Of accelerate: the forward pass of a layer of a model that is spread over devices.
-    own = [vars(layer).get("forward") for layer in skipped]
-    for layer in skipped:
-        layer.forward = lambda *args, **kwargs: output
+    own = [vars(layer).get("forward") for layer in layers]
+    for layer in layers:
+        layer.forward = forward
     try:
         yield
     finally:
-        for layer, forward in zip(skipped, own, strict=True):
+        for layer, before in zip(layers, own, strict=True):
             del layer.forward
-            if forward is not None:
-                layer.forward = forward
+            if before is not None:
+                layer.forward = before
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from ..modeling_echoatt import RECORD_ATTENTION, AttentionRecord, EchoAttention, View, find_eager_attention
+from ..modeling_echoatt import RECORD_ATTENTION, AttentionRecord, OwnAttention, View, find_eager_attention
 
 
 __all__ = ["compute_attention_weights", "recording"]
@@ -27,7 +27,7 @@ def recording(attentions: Iterable[nn.Module]) -> Iterator[None]:
     attentions = list(attentions)
     configs = [attention.config for attention in attentions]
     for attention in attentions:
-        if isinstance(attention, EchoAttention) or isinstance(attention.config, View):
+        if isinstance(attention, OwnAttention) or isinstance(attention.config, View):
             raise ValueError("The model is already an EchoAtt student: give the model it was made from.")
     for attention in attentions:
         attention.eager_attention = find_eager_attention(attention)

@@ -3,7 +3,7 @@
 from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import QuantizedLayer
 
-from ..modeling_echoatt import EchoAttention
+from ..modeling_echoatt import EchoAttention, KVAttention
 from .families import count_value_features, find_attention_modules
 
 
@@ -12,8 +12,8 @@ __all__ = ["count_cache_bytes", "count_kv_bytes_per_token"]
 
 def count_kv_bytes_per_token(model: PreTrainedModel) -> int:
     """
-    Bytes of KV cache a model needs for each token: keys and values of every layer, values alone of echo layers. What
-    recurrent layers of a hybrid hold does not grow with the tokens and is not counted.
+    Bytes of KV cache a model needs for each token: keys and values of every layer, values alone of echo layers, nothing of
+    layers that use the keys and values of others or have no attention. What recurrent layers of a hybrid hold does not grow with the tokens and is not counted.
 
     Args:
         model (`PreTrainedModel`):
@@ -24,7 +24,8 @@ def count_kv_bytes_per_token(model: PreTrainedModel) -> int:
     """
     features = 0
     for attention in find_attention_modules(model).values():
-        features += count_value_features(attention) * (1 if isinstance(attention, EchoAttention) else 2)
+        if not isinstance(attention, KVAttention):
+            features += count_value_features(attention) * (1 if isinstance(attention, EchoAttention) else 2)
     return features * model.dtype.itemsize
 
 

@@ -20,7 +20,7 @@ from ..modeling_echoatt import EchoAttForCausalLM
 from ..models.dtypes import cast_weights
 from ..models.inference import inference
 from ..models.loading import load_config, load_placed, load_tokenizer
-from ..planning.from_settings import _check_rule, make_plan, needs_similarity
+from ..planning.from_settings import _check_rule, is_searched, make_plan, needs_similarity
 from ..planning.sharing import SharingPlan
 from ..search.effect import PlanSearch, make_space, search_plan
 from ..settings import (
@@ -334,7 +334,7 @@ def convert_teacher(
 
 
 def _needs_text(settings: PlanSettings, config: PreTrainedConfig, measured: AttentionSimilarity | None) -> bool:
-    return settings.plan == "effect" or measured is None and needs_similarity(settings, config)
+    return is_searched(settings) or measured is None and needs_similarity(settings, config)
 
 
 def convert_tuned(
@@ -394,14 +394,17 @@ def choose_plan(
     Raises:
         `ValueError`: the plan cannot be read, or does not fit the model.
     """
-    if settings.plan != "effect":
+    if not is_searched(settings):
         return make_plan(settings, teacher.config, similarity), None
     _check_rule(settings)
     search = search_plan(
         teacher,
         rows,
         similarity,
-        ratio=settings.ratio,
+        ratio=settings.ratio if not settings.target else None,
+        targets=settings.list_targets(),
+        moves=settings.list_moves(),
+        decode_context=settings.decode_context,
         protected_layers=settings.protected_layers,
         block_size=settings.block_size,
         search_rows=settings.search_rows,
@@ -428,8 +431,9 @@ def check_plan(settings: PlanSettings, config: PreTrainedConfig) -> SharingPlan 
         raise ValueError("The teacher is already an EchoAtt student: convert the model it was made from.")
     check_base_family(config)
     _check_rule(settings)
-    if settings.plan == "effect":
-        make_space(config, settings.ratio, settings.protected_layers, settings.block_size)
+    if is_searched(settings):
+        ratio = settings.ratio if not settings.target else None
+        make_space(config, ratio, settings.protected_layers, settings.block_size, settings.list_moves())
         return None
     num_layers = config.get_text_config().num_hidden_layers
     alike = torch.ones(num_layers, num_layers)
@@ -439,5 +443,5 @@ def check_plan(settings: PlanSettings, config: PreTrainedConfig) -> SharingPlan 
 
 def check_calibration(settings: CompressionSettings, rows: list[dict]) -> None:
     """Check that there are rows to judge by, where students are tuned or compared. Raises `ValueError` if there are none."""
-    if settings.plan.plan == "effect" or settings.calibration.align or settings.calibration.refit:
+    if is_searched(settings.plan) or settings.calibration.align or settings.calibration.refit:
         hold_out(rows)

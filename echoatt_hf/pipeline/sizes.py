@@ -49,7 +49,7 @@ def convert_student(
     """
     check_output_folder(Path(output), overwrite)
     _check_settings(settings)
-    count = _count_echo_layers(settings, student)
+    count = _count_changed_layers(settings, student)
     (teacher, _), (smallest, dtype) = (load_placed(name, settings.dtype) for name in (settings.teacher, student))
     tokenizer = load_tokenizer(student, smallest)
     check_same_tokenizer(smallest, teacher, tokenizer)
@@ -58,14 +58,14 @@ def convert_student(
     sizes = find_sizes(smallest, teacher, rows, progress=True)
     results = [_evaluate(size, smallest, teacher, held_out_rows, tokenizer) for size in sizes]
     chosen = next(
-        index for index, size in enumerate(sizes) if len(SharingPlan(size.echo_sources).echo_layers) == count
+        index for index, size in enumerate(sizes) if len(SharingPlan(size.layer_plan).changed_layers) == count
     )
     size = sizes[chosen]
     larger = put_back(smallest, teacher, size.layers, size.teacher_share)
     report = {
         "teacher": describe_teacher(teacher),
         "data": describe_data(settings.data),
-        "plan": SharingPlan(size.echo_sources).to_dict(),
+        "plan": SharingPlan(size.layer_plan).to_dict(),
         "put_back": {
             "settings": without_paths(_used_settings(settings, student)),
             "layers": size.layers,
@@ -103,14 +103,14 @@ def _check_settings(settings: CompressionSettings) -> None:
         )
 
 
-def _count_echo_layers(settings: CompressionSettings, student: str) -> int:
-    """Number of echo layers of the student that is asked for."""
+def _count_changed_layers(settings: CompressionSettings, student: str) -> int:
+    """Number of changed layers of the student that is asked for."""
     config = load_config(student)
     if not isinstance(config, EchoAttConfig):
         raise ValueError(
             f"{student!r} is of type {config.model_type!r}, not an EchoAtt student: run `echoatt convert`."
         )
-    number, own = len(config.echo_sources), len(config.echo_layers)
+    number, own = len(config.plan), len(SharingPlan(config.plan).changed_layers)
     count = check_ratio(number, settings.plan.ratio)
     if count >= own:
         raise ValueError(
@@ -128,7 +128,7 @@ def _evaluate(
     tokenizer: PreTrainedTokenizerBase,
 ) -> dict:
     model = put_back(student, teacher, size.layers, size.teacher_share)
-    ratio = len(SharingPlan(size.echo_sources).echo_layers) / len(size.echo_sources)
+    ratio = len(SharingPlan(size.layer_plan).changed_layers) / len(size.layer_plan)
     result = evaluate_model(model, rows, teacher=teacher, tokenizer=tokenizer, description=f"evaluate {ratio:.2f}")
     counts = {"parameters": model.num_parameters(), "kv_bytes_per_token": count_kv_bytes_per_token(model)}
     measured = {"calibration_kl": size.kl, **{name: value for name, value in size.to_dict().items() if name != "kl"}}

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..analysis.similarity import AttentionSimilarity, measure_on_rows
-from ..conversion.alignment import find_echoes, get_parameters, replace_parameter
+from ..conversion.alignment import find_changed, get_parameters, replace_parameter
 from ..distillation.adapters import share_weights
 from ..distillation.checkpoints import whole_state
 from ..distillation.served_teacher import ServedTeacher
@@ -130,7 +130,8 @@ def plan(
         settings ([`CompressionSettings`]):
             What to make; the distillation does not matter.
         output (`str` or `Path`, *optional*):
-            JSON file to write the plan to.
+            JSON file to write the plan to. Beside it, what a search has found: all plans worth to have, with suffix
+            `.search.json`, from which another target takes another one, and a plot of them, `.search.png`.
         similarity (`Path`, *optional*):
             `similarity.json` of the teacher, measured anew if it is needed and not given.
         overwrite, resume:
@@ -145,6 +146,9 @@ def plan(
         made, search = plan_teacher(settings, similarity, state)
     if output is not None:
         write_whole(output, made.to_json())
+        if search is not None:
+            write_whole(output.with_suffix(".search.json"), json.dumps(search.to_dict(), indent=2) + "\n")
+            search.plot(output.with_suffix(".search.png"))
     return {"plan": made.to_dict()} | ({"search": search.to_dict()} if search is not None else {})
 
 
@@ -177,7 +181,7 @@ def convert(
     with whole_folder(Path(output), overwrite) as folder:
         student.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-        write_whole(folder / "sharing_plan.json", SharingPlan(report.echo_sources).to_json())
+        write_whole(folder / "sharing_plan.json", SharingPlan(report.layer_plan).to_json())
         write_whole(folder / "conversion.json", json.dumps(report.to_dict(), indent=2) + "\n")
         write_model_card(folder, name=Path(output).resolve().name)
     return report.to_dict()
@@ -335,7 +339,7 @@ def compress(
             measure_on_rows(teacher, rows, progress=True).save(similarity_file)
         similarity = AttentionSimilarity.from_json(similarity_file)
         student, facts = _convert_once(work, settings, teacher, rows, similarity)
-        plan = SharingPlan(student.config.echo_sources)
+        plan = SharingPlan(facts["conversion"]["layer_plan"])
         models = _Models(teacher, student, tokenizer, dtype)
         report = _train_and_write(work, models, train_rows, held_out_rows, settings, facts)
         write_whole(work / "student" / "similarity.json", similarity.to_json())
@@ -390,9 +394,9 @@ def _convert_once(
     share_weights = settings.distillation.lora_rank > 0
     if facts_file.exists():
         facts = json.loads(facts_file.read_text())
-        student = EchoAttForCausalLM.from_teacher(teacher, facts["conversion"]["echo_sources"], share_weights)
+        student = EchoAttForCausalLM.from_teacher(teacher, facts["conversion"]["layer_plan"], share_weights)
         tuned = load_file(tuned_file, device=str(teacher.device))
-        for layer, attention in find_echoes(student).items():
+        for layer, attention in find_changed(student).items():
             for name in get_parameters(attention):
                 path, _, leaf = name.rpartition(".")
                 replace_parameter(attention.get_submodule(path), leaf, tuned[f"{layer}.{name}"])
@@ -405,7 +409,7 @@ def _convert_once(
     facts["conversion"] = conversion.to_dict()
     tuned = {
         f"{layer}.{name}": parameter.detach().contiguous()
-        for layer, attention in find_echoes(student).items()
+        for layer, attention in find_changed(student).items()
         for name, parameter in get_parameters(attention).items()
     }
     save_file(tuned, tuned_file)
@@ -570,7 +574,7 @@ def _train_and_write(
         "settings": without_paths(asdict(settings)),
         "teacher": describe_teacher(models.teacher) if models.teacher is not None else {},
         "data": describe_data(settings.data),
-        "plan": SharingPlan(models.student.config.echo_sources).to_dict(),
+        "plan": SharingPlan(models.student.config.plan).to_dict(),
         **facts,
         "results": evaluations.results(),
         "tokens_per_step": distillation.batch_size * settings.data.row_length,

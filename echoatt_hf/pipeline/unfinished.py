@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ..models.devices import processes
 from ..outputs.files import check_output_file, check_output_folder, explained_disk_errors, replace_folder, write_whole
+from ..planning.from_settings import is_searched
 from ..settings import MAY_CHANGE_ON_RESUME, CompressionSettings, differing_settings
 
 
@@ -22,7 +23,7 @@ def resumable_search(
     settings: CompressionSettings, output: Path | None, overwrite: bool, resume: bool
 ) -> Iterator[Path | None]:
     """The file beside `output` in which a search keeps what it has measured; it goes when the block ends well."""
-    if output is None or settings.plan.plan != "effect":
+    if output is None or not is_searched(settings.plan):
         yield None
         return
     work = _open_work_folder(output, settings.to_json(), overwrite, resume, check_output_file)

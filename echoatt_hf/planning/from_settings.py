@@ -1,9 +1,14 @@
 """The sharing plan that settings describe, for a model that need not be loaded."""
 
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
 from transformers import PreTrainedConfig
 
 from ..analysis.similarity import AttentionSimilarity
-from ..settings import PlanSettings
+from ..configuration_echoatt import read_entry
+from ..settings import PlanSettings, Target
 from .paper import plan_like_paper, published_plan
 from .rules import plan_from_similarity
 from .sharing import SharingPlan
@@ -39,6 +44,8 @@ def make_plan(
     }
     if similarity is None and needs_similarity(settings, config):
         raise ValueError(f"The plan {settings.plan!r} needs a measured similarity: run `echoatt analyze` first.")
+    if settings.from_search is not None:
+        return SharingPlan(_read_search(settings, num_layers), layer_types)
     if settings.plan == "paper":
         return _plan_like_paper(settings, config, similarity)
     if settings.plan == "similarity":
@@ -51,10 +58,54 @@ def make_plan(
     if settings.plan == "spread":
         return SharingPlan.from_ratio(num_layers, settings.ratio, **constraints)
     is_file = settings.plan.endswith(".json")
-    sources = list(SharingPlan.from_json(settings.plan)) if is_file else parse_sources(settings.plan)
-    if len(sources) != num_layers:
-        raise ValueError(f"The plan has {len(sources)} layers and the model {num_layers}: give one source per layer.")
-    return SharingPlan(sources, layer_types)
+    entries = list(SharingPlan.from_json(settings.plan)) if is_file else parse_entries(settings.plan)
+    if len(entries) != num_layers:
+        raise ValueError(f"The plan has {len(entries)} layers and the model {num_layers}: give one source per layer.")
+    return SharingPlan(entries, layer_types)
+
+
+def is_searched(settings: PlanSettings) -> bool:
+    """Whether a plan needs a search: it is by effect, and not one that an earlier search has measured."""
+    return settings.plan == "effect" and settings.from_search is None
+
+
+def _read_search(settings: PlanSettings, num_layers: int) -> list[int | str]:
+    """The plan with the smallest KL of those that a search has measured and that reach the targets."""
+    try:
+        search = json.loads(Path(settings.from_search).read_text(encoding="utf-8"))
+        plan = choose_from_frontier(search["teacher"], search["frontier"], settings.list_targets())
+    except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError) as error:
+        raise ValueError(
+            f"{settings.from_search!r} does not hold what a search has found: give the .search.json that `echoatt plan` wrote."
+        ) from error
+    if len(plan) != num_layers:
+        raise ValueError(
+            f"The search {settings.from_search!r} is of a model of {len(plan)} layers; this one has {num_layers}."
+        )
+    return plan
+
+
+def choose_from_frontier(
+    teacher: dict[str, int], frontier: Sequence[dict], targets: Sequence[Target]
+) -> list[int | str]:
+    """
+    The plan with the smallest KL of those a search has measured that reach targets.
+
+    Args:
+        teacher, frontier:
+            Of [`PlanSearch`].
+        targets (sequence of [`Target`]):
+            What is to be saved.
+
+    Raises:
+        `ValueError`: none of them does.
+    """
+    limits = {target.field: target.share * teacher[target.field] for target in targets}
+    for point in frontier:
+        if all(point[name] <= limit for name, limit in limits.items()):
+            return point["layer_plan"]
+    least = ", ".join(f"{name} {min(each[name] for each in frontier) / teacher[name] - 1:+.1%}" for name in limits)
+    raise ValueError(f"No plan that this search has measured reaches the target; it came to {least}. Search again.")
 
 
 def needs_similarity(settings: PlanSettings, config: PreTrainedConfig) -> bool:
@@ -83,12 +134,13 @@ def _check_rule(settings: PlanSettings) -> None:
         raise ValueError("A threshold needs the plan 'similarity'.")
 
 
-def parse_sources(text: str) -> list[int]:
-    """Source indices from a text such as `"0,1,1,1,4"`. Raises `ValueError` for anything else."""
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError:
+def parse_entries(text: str) -> list[int | str]:
+    """Entries of a plan from a text such as `"0,1,1,kv 1,4"`. Raises `ValueError` for anything else."""
+    parts = [part.strip() for part in text.split(",")]
+    entries = [int(part) if part.isdecimal() else part for part in parts]
+    if None in [read_entry(layer, entry) for layer, entry in enumerate(entries)]:
         raise ValueError(
             f"The plan {text!r} is not understood: give 'effect', 'similarity', 'paper', 'spread', source indices such as "
-            "0,1,1,1,4, or a .json file."
-        ) from None
+            "0,1,1,1,4 (also 'kv N', 'skip attention' or 'drop' for a layer), or a .json file."
+        )
+    return entries

@@ -1,11 +1,11 @@
-"""Sharing plans: which layer uses whose attention weights. Pure Python, no model needed."""
+"""Plans: which layer uses whose attention, and which do without. Pure Python, no model needed."""
 
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..configuration_echoatt import TYPES_WITHOUT_ATTENTION, check_echo_sources
+from ..configuration_echoatt import TYPES_WITHOUT_ATTENTION, check_layer_plan, read_layer_plan
 
 
 __all__ = ["SharingPlan", "count_echo_layers"]
@@ -14,20 +14,22 @@ __all__ = ["SharingPlan", "count_echo_layers"]
 @dataclass(frozen=True)
 class SharingPlan(Sequence):
     """
-    For each layer the layer whose attention weights it uses.
+    What each layer does: whose attention it uses, or that it is left out.
 
-    A *source layer* is used by others, an *echo layer* uses another, a *plain layer* is neither; a *block* is a source
-    with its echoes. The plan is a sequence of source indices, so it can be handed to
-    [`EchoAttForCausalLM.from_teacher`] and `EchoAttConfig(echo_sources=list(plan))` as it is.
+    A *source layer* is used by others, an *echo layer* uses the attention weights of another, a *plain layer* is neither; a
+    *block* is a source with the layers that use it. The plan is a sequence of its entries, so it can be handed to
+    [`EchoAttForCausalLM.from_teacher`] and `EchoAttConfig(layer_plan=list(plan))` as it is.
 
     Args:
-        echo_sources (sequence of `int`):
-            For each layer the 0-based index of its source, its own index for source and plain layers.
+        layers (sequence of `int` or `str`):
+            For each layer its own 0-based index where it stays as it is, the index of its source where it echoes, `"kv N"`
+            where it uses the keys and values of layer N with queries of its own, `"skip attention"` where it is to have
+            none, and `"drop"` where the whole layer is to be left out.
         layer_types (sequence of `str`, *optional*):
-            Attention type of each layer, for families that mix them: an echo must have the type of its source.
+            Attention type of each layer, for families that mix them: a layer must have the type of its source.
 
     Raises:
-        `ValueError`: a source follows its echo, is itself an echo, or has another layer type.
+        `ValueError`: a source follows a layer that uses it, does not compute its own attention, or has another layer type.
 
     Example:
 
@@ -36,21 +38,23 @@ class SharingPlan(Sequence):
 
     >>> print(SharingPlan.from_ratio(8, 0.4))
     0 1 2→1 3 4→3 5 6→5 7  (3 of 8 layers echo)
+    >>> print(SharingPlan([0, 1, 1, "kv 1", "skip attention", "drop", 6]))
+    0 1 2→1 3→kv1 4:skip 5:drop 6  (1 of 7 layers echo, 1 use keys and values, 1 skip attention, 1 are dropped)
     ```
     """
 
-    echo_sources: tuple[int, ...]
+    layers: tuple[int | str, ...]
     layer_types: tuple[str, ...] | None = None
 
     def __post_init__(self):
-        object.__setattr__(self, "echo_sources", tuple(self.echo_sources))
+        object.__setattr__(self, "layers", tuple(self.layers))
         if self.layer_types is not None:
             object.__setattr__(self, "layer_types", tuple(self.layer_types))
-            if len(self.layer_types) != len(self.echo_sources):
+            if len(self.layer_types) != len(self.layers):
                 raise ValueError(
-                    f"layer_types has {len(self.layer_types)} entries for a plan of {len(self.echo_sources)} layers."
+                    f"layer_types has {len(self.layer_types)} entries for a plan of {len(self.layers)} layers."
                 )
-        check_echo_sources(list(self.echo_sources), len(self.echo_sources), self.layer_types)
+        check_layer_plan(self.layers, len(self.layers), self.layer_types)
 
     @classmethod
     def from_ratio(
@@ -108,26 +112,58 @@ class SharingPlan(Sequence):
         return cls(sources, layer_types)
 
     @property
+    def moves(self) -> list[tuple[str, int | None]]:
+        """`list[tuple]`: for each layer its move and its source, see [`read_layer_plan`]."""
+        return read_layer_plan(self.layers)
+
+    @property
+    def echo_sources(self) -> list[int]:
+        """`list[int]`: for each layer the layer whose attention weights it uses, itself where it echoes none."""
+        return [source if move == "echo" else layer for layer, (move, source) in enumerate(self.moves)]
+
+    @property
     def echo_layers(self) -> list[int]:
         """`list[int]`: layers that use the attention weights of another."""
-        return [layer for layer, source in enumerate(self.echo_sources) if layer != source]
+        return self._find("echo")
+
+    @property
+    def kv_layers(self) -> list[int]:
+        """`list[int]`: layers that use the keys and values of another."""
+        return self._find("kv")
+
+    @property
+    def layers_without_attention(self) -> list[int]:
+        """`list[int]`: layers whose attention is left out."""
+        return self._find("skip attention")
+
+    @property
+    def dropped_layers(self) -> list[int]:
+        """`list[int]`: layers that are left out."""
+        return self._find("drop")
+
+    def _find(self, wanted: str) -> list[int]:
+        return [layer for layer, (move, _) in enumerate(self.moves) if move == wanted]
+
+    @property
+    def changed_layers(self) -> list[int]:
+        """`list[int]`: layers that do not stay as they are."""
+        return [layer for layer, (move, _) in enumerate(self.moves) if move != "plain"]
 
     @property
     def source_layers(self) -> list[int]:
-        """`list[int]`: layers whose attention weights others use."""
-        return sorted({self.echo_sources[layer] for layer in self.echo_layers})
+        """`list[int]`: layers whose attention weights, or keys and values, others use."""
+        return sorted({source for _, source in self.moves if source is not None})
 
     @property
     def plain_layers(self) -> list[int]:
-        """`list[int]`: layers that are neither source nor echo."""
-        used = {*self.echo_layers, *self.source_layers}
-        return [layer for layer in range(len(self)) if layer not in used]
+        """`list[int]`: layers that stay as they are and that no other uses."""
+        return [layer for layer in self._find("plain") if layer not in self.source_layers]
 
     @property
     def blocks(self) -> list[list[int]]:
-        """`list[list[int]]`: each source with its echoes."""
+        """`list[list[int]]`: each source with the layers that use it."""
         return [
-            [layer for layer, other in enumerate(self.echo_sources) if other == source]
+            [source, *(layer for layer, (_, other) in enumerate(self.moves) if other == source)]
             for source in self.source_layers
         ]
 
@@ -136,25 +172,64 @@ class SharingPlan(Sequence):
         """`float`: sharing ratio, echo layers / layers."""
         return len(self.echo_layers) / len(self)
 
+    def with_kv(self) -> "SharingPlan":
+        """The plan whose layers use the keys and values of their sources, with queries of their own, in place of echoing them."""
+        entries = [
+            f"kv {source}" if move == "echo" else self[layer] for layer, (move, source) in enumerate(self.moves)
+        ]
+        return SharingPlan(entries, self.layer_types)
+
+    def without_dropped(self) -> "SharingPlan":
+        """The plan of the layers that are left, numbered anew, as the student has them."""
+        if not self.dropped_layers:
+            return self
+        kept = [layer for layer in range(len(self)) if layer not in self.dropped_layers]
+        number = {layer: index for index, layer in enumerate(kept)}
+        entries = {"plain": lambda layer, source: number[layer], "echo": lambda layer, source: number[source]}
+        entries["kv"] = lambda layer, source: f"kv {number[source]}"
+        entries["skip attention"] = lambda layer, source: "skip attention"
+        types = [self.layer_types[layer] for layer in kept] if self.layer_types is not None else None
+        return SharingPlan([entries[self.moves[layer][0]](layer, self.moves[layer][1]) for layer in kept], types)
+
     def __len__(self) -> int:
-        return len(self.echo_sources)
+        return len(self.layers)
 
     def __getitem__(self, index):
-        return self.echo_sources[index]
+        return self.layers[index]
 
-    def __iter__(self) -> Iterator[int]:
-        return iter(self.echo_sources)
+    def __iter__(self) -> Iterator[int | str]:
+        return iter(self.layers)
 
     def __str__(self) -> str:
-        """A line of layers: plain ones as numbers, source and echo layers with an arrow to their source."""
-        words = [str(layer) if layer == source else f"{layer}→{source}" for layer, source in enumerate(self)]
-        return f"{' '.join(words)}  ({len(self.echo_layers)} of {len(self)} layers echo)"
+        """A line of layers: those that stay as numbers, those that use another with an arrow to it."""
+        forms = {
+            "plain": "{0}",
+            "echo": "{0}→{1}",
+            "kv": "{0}→kv{1}",
+            "skip attention": "{0}:skip",
+            "drop": "{0}:drop",
+        }
+        words = [forms[move].format(layer, source) for layer, (move, source) in enumerate(self.moves)]
+        counts = {
+            "use keys and values": self.kv_layers,
+            "skip attention": self.layers_without_attention,
+            "are dropped": self.dropped_layers,
+        }
+        others = "".join(f", {len(layers)} {what}" for what, layers in counts.items() if layers)
+        return f"{' '.join(words)}  ({len(self.echo_layers)} of {len(self)} layers echo{others})"
 
     def to_dict(self) -> dict:
         """The plan and what follows from it, as JSON can hold it."""
+        others = {
+            "layer_plan": list(self.layers),
+            "kv_layers": self.kv_layers,
+            "layers_without_attention": self.layers_without_attention,
+            "dropped_layers": self.dropped_layers,
+        }
         return {
             "num_layers": len(self),
-            "echo_sources": list(self.echo_sources),
+            "echo_sources": self.echo_sources,
+            **(others if self.echo_sources != list(self.layers) else {}),
             "echo_layers": self.echo_layers,
             "source_layers": self.source_layers,
             "plain_layers": self.plain_layers,
@@ -166,16 +241,21 @@ class SharingPlan(Sequence):
         return json.dumps(self.to_dict(), indent=2) + "\n"
 
     @classmethod
+    def from_dict(cls, content: dict) -> "SharingPlan":
+        """The plan of what [`SharingPlan.to_dict`] returned."""
+        return cls(content.get("layer_plan") or content["echo_sources"])
+
+    @classmethod
     def from_json(cls, path: str | Path) -> "SharingPlan":
         """Read a plan that [`SharingPlan.to_json`] wrote. Raises `ValueError` if the file is not one."""
         try:
             content = json.loads(Path(path).read_text(encoding="utf-8"))
-            sources = list(content["echo_sources"])
-        except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError) as error:
+            layers = list(content.get("layer_plan") or content["echo_sources"])
+        except (AttributeError, json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError) as error:
             raise ValueError(
-                f"{str(path)!r} is not a sharing plan: it needs a list 'echo_sources' in JSON."
+                f"{str(path)!r} is not a sharing plan: it needs a list 'echo_sources' or 'layer_plan' in JSON."
             ) from error
-        return cls(sources)
+        return cls(layers)
 
 
 def check_block_size(block_size: int | None) -> None:

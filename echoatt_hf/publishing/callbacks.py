@@ -53,7 +53,7 @@ class PublishingCallback(TrainerCallback):
         copy_code(folder)
         evaluations = [entry["eval_loss"] for entry in state.log_history if "eval_loss" in entry]
         report = {
-            "plan": SharingPlan(model.config.echo_sources).to_dict(),
+            "plan": SharingPlan(model.config.plan).to_dict(),
             "architecture": type(model).__name__,
             "teacher": self._teacher,
             "conversion": describe_conversion(model.name_or_path),

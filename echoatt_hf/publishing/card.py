@@ -4,6 +4,7 @@ import json
 import math
 import re
 import shlex
+from collections.abc import Iterable
 from pathlib import Path
 
 import yaml
@@ -155,18 +156,21 @@ def make_card(
         model_name=title if results else None,
         eval_results=results or None,
     )
+    plan = SharingPlan.from_dict(config if config.get("echo_sources") else report["plan"])
+    made = ConversionReport.from_dict(conversion) if conversion else None
     card = ModelCard.from_template(
         data,
         template_path=str(TEMPLATE),
         title=title,
         base=base,
         distilled_from=distilled_from if distilled_from.get("name") != base.get("name") else {},
-        plan=SharingPlan(config.get("echo_sources") or report["plan"]["echo_sources"]),
+        plan=plan,
+        other_moves=_name_other_moves(plan, made.layer_plan if made else plan),
         repo_id=repo_id,
         folder=name or folder.resolve().name,
         pin=", revision=revision" if repo_id else "",
         auto_class=auto_class,
-        conversion=ConversionReport(**conversion) if conversion else None,
+        conversion=made,
         start=_describe_start(report, conversion),
         has_mlx=has_mlx,
         has_figure=(folder / "similarity.png").exists(),
@@ -226,6 +230,17 @@ def _read(file: Path) -> dict:
 
 def _listed(value: str | list[str] | None) -> list[str]:
     return [value] if isinstance(value, str) else value or []
+
+
+def _name_other_moves(plan: SharingPlan, made: Iterable[int | str]) -> list[str]:
+    """What a plan does beside echoes, and what the one that a student was made with left out."""
+    counts = {
+        "use the keys and values of an earlier layer": plan.kv_layers,
+        "have no attention": plan.layers_without_attention,
+    }
+    found = [f"{len(layers)} of {len(plan)} layers {what}" for what, layers in counts.items() if layers]
+    dropped = SharingPlan(list(made)).dropped_layers
+    return found + ([f"{len(dropped)} layers of the teacher are left out"] if dropped else [])
 
 
 def _describe_start(report: dict, conversion: dict) -> list[str]:

@@ -1,11 +1,9 @@
-"""Plan search by effect: which layers echo which, by what it does to the model's predictions."""
+"""Plan search by effect: what is done to which layer, by what it does to the model's predictions and what it saves."""
 
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from itertools import groupby
-from operator import itemgetter
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +11,7 @@ from tqdm.auto import tqdm
 from transformers import BatchEncoding, PreTrainedConfig, PreTrainedModel
 
 from ..analysis.similarity import AttentionSimilarity, measure_on_rows
+from ..configuration_echoatt import read_entry
 from ..conversion.pairs import Pair, TunedPairs, sample_gradients
 from ..conversion.tuning import hold_out
 from ..modeling_echoatt import EchoRecords
@@ -26,10 +25,15 @@ from ..outputs.files import write_whole
 from ..planning.paper import plan_like_paper, published_plan
 from ..planning.rules import plan_from_similarity
 from ..planning.sharing import SharingPlan, check_block_size, count_echo_layers, inner_groups
+from ..settings import Target
 from ..text.rows import ROW_COLUMNS, batch_rows
+from .budget import Budget, PlanCosts, PlanCounter
 
 
 __all__ = ["PlanSearch", "search_plan"]
+
+# From what saves least to what saves most.
+_ORDER = ("echo", "kv", "skip attention", "drop")
 
 # Sources of a layer for which its tuned weights are kept: all of them would be many times the weights of a large model.
 KEPT_SOURCES = 4
@@ -42,12 +46,15 @@ class PlanSearch:
 
     Args:
         plan ([`SharingPlan`]): the plan.
-        rounds (`list[dict]`): the echo layer that each round added, its source, and the KL of the plan so far.
+        rounds (`list[dict]`): the layer that each round changed, its entry in the plan, and the KL of the plan so far.
         kl (`dict[str, float]`): KL(teacher || student) without training, in nats per token, of this plan (`"effect"`), of
             those by similarity (`"similarity"`), by the paper's rule (`"paper"`) and of evenly spread blocks (`"spread"`), where they
             exist. The best of them is the plan.
         forwards (`int`): students that were measured.
         tokens (`int`): tokens in each of these forward passes.
+        teacher (`dict[str, int]`): what the teacher costs, of [`PlanCosts`].
+        frontier (`list[dict]`): of the plans that were measured those that no other one beats in KL and in all costs:
+            `layer_plan`, `kl` and the costs, the smallest KL first.
     """
 
     plan: SharingPlan
@@ -55,6 +62,14 @@ class PlanSearch:
     kl: dict[str, float]
     forwards: int
     tokens: int
+    teacher: dict[str, int] = field(default_factory=dict)
+    frontier: list[dict] = field(default_factory=list)
+
+    def plot(self, path: Path) -> None:
+        """Plot the frontier, KL against what is saved, to a PNG file."""
+        from .figure import plot_frontier
+
+        plot_frontier(self.teacher, self.frontier, path)
 
     def to_dict(self) -> dict:
         """Everything as JSON can hold it."""
@@ -63,11 +78,18 @@ class PlanSearch:
             "kl": self.kl,
             "forwards": self.forwards,
             "tokens": self.tokens,
+            "teacher": self.teacher,
+            "frontier": self.frontier,
         }
 
     def __str__(self) -> str:
-        lines = ["echo  source  KL (nats)"]
-        lines += [f"{each['echo']:4}  {each['source']:6}  {each['kl']:.4f}" for each in self.rounds]
+        lines = ["layer  becomes         KL (nats)  parameters  KV bytes  decoding"]
+        for each in self.rounds:
+            becomes = f"echo of {each['entry']}" if isinstance(each["entry"], int) else each["entry"]
+            changes = [f"{each[name] / value - 1:+.1%}" for name, value in self.teacher.items()]
+            lines.append(
+                f"{each['layer']:5}  {becomes:14}  {each['kl']:9.4f}  {changes[0]:>10}  {changes[1]:>8}  {changes[2]:>8}"
+            )
         others = ", ".join(f"{name} {value:.4f}" for name, value in self.kl.items())
         return "\n".join([*lines, f"KL of plans by {others}; {self.forwards} forwards of {self.tokens:,} tokens"])
 
@@ -77,7 +99,10 @@ def search_plan(
     rows: Sequence[dict],
     similarity: AttentionSimilarity | None = None,
     *,
-    ratio: float,
+    ratio: float | None = None,
+    targets: Sequence[Target] = (),
+    moves: Sequence[str] = ("echo",),
+    decode_context: int = 2048,
     protected_layers: int = 1,
     block_size: int | None = None,
     search_rows: int = 8,
@@ -90,10 +115,11 @@ def search_plan(
     """
     Search for the plan that changes a model's predictions least.
 
-    Every pair of an echo and an earlier layer of its type is tuned by itself, see [`TunedPairs`], and what it is expected to do
-    to the predictions is estimated to second order, from four backward passes of the teacher. Then the search is greedy: each
-    round measures the `width` pairs that promise least KL(teacher || student), in the student that has the echoes found so
-    far, and adds the best one. Nothing is trained.
+    Every change of a layer, such as an echo of an earlier layer of its type, is tuned by itself, see [`TunedPairs`], and what it
+    is expected to do to the predictions is estimated to second order, from four backward passes of the teacher. Then the
+    search is greedy: each round measures the `width` changes that promise least KL(teacher || student) for what they save, in
+    the student that has the changes found so far, and adds the best one. With targets a layer may change again, to what
+    saves more. Nothing is trained.
 
     Args:
         teacher (`PreTrainedModel`):
@@ -103,10 +129,16 @@ def search_plan(
             first three quarters, plans are measured on the rest.
         similarity ([`AttentionSimilarity`], *optional*):
             Of the teacher, for the alignment of heads; measured on the rows if not given.
-        ratio (`float`):
-            Sharing ratio, echo layers / layers.
+        ratio (`float`, *optional*):
+            Sharing ratio, echo layers / layers. Echo layers save alike, whichever they are.
+        targets (sequence of [`Target`], *optional*):
+            What is to be saved, in place of the ratio.
+        moves (sequence of `str`, *optional*, defaults to `("echo",)`):
+            What may be done to a layer: `"echo"`, and with targets `"kv"`, `"skip attention"` and `"drop"`.
+        decode_context (`int`, *optional*, defaults to 2048):
+            Tokens in the cache, for a target of decoding.
         protected_layers (`int`, *optional*, defaults to 1):
-            Layers at either end that do not echo. They may be sources, which changes nothing about them.
+            Layers at either end that stay as they are. They may be sources, which changes nothing about them.
         block_size (`int`, *optional*):
             Most layers in a block, its source included.
         search_rows (`int`, *optional*, defaults to 8):
@@ -131,67 +163,129 @@ def search_plan(
         if value < 1:
             raise ValueError(f"{name} is {value}; it must be at least 1.")
     train, held_out = hold_out(rows)
-    space, count = make_space(teacher.config, ratio, protected_layers, block_size)
+    space, count = make_space(teacher.config, ratio, protected_layers, block_size, moves if targets else ("echo",))
     pairs = space.pairs(list(range(space.num_layers)))
     if similarity is None:
         similarity = measure_on_rows(teacher, rows, progress=progress)
     kept = _State(state, lambda: _describe(teacher, rows, search_rows, similarity, align, refit))
     tuned = TunedPairs(teacher, similarity, pairs, train, held_out, align=align, refit=refit)
+    counter = PlanCounter(teacher, tuned.count_parameters, decode_context)
+    teacher_costs = counter(range(space.num_layers))
+    budget = Budget(counter, teacher_costs, count, targets)
     batches = [batch.to(teacher.device) for batch in batch_rows(held_out[:search_rows], 8)]
     tuned.tune(pairs, progress=progress)
-    layers = sorted({echo for echo, _ in pairs})
-    expected = tuned.effects(pairs, batches, sample_gradients(teacher, batches, layers))
-    others = space.other_plans(similarity, ratio, teacher.config)
+    blocks = sorted({layer for layer, entry in pairs if entry == "drop"})
+    attentions = sorted({layer for layer, entry in pairs if entry != "drop"})
+    expected = tuned.effects(pairs, batches, sample_gradients(teacher, batches, attentions, blocks))
+    others = space.other_plans(similarity, ratio, teacher.config) if count is not None else {}
     tuned.keep(_shortlist(expected, [list(plan) for plan in others.values()]))
-    bar = tqdm(total=count * width + len(others), desc="search", disable=not progress, leave=False)
+    total = (count or space.num_layers) * width + len(others)
+    bar = tqdm(total=total, desc="search", disable=not progress, leave=False)
     remedy = f"plans are measured on search_rows {search_rows}, of which the layer outputs are kept. Give fewer, or shorter rows"
     with bar, explained_memory_errors(remedy), inference(teacher):
         measure = _Measure(teacher, batches, tuned, kept, bar)
-        plan, rounds, current = list(range(space.num_layers)), [], 0.0
-        measured: dict[Pair, float] = {}  # increase of KL by each pair, when last measured
-        for _ in range(count):
-            # What was expected of pairs is scaled by what came out of those that were measured.
+        plan, rounds, current, left = list(range(space.num_layers)), [], 0.0, budget.left(range(space.num_layers))
+        measured: dict[Pair, float] = {}  # increase of KL by each change, when last measured
+        while left > 0:
+            # What was expected of changes is scaled by what came out of those that were measured.
+            before = {pair: expected.get((pair[0], plan[pair[0]]), 0.0) for pair in expected}
             scale = sum(measured.values()) / sum(map(expected.get, measured)) if measured else 1.0
-            increase = {pair: measured.get(pair, scale * expected[pair]) for pair in space.pairs(plan)}
-            chosen = sorted(increase, key=increase.get)[:width]
+            prices = {}
+            for pair in space.pairs(plan):
+                gain = left - budget.left(with_pair(plan, pair))
+                if gain > 0:
+                    rise = scale * max(expected[pair] - before[pair], 0.0)
+                    prices[pair] = (measured.get(pair, rise) if plan[pair[0]] == pair[0] else rise, gain)
+            chosen = sorted(prices, key=lambda pair: _price(*prices[pair]))[:width]
             if not chosen:
-                raise ValueError(
-                    f"Blocks of at most {block_size} layers leave no room for {count} echo layers: {len(rounds)} fit on "
-                    "the way of this search. Allow larger blocks or a smaller ratio."
-                )
+                raise ValueError(_out_of_moves(block_size, count, rounds, budget, counter(plan), teacher_costs))
             measure.start(plan)
             results = {pair: measure(with_pair(plan, pair)) for pair in chosen}
-            measured |= {pair: value - current for pair, value in results.items()}
-            best_pair = min(results, key=results.get)
-            plan, current = with_pair(plan, best_pair), results[best_pair]
-            rounds.append({"echo": best_pair[0], "source": best_pair[1], "kl": current})
+            measured |= {pair: value - current for pair, value in results.items() if plan[pair[0]] == pair[0]}
+            best = min(results, key=lambda pair: _price(results[pair] - current, prices[pair][1]))
+            plan, current = with_pair(plan, best), results[best]
+            left = budget.left(plan)
+            rounds.append({"layer": best[0], "entry": best[1], "kl": current} | asdict(counter(plan)))
         found = {"effect": (SharingPlan(plan, space.layer_types), current)}
         for name, other in others.items():
             found[name] = (other, measure(list(other)))
     best = min(found.values(), key=lambda item: item[1])[0]
     kl = {name: value for name, (_, value) in found.items()}
     tokens = sum(batch["input_ids"].numel() for batch in batches)
-    return PlanSearch(best, rounds, kl, len(kept.known), tokens)
+    frontier = find_frontier([{"layer_plan": plan, "kl": kl} | asdict(counter(plan)) for plan, kl in measure.all])
+    return PlanSearch(best, rounds, kl, len(kept.known), tokens, asdict(teacher_costs), frontier)
+
+
+def _price(rise: float, gain: float) -> float:
+    """KL for what is saved. Of changes that lower KL the one that saves most is the cheapest."""
+    return rise / gain if rise > 0 else rise * gain
+
+
+def _out_of_moves(
+    block_size: int | None, count: int | None, rounds: list[dict], budget: Budget, costs: PlanCosts, teacher: PlanCosts
+) -> str:
+    if count is not None:
+        return (
+            f"Blocks of at most {block_size} layers leave no room for {count} echo layers: {len(rounds)} fit on "
+            "the way of this search. Allow larger blocks or a smaller ratio."
+        )
+    missed = [name for name, limit in budget.limits.items() if getattr(costs, name) > limit]
+    reached = ", ".join(f"{name} {getattr(costs, name) / getattr(teacher, name) - 1:+.1%}" for name in missed)
+    return (
+        f"The target is out of reach on the way of this search: with all changes that are left, {reached}. Allow more moves, "
+        "fewer protected layers, or a smaller target."
+    )
+
+
+def find_frontier(points: Sequence[dict]) -> list[dict]:
+    """
+    The plans that no other one beats in KL and in all costs.
+
+    Args:
+        points (sequence of `dict`): `kl`, the costs of [`PlanCosts`], and what else is known of them.
+
+    Returns:
+        `list[dict]`: those points, the smallest KL first.
+    """
+    names = [field.name for field in fields(PlanCosts)]
+    kept: list[dict] = []
+    for point in sorted(points, key=lambda point: (point["kl"], *(point[name] for name in names))):
+        if not any(all(other[name] <= point[name] for name in names) for other in kept):
+            kept.append(point)
+    return kept
 
 
 def make_space(
-    config: PreTrainedConfig, ratio: float, protected_layers: int, block_size: int | None
-) -> tuple["PlanSpace", int]:
-    """The plans that a search may find for a model, and their number of echo layers. Arguments as in [`search_plan`]."""
+    config: PreTrainedConfig,
+    ratio: float | None,
+    protected_layers: int,
+    block_size: int | None,
+    moves: Sequence[str] = ("echo",),
+) -> tuple["PlanSpace", int | None]:
+    """
+    The plans that a search may find for a model, and their number of echo layers, if there is a ratio. Arguments as in
+    [`search_plan`].
+    """
     check_block_size(block_size)
     config = config.get_text_config()
     layer_types = getattr(config, "layer_types", None)
-    space = PlanSpace(config.num_hidden_layers, protected_layers, layer_types, block_size)
-    return space, count_echo_layers(config.num_hidden_layers, ratio, space.capacity)
+    space = PlanSpace(config.num_hidden_layers, protected_layers, layer_types, block_size, moves)
+    return space, count_echo_layers(config.num_hidden_layers, ratio, space.capacity) if ratio is not None else None
 
 
 class PlanSpace:
     """The plans that are allowed."""
 
     def __init__(
-        self, num_layers: int, protected_layers: int, layer_types: Sequence[str] | None, block_size: int | None
+        self,
+        num_layers: int,
+        protected_layers: int,
+        layer_types: Sequence[str] | None,
+        block_size: int | None,
+        moves: Sequence[str] = ("echo",),
     ):
         self.num_layers, self.layer_types, self._block_size = num_layers, layer_types, block_size
+        self._moves = [move for move in _ORDER if move in moves]
         self._constraints = {
             "protected_layers": protected_layers,
             "layer_types": layer_types,
@@ -218,16 +312,28 @@ class PlanSpace:
                 room[kind] = room.get(kind, 0) + self._block_size - 1
         return echoes
 
-    def pairs(self, plan: list[int]) -> list[tuple[int, int]]:
-        """The pairs of an echo and a source that may be added to a plan."""
+    def pairs(self, plan: list[int | str]) -> list[Pair]:
+        """The changes that may be added to a plan: of layers that stay as they are, and to what saves more."""
         most = self._block_size or len(plan)
-        return [
-            (echo, source)
-            for echo, sources in self._sources.items()
-            if plan[echo] == echo
-            for source in sources
-            if plan[source] == source and plan.count(source) + plan.count(echo) <= most
-        ]
+        users = dict.fromkeys(range(len(plan)), 0)
+        for layer, entry in enumerate(plan):
+            source = read_entry(layer, entry)[1]
+            if source is not None:
+                users[source] += 1
+        found = []
+        for layer, sources in self._sources.items():
+            own = read_entry(layer, plan[layer])[0]
+            free = [source for source in sources if plan[source] == source]
+            # Those that use a layer use its source once it has one.
+            free = [source for source in free if users[source] + 1 + users[layer] + 1 <= most]
+            for move in self._moves:
+                if own != "plain" and _ORDER.index(move) <= _ORDER.index(own):
+                    continue
+                if move in ("echo", "kv"):
+                    found += [(layer, source if move == "echo" else f"kv {source}") for source in free]
+                elif sources and not users[layer]:  # the first of a type stays: caches take their length from it
+                    found.append((layer, move))
+        return found
 
     def other_plans(
         self, similarity: AttentionSimilarity, ratio: float, config: PreTrainedConfig
@@ -276,17 +382,19 @@ class _Measure:
         self._layers = find_layers(teacher)
         self._head = OutputHead.find(teacher, among_processes=False)
         self._logits = [predict(teacher, self._head, batch) for batch in batches]
-        self._plan: list[int] = []
+        self.all: list[tuple[list[int | str], float]] = []
+        self._plan: list[int | str] = []
         self._kept: list[tuple[EchoRecords, list]] = []
 
     def start(self, plan: list[int]) -> None:
         """Keep what the layers of a plan give, to start from in the measurements that follow."""
         self._plan, self._kept = plan, []
 
-    def __call__(self, plan: list[int]) -> float:
+    def __call__(self, plan: list[int | str]) -> float:
         if plan not in self._state:
             self._state[plan] = self._measure(plan)
         self._bar.update()
+        self.all.append((plan, self._state[plan]))
         return self._state[plan]
 
     def _measure(self, plan: list[int]) -> float:
@@ -304,6 +412,9 @@ class _Measure:
                     kept, outputs = self._kept[index]
                     output = outputs[first - 1]
                     records.by_layer |= {layer: kept.by_layer[layer] for layer in kept.by_layer if layer < first}
+                    records.keys_values |= {
+                        layer: kept.keys_values[layer] for layer in kept.keys_values if layer < first
+                    }
                 with starting_at(self._layers, first, output):
                     logits = predict(self._teacher, self._head, batch, echo_records=records)
                 total += sum_predictions(logits, expected, batch["input_ids"])[1].item()
@@ -387,14 +498,19 @@ def _key(plan: list[int]) -> str:
 
 
 def _shortlist(expected: dict[Pair, float], plans: list[list[int]]) -> list[Pair]:
-    """The most promising sources of each echo, and the pairs of some plans."""
+    """The most promising sources of each layer and move, and the pairs of some plans."""
     kept = [(echo, source) for plan in plans for echo, source in enumerate(plan) if echo != source]
-    for _, group in groupby(expected, key=itemgetter(0)):
+    groups: dict[tuple[int, str], list[Pair]] = {}
+    for layer, entry in expected:
+        groups.setdefault((layer, read_entry(layer, entry)[0]), []).append((layer, entry))
+    for group in groups.values():
         kept += sorted(group, key=expected.get)[:KEPT_SOURCES]
     return kept
 
 
-def with_pair(plan: list[int], pair: Pair) -> list[int]:
-    """The plan with one more echo layer. What echoed it echoes its source now."""
-    echo, source = pair
-    return [source if other == echo else other for other in plan]
+def with_pair(plan: list[int | str], pair: Pair) -> list[int | str]:
+    """The plan with one more change. What used the layer uses its source now."""
+    changed, entry = pair
+    source = read_entry(changed, entry)[1]
+    moved = {changed: source, f"kv {changed}": f"kv {source}"}
+    return [entry if layer == changed else moved.get(other, other) for layer, other in enumerate(plan)]

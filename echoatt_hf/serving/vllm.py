@@ -55,6 +55,10 @@ def check_vllm_config(vllm_config: "VllmConfig") -> None:
     types = {*(getattr(config.text_config, "layer_types", None) or ())}
     if MODEL_FOR_CAUSAL_LM_MAPPING[type(config.text_config)]._is_stateful or types & {*TYPES_WITHOUT_ATTENTION}:
         raise ValueError(f"{REFUSAL} {family!r}: {BACKEND} keeps no states of recurrent layers. Use `echoatt serve`.")
+    if config.layer_plan is not None:
+        raise ValueError(
+            "vLLM does not run students with other moves than echoes, which this one's layer_plan has: use `echoatt serve`."
+        )
     if parallel.pipeline_parallel_size > 1:
         raise ValueError(
             f"pipeline_parallel_size is {parallel.pipeline_parallel_size}, but an echo layer needs the attention of its source "
