@@ -697,6 +697,18 @@ def test_long_documents_are_tokenized_in_pieces(tokenizer, monkeypatch):
     assert max(sizes) <= 100 and len(sizes) > 20
 
 
+@pytest.mark.parametrize("length, documents", [(4, 30), (400, 2), (5000, 1)], ids=["short", "long", "longest"])
+def test_few_long_documents_or_many_short_ones_are_mapped_together(length, documents, monkeypatch):
+    monkeypatch.setattr(rows_module, "_BATCH", 1000)
+    monkeypatch.setattr(rows_module, "_BATCH_DOCUMENTS", 30)
+    sizes, call = [], rows_module._Tokenize.__call__
+    monkeypatch.setattr(
+        rows_module._Tokenize, "__call__", lambda self, text, *more: sizes.append(len(text)) or call(self, text, *more)
+    )
+    pack_rows(make_documents(["a" * length] * 60), make_tokenizer(), 8)
+    assert max(sizes) == documents and sum(sizes) == 60
+
+
 class _Wrapped:
     def __init__(self, tokenizer):
         self.tokenizer = tokenizer

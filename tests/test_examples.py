@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from echoatt_hf import EchoAttConfig, EchoAttForCausalLM, SharingPlan
 from echoatt_hf.analysis.similarity import AttentionSimilarity
+from echoatt_hf.models.loading import builtin_teacher_path
 from echoatt_hf.planning.paper import plan_like_paper
 from echoatt_hf.settings import DistillationSettings
 
@@ -288,6 +289,23 @@ def test_stored_teachers_are_measured(study, example, monkeypatch, capsys):
     assert perplexity["top 3, renormalised"] != perplexity["top 3"]
     assert [line.strip("|").split("|")[0].strip() for line in speed[2:]] == ["live", "top 3", "top 200"]
     assert "tokens/s" in speed[0] and "uses" in speed[-1] or "never" in speed[-1]
+
+
+def test_tokenizing_is_measured_beside_the_tokenizer(text, example, monkeypatch, capsys):
+    monkeypatch.chdir(text)
+    made = example("measure_tokenizing")
+    monkeypatch.setattr(made, "measure_apart", lambda call, *arguments: {
+        "tokens": call(*arguments), "seconds": 2.0, "cpu_seconds": 4.0, "bytes": 2**20
+    })  # fmt: skip
+    teacher = str(builtin_teacher_path())
+    sizes = ["--megabytes", "0.05", "--characters", "700", "--row-length", "32", "--output", "found.json"]
+    made.main([teacher, "--data", "text", *sizes])
+    found = json.loads((text / "found.json").read_text())
+    alone, rows = (found["figures"][way]["tokens"] for way in ("the tokenizer alone", "rows, --num-proc 1"))
+    # The rows hold an end of each document too, and leave out what does not fill the last one.
+    assert 0 <= alone + found["documents"] - rows < 32
+    assert found["documents"] >= 50_000 // 700
+    assert "| rows, --num-proc 1  |       2 | 1.00 |" in capsys.readouterr().out
 
 
 def test_memory_is_counted_from_the_sizes_of_models(example, capsys):

@@ -37,11 +37,14 @@ SCORED = "scored"
 IGNORED = -100
 """Label of a token that is not to be predicted."""
 
-_PIECE = 2**16
-"""Characters that are tokenized at once: a tokenizer takes about 200 bytes of memory for each of them."""
+_PIECE = 2**14
+"""Characters that are tokenized at once. Of longer texts a tokenizer makes slowly what does not fit into a core's cache."""
 
-_PIECES = 16
-"""Pieces that are given to a tokenizer together, which its threads share."""
+_PIECES = 64
+"""Pieces that are given to a tokenizer together, which its threads share: it takes about 200 bytes for each character."""
+
+_BATCH, _BATCH_DOCUMENTS = 2**22, 1000
+"""Bytes and documents, at most and about, that are mapped together."""
 
 # Places where most tokenizers split a text in any case: after a line break, and before a space, that stand alone. In longer
 # runs of blanks the last one is often a token of its own, but not at the end of a text.
@@ -114,7 +117,7 @@ def pack_rows(
     tokens = documents.map(
         tokenize,
         batched=True,
-        batch_size=100,
+        batch_size=_batch_size(documents),
         num_proc=num_proc if num_proc and num_proc > 1 else None,
         input_columns=[name for name in ("text", "chat") if name in documents.column_names],
         remove_columns=documents.column_names,
@@ -126,7 +129,7 @@ def pack_rows(
     rows = tokens.map(
         packer,  # which keeps what a batch leaves over for the next one: in order and in one process
         batched=True,
-        batch_size=100,
+        batch_size=_batch_size(tokens),
         input_columns=tokens.column_names,
         remove_columns=tokens.column_names,
         features=features,
@@ -148,6 +151,12 @@ def pack_rows(
         dropped.add(lengths, batch["is_chat"].to_numpy())
     dropped.log(len(rows))
     return rows.with_format(None)
+
+
+def _batch_size(data: Dataset) -> int:
+    """How many documents to map together: few long ones, so that memory does not grow with them, and many short ones."""
+    table = data.data
+    return min(max(_BATCH * table.num_rows // max(table.nbytes, 1), 1), _BATCH_DOCUMENTS)
 
 
 def cache_file(data: Dataset, function: object) -> str | None:
