@@ -1,25 +1,37 @@
 """The neighbours: KVSharer, LaCo, DirectShare and PostShare, each against a slow plain version of its rule."""
 
 import copy
+import json
 import logging
 from functools import partial
 
 import pytest
 import torch
-from conftest import FP32_TOLERANCE, make_batch, make_teacher
+from conftest import FP32_TOLERANCE, make_batch, make_config, make_teacher, write_workplace
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, DynamicCache
+from typer.testing import CliRunner
 
-from echoatt_hf import DistillationSettings, EchoAttTrainingArguments, collate_rows, count_kv_bytes_per_token
+from echoatt_hf import (
+    DistillationSettings,
+    EchoAttConfig,
+    EchoAttTrainingArguments,
+    add_lora,
+    collate_rows,
+    count_kv_bytes_per_token,
+)
 from echoatt_hf.baselines.direct_share import (
     POST_SHARE_SETTINGS,
     HeadPair,
     PostShareTrainer,
     direct_share,
     head_distance,
+    make_shared_student,
     match_heads,
 )
 from echoatt_hf.baselines.kvsharer import measure_kv_distances, plan_like_kvsharer
 from echoatt_hf.baselines.laco import LACO_PRESETS, collapse_layers, merge_layers
+from echoatt_hf.cli.app import app
 from echoatt_hf.conversion.student import make_student
 from echoatt_hf.distillation.two_stages import train_two_stages
 
@@ -304,6 +316,7 @@ def test_laco_refuses_layers_of_different_kinds():
 def slow_heads(model):
     """Rows of queries, and of keys and values, of each head of keys and values, by layer and head."""
     config = model.config
+    config.num_key_value_heads = config.num_key_value_heads or config.num_attention_heads
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     group = size * (config.num_attention_heads // config.num_key_value_heads)
     return {
@@ -385,8 +398,6 @@ def test_matches_of_heads_are_those_of_the_slow_rule(grouped, parts):
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "gemma3_text", "phi", "olmo2"])
 def test_direct_share_is_the_slow_rule(family):
     model = make_teacher(family)
-    if model.config.num_key_value_heads is None:
-        model.config.num_key_value_heads = model.config.num_attention_heads
     pairs = match_heads(model, 0.5)
     expected = slow_share(copy.deepcopy(model), pairs)
     before = copy.deepcopy(model.state_dict())
@@ -527,3 +538,206 @@ def test_post_share_refuses_pairs_before_the_first_step(tmp_path):
         post_share(make_teacher(), [], tmp_path)
     with pytest.raises(ValueError, match="its layer 9 has no head 0"):
         post_share(make_teacher(), [HeadPair(9, 0, 0, 0, 1.0)], tmp_path)
+
+
+# Shared heads, stored once
+
+
+CHAIN = [HeadPair(2, 1, 0, 0, 0.9), HeadPair(4, 0, 2, 1, 0.8), HeadPair(4, 1, 2, 1, 0.7), HeadPair(5, 1, 4, 0, 0.7)]
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "gemma3_text", "phi"])
+def test_students_with_shared_heads_are_those_of_direct_share_and_store_them_once(family, tmp_path):
+    teacher = make_teacher(family)
+    pairs = match_heads(teacher, 0.4)
+    expected = direct_share(copy.deepcopy(teacher), pairs)
+    student = make_shared_student(teacher, pairs)
+    inputs = make_batch(3, 12, padding=(4, 0, 1))
+    torch.testing.assert_close(student(**inputs).logits, expected(**inputs).logits, **FP32_TOLERANCE)
+    student.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert loaded.config.shared_heads == student.config.shared_heads
+    torch.testing.assert_close(loaded(**inputs).logits, expected(**inputs).logits, **FP32_TOLERANCE)
+    options = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
+    assert torch.equal(loaded.generate(**inputs, **options), expected.generate(**inputs, **options))
+    queries, values = (rows.stop for rows in slow_heads(expected)[0, 0])
+    head = (queries + 2 * values) * (teacher.config.hidden_size + (projections_of(teacher, 0)["q"].bias is not None))
+    head += teacher.config.hidden_size * queries
+    saved = teacher.num_parameters() - loaded.num_parameters()
+    assert saved == len(student.config.shared_heads) * head
+    size = sum(tensor.numel() for name, tensor in load_file(tmp_path / "model.safetensors").items())
+    assert size == loaded.num_parameters()
+
+
+def test_of_a_chain_weights_are_stored_once_that_a_head_still_has():
+    teacher = make_teacher()
+    student = make_shared_student(teacher, CHAIN)
+    # 4.0 and 4.1 have what 2.1 had.
+    assert student.config.shared_heads == {"2.1": "0.0", "4.1": "4.0"}
+    expected = slow_share(copy.deepcopy(teacher), CHAIN)
+    inputs = make_batch()
+    torch.testing.assert_close(student(**inputs).logits, expected(**inputs).logits, **FP32_TOLERANCE)
+
+
+def test_shared_heads_have_the_gradients_of_both():
+    teacher = make_teacher("qwen2")
+    student, twin = make_shared_student(teacher, CHAIN), direct_share(copy.deepcopy(teacher), CHAIN)
+    for model in (student, twin, clone := copy.deepcopy(student)):
+        model.train()
+        model(**make_batch()).logits.square().mean().backward()
+    heads, gradients = slow_heads(twin), {}
+    for name in "qkvo":
+        by_layer = [projections_of(twin, layer)[name].weight.grad for layer in range(6)]
+        by_layer = [each.T if name == "o" else each for each in by_layer]
+        gradients[name] = {
+            place: by_layer[place[0]][rows if name in "qo" else values] for place, (rows, values) in heads.items()
+        }
+    for model in (student, clone):
+        found = {name: projections_of(model.language_model, 0)[name].weight.grad for name in "qkvo"}
+        found["o"] = found["o"].T
+        for name, gradient in found.items():
+            rows, values = heads[0, 0]
+            expected = gradients[name][0, 0] + gradients[name][2, 1]
+            torch.testing.assert_close(gradient[rows if name in "qo" else values], expected, **FP32_TOLERANCE)
+    # A copy has nothing of the original's.
+    assert not {each.data_ptr() for each in clone.parameters()} & {each.data_ptr() for each in student.parameters()}
+
+
+def test_students_with_shared_heads_learn_and_stay_shared(tmp_path):
+    teacher = make_teacher()
+    student = make_shared_student(teacher, match_heads(teacher, 0.4))
+    settings = DistillationSettings(
+        steps=4, stage2_steps=1, learning_rate=1e-2, batch_size=4, gradient_checkpointing=True
+    )
+    before = student.num_parameters()
+    train_two_stages(student, teacher, make_rows((12, 12, 12, 12)), settings, tmp_path / "checkpoints")
+    student.save_pretrained(tmp_path / "student")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "student")
+    inputs = make_batch()
+    torch.testing.assert_close(loaded(**inputs).logits, student.eval()(**inputs).logits, **FP32_TOLERANCE)
+    assert loaded.num_parameters() == before
+    with pytest.raises(ValueError, match="Heads of the student share weights"):
+        add_lora(student, 4)
+
+
+def test_a_layer_may_have_no_head_of_its_own(tmp_path):
+    teacher = make_teacher("qwen2")
+    pairs = [HeadPair(3, 0, 1, 1, 0.9), HeadPair(3, 1, 0, 0, 0.8)]
+    student = make_shared_student(teacher, pairs)
+    assert projections_of(student.language_model, 3)["q"].weight.shape == (0, 32)
+    student.save_pretrained(tmp_path)
+    loaded, inputs = AutoModelForCausalLM.from_pretrained(tmp_path), make_batch()
+    expected = slow_share(copy.deepcopy(teacher), pairs)
+    torch.testing.assert_close(loaded(**inputs).logits, expected(**inputs).logits, **FP32_TOLERANCE)
+
+
+def test_shared_heads_compile():
+    student = make_shared_student(make_teacher(), CHAIN)
+    compiled = torch.compile(student, backend="eager", fullgraph=True)
+    inputs = make_batch()
+    torch.testing.assert_close(compiled(**inputs).logits, student(**inputs).logits, **FP32_TOLERANCE)
+
+
+@pytest.mark.parametrize(
+    "shared_heads, message",
+    [
+        (["7.2"], "it must be a dict such as"),
+        ({"3.0": 1}, "it must be a dict such as"),
+        ({"3.0": "1"}, "it must be a dict such as"),
+        ({"6.0": "1.0"}, "but the model has 6 layers"),
+        ({"3.0": "3.1"}, "a head can have the weights of an earlier head that has its own"),
+        ({"3.0": "1.0", "4.0": "3.0"}, "a head can have the weights of an earlier head that has its own"),
+        ({"2.0": "0.0"}, "but layer 2 is changed by the plan"),
+        ({"3.0": "1.7"}, "names head 7 of layer 1, which has 2 heads"),
+    ],
+)
+def test_shared_heads_that_do_not_fit_are_refused(shared_heads, message):
+    with pytest.raises(ValueError, match=message):
+        AutoModelForCausalLM.from_config(
+            EchoAttConfig(text_config=make_config(), echo_sources=[0, 1, 1, 3, 4, 5], shared_heads=shared_heads)
+        )
+
+
+def test_shared_heads_of_fused_projections_are_refused():
+    with pytest.raises(ValueError, match="Heads of layer 0 cannot share weights: it has no linear q_proj"):
+        AutoModelForCausalLM.from_config(EchoAttConfig(text_config=make_config("phi3"), shared_heads={"3.0": "0.0"}))
+
+
+# The command line
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("neighbours")
+    text = [f"Story {n}. Once upon a time there were {n} small bears who ate {n * 3} honeys.\n" * 6 for n in range(12)]
+    tokenizer = write_workplace(folder, text)
+    for model in (make_teacher(vocab_size=len(tokenizer)), tokenizer):
+        model.save_pretrained(folder / "teacher")
+    return folder
+
+
+def run_convert(workplace, *options):
+    data = ["--data", workplace / "text", "--row-length", "32", "--calibration-rows", "6"]
+    return CliRunner().invoke(app, [str(word) for word in ("convert", workplace / "teacher", *data, *options)])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--method", "kvsharer", "--shared-layers", "2", "--kv-order", "similar", "--keep-above", "-1"],
+        ["--method", "laco", "--merge-size", "2", "--keep-above", "-1", "--merge-rule", "paper"],
+        ["--method", "directshare", "--head-rate", "0.4", "--head-parts", "q"],
+    ],
+    ids=lambda options: options[1],
+)
+def test_convert_by_a_method_makes_a_student_to_distil(workplace, tmp_path, options):
+    result = run_convert(workplace, *options, "--output", tmp_path / "made")
+    assert result.exit_code == 0, result.output
+    teacher, student = (
+        AutoModelForCausalLM.from_pretrained(each) for each in (workplace / "teacher", tmp_path / "made")
+    )
+    assert json.loads((tmp_path / "made" / "method.json").read_text())["method"] == options[1]
+    report = json.loads((tmp_path / "made" / "conversion.json").read_text())
+    assert report["student_parameters"] == student.num_parameters() < teacher.num_parameters()
+    assert report["student_kv_bytes_per_token"] == count_kv_bytes_per_token(student)
+    if options[1] == "kvsharer":
+        assert len(student.config.kv_sources) == 2
+    elif options[1] == "laco":
+        assert student.config.num_hidden_layers == 6 - report["layer_plan"].count("drop") < 6
+    else:
+        assert (
+            student.config.shared_heads
+            and report["student_kv_bytes_per_token"] == report["teacher_kv_bytes_per_token"]
+        )
+    words = ["distill", tmp_path / "made", "--teacher", workplace / "teacher", "--data", workplace / "text"]
+    words += [
+        "--row-length",
+        "32",
+        "--evaluation-rows",
+        "4",
+        "--steps",
+        "2",
+        "--batch-size",
+        "2",
+        "--output",
+        tmp_path / "out",
+    ]
+    result = CliRunner().invoke(app, [str(word) for word in words])
+    assert result.exit_code == 0, result.output
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").num_parameters() == student.num_parameters()
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--method", "minitron"], "method is 'minitron'; it must be one of 'kvsharer', 'laco', 'directshare'."),
+        (["--method", "laco", "--head-rate", "0.3"], "head_rate is 0.3, which is for the method 'directshare'"),
+        (["--merge-size", "3"], "merge_size is 3, which is for the method 'laco'; the method is None."),
+        (["--method", "laco", "--ratio", "0.2"], "--ratio 0.2 is given, but the method 'laco' makes the plan"),
+        (["--method", "kvsharer", "--shared-layers", "9"], "count is 9; it must be from 1 to 5"),
+    ],
+)
+def test_convert_by_a_method_refuses(workplace, tmp_path, options, message):
+    result = run_convert(workplace, *options, "--output", tmp_path / "made")
+    assert result.exit_code == 2 and message in result.stderr, result.output
+    assert not (tmp_path / "made").exists()

@@ -9,9 +9,11 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
 
+from ..conversion.dropping import copy_model
+from ..conversion.student import make_student
 from ..distillation.losses import target_mask
 from ..distillation.trainer import EchoAttTrainer
-from ..modeling_echoatt import get_head_dim
+from ..modeling_echoatt import EchoAttForCausalLM, get_head_dim, tie_heads
 from ..models.families import find_attention_modules, find_output_projection
 
 
@@ -22,6 +24,7 @@ __all__ = [
     "PostShareTrainer",
     "direct_share",
     "head_distance",
+    "make_shared_student",
     "match_heads",
 ]
 
@@ -129,6 +132,35 @@ def direct_share(model: PreTrainedModel, pairs: Sequence[HeadPair]) -> PreTraine
         for name, ours in projections[pair.layer].by_head().items():
             ours[pair.head].copy_(theirs[name][pair.source_head])
     return model
+
+
+def make_shared_student(model: PreTrainedModel, pairs: Sequence[HeadPair]) -> EchoAttForCausalLM:
+    """
+    A student as [`direct_share`] makes it, in which weights that heads share exist once: in memory, in training, where they
+    change as one, and in its files.
+
+    Of a chain, a head that uses the weights that its source had before that one was replaced keeps them.
+
+    Args:
+        model (`PreTrainedModel`): causal language model, left untouched.
+        pairs (sequence of [`HeadPair`]): which heads, as from [`match_heads`].
+
+    Raises:
+        `ValueError`: a pair does not fit the model.
+    """
+    student = make_student(
+        direct_share(copy_model(model), pairs), range(model.config.get_text_config().num_hidden_layers)
+    )
+    had = {(pair.layer, pair.head): (pair.source_layer, pair.source_head) for pair in pairs}
+    holders: dict[tuple[int, int], tuple[int, int]] = {}  # of what each place had at first
+    shared = {}
+    for place in sorted({*had, *had.values()}):
+        holder = holders.setdefault(had.get(place, place), place)
+        if holder != place:
+            shared["{}.{}".format(*place)] = "{}.{}".format(*holder)
+    tie_heads(student, shared)
+    student.config.shared_heads = shared
+    return student
 
 
 def head_distance(model: PreTrainedModel, pairs: Sequence[HeadPair]) -> torch.Tensor:

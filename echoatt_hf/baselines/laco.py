@@ -65,7 +65,7 @@ def collapse_layers(
     teacher: PreTrainedModel,
     rows: Sequence[dict],
     *,
-    size: int,
+    size: int = 4,
     lowest: int = 1,
     highest: int | None = None,
     interval: int = 2,
@@ -81,7 +81,7 @@ def collapse_layers(
     Args:
         teacher (`PreTrainedModel`): causal language model whose decoder layers are in one list; left untouched.
         rows (sequence of `dict`): rows with `input_ids` to compare on. The paper has five sentences of some words.
-        size (`int`): layers that one merge makes one of, C in the paper.
+        size (`int`, *optional*, defaults to 4): layers that one merge makes one of, C in the paper.
         lowest (`int`, *optional*, defaults to 1): the first layer that may be merged into, L.
         highest (`int`, *optional*): the layer after the last one that is merged at first, H; all layers if not given.
         interval (`int`, *optional*, defaults to 2): layers to go down after a merge that is kept, I.
