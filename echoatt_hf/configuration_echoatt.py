@@ -102,6 +102,25 @@ def _name_entry(layer_plan: Sequence[int | str], layer: int) -> str:
     return f"{_name_plan(layer_plan)}[{layer}] is {layer_plan[layer]!r}"
 
 
+def read_shared_heads(shared_heads: dict[str, str]) -> dict[tuple[int, int], tuple[int, int]]:
+    """
+    `shared_heads` of [`EchoAttConfig`] as `{(layer, head): (layer, head)}`.
+
+    Raises:
+        `ValueError`: it is something else.
+    """
+    is_known = isinstance(shared_heads, dict) and all(
+        isinstance(place, str) and re.fullmatch(r"\d+\.\d+", place) for pair in shared_heads.items() for place in pair
+    )
+    if not is_known:
+        raise ValueError(
+            f"shared_heads is {shared_heads!r}; it must be a dict such as {{'7.2': '3.0'}}: head 2 of layer 7 has the weights "
+            "of head 0 of layer 3."
+        )
+    pairs = ([tuple(map(int, place.split("."))) for place in pair] for pair in shared_heads.items())
+    return dict(pairs)
+
+
 def check_base_family(config: PreTrainedConfig) -> None:
     """Raise `ValueError` if a configuration is not that of a decoder language model with attention to share."""
     if not is_torch_available():  # as on a Mac with mlx_lm, where tokenizers ask for the configuration
@@ -143,6 +162,10 @@ class EchoAttConfig(PreTrainedConfig):
             number as there, `"kv N"` for a layer that attends with queries of its own to the keys and values of layer N, or
             `"skip attention"` for a layer without attention, which adds a constant in its place.
             `[0, 1, 1, "kv 1", "skip attention"]`: layer 2 echoes layer 1, layer 3 uses its keys and values.
+        shared_heads (`dict[str, str]`, *optional*):
+            Heads that have the weights of earlier heads, which exist once and are trained as one. `{"7.2": "3.0"}`: head 2 of
+            layer 7 has those of head 0 of layer 3, of queries, keys, values and output. Of grouped queries a head is one of
+            keys and values, with all its queries. What the heads compute stays their own.
         echo_decode (`str`, *optional*, defaults to `"auto"`):
             How echo layers reuse the attention of their source. `"replay"`: an echo layer repeats the attention call of
             the source with its own values. `"auto"`: the source keeps its attention weights where it has them at hand,
@@ -176,6 +199,7 @@ class EchoAttConfig(PreTrainedConfig):
     text_config: Any = None
     echo_sources: Any = None
     layer_plan: Any = None
+    shared_heads: Any = None
     echo_decode: Any = "auto"
     echoatt_version: str | None = None
 
@@ -205,6 +229,7 @@ class EchoAttConfig(PreTrainedConfig):
         self.echo_sources = list(self.echo_sources)
         if self.layer_plan is not None:  # kept where it says more than `echo_sources` does
             self.layer_plan = list(self.layer_plan) if _name_plan(self.layer_plan) == "layer_plan" else None
+        self.validate_shared_heads()
 
     def validate_echo_sources(self) -> None:
         """Check the sharing plan against the layers of `text_config`. Runs at construction and before saving."""
@@ -224,6 +249,21 @@ class EchoAttConfig(PreTrainedConfig):
         """For each layer of the plan the layer whose attention weights it uses."""
         plan = self.echo_sources if self.layer_plan is None else self.layer_plan
         return [source if move == "echo" else layer for layer, (move, source) in enumerate(read_layer_plan(plan))]
+
+    def validate_shared_heads(self) -> None:
+        """Check `shared_heads` against the layers and the plan. Runs at construction and before saving."""
+        shared = read_shared_heads(self.shared_heads or {})
+        for (layer, head), (source_layer, source_head) in shared.items():
+            entry = f"shared_heads has {layer}.{head}: {source_layer}.{source_head}"
+            if max(layer, source_layer) >= self.text_config.num_hidden_layers:
+                raise ValueError(f"{entry}, but the model has {self.text_config.num_hidden_layers} layers.")
+            if (source_layer, source_head) >= (layer, head) or (source_layer, source_head) in shared:
+                raise ValueError(f"{entry}; a head can have the weights of an earlier head that has its own.")
+            for each in (source_layer, layer):
+                if self.plan[each] != each:
+                    raise ValueError(
+                        f"{entry}, but layer {each} is changed by the plan: it lacks some of these weights."
+                    )
 
     def validate_layer_type(self) -> None:
         """The base family's configuration checks its layers itself; done here, it would rename some of them."""
@@ -337,4 +377,4 @@ def _resolve_text_config(text_config: Any) -> PreTrainedConfig:
 
 EchoAttConfig.register_for_auto_class()
 
-__all__ = ["EchoAttConfig", "check_base_family", "check_layer_plan", "read_layer_plan"]
+__all__ = ["EchoAttConfig", "check_base_family", "check_layer_plan", "read_layer_plan", "read_shared_heads"]

@@ -40,7 +40,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.auto import modeling_auto
 from transformers.pytorch_utils import Conv1D
 
-from .configuration_echoatt import EchoAttConfig, read_layer_plan
+from .configuration_echoatt import EchoAttConfig, read_layer_plan, read_shared_heads
 
 
 RECORD_ATTENTION = "echoatt_record"
@@ -537,6 +537,78 @@ def _call(attention: nn.Module, implementation: str, config: EchoAttConfig) -> N
     attention.config = View(config.text_config, _attn_implementation=implementation)
 
 
+class SharedHeadsLinear(nn.Linear):
+    """
+    A projection some of whose heads have the weights of heads before them: its parameters are those of its own heads alone.
+
+    `head_holders` has for each head the projection with its weights, and the place among that one's own heads.
+    """
+
+    head_axis: int
+    head_size: int
+    head_holders: list[tuple[nn.Linear, int]]  # no modules of this one, which are listed where they are
+
+    def whole(self, name: str) -> torch.Tensor | None:
+        """The weight or the bias of all heads."""
+        own, axis, size = getattr(self, name), self.head_axis, self.head_size
+        if own is None or axis >= own.ndim:  # the bias of an output is no head's
+            return own
+        pieces = [getattr(holder, name).narrow(axis, place * size, size) for holder, place in self.head_holders]
+        return torch.cat([piece.to(own.device) for piece in pieces], axis)
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(input, self.whole("weight"), self.whole("bias"))
+
+
+def tie_heads(model: nn.Module, shared_heads: dict[str, str]) -> None:
+    """
+    Let heads have the weights of earlier heads, in place, as `shared_heads` of [`EchoAttConfig`] says it. Their own weights
+    are gone.
+
+    Raises:
+        `ValueError`: the model has not these heads, or projects several things together.
+    """
+    shared, attentions = read_shared_heads(shared_heads), find_shareable(model)
+    projections, heads = {}, {}
+    for layer in sorted({layer for pair in shared.items() for layer, _ in pair}):
+        attention = attentions.get(layer)
+        names = ["q_proj", "k_proj", "v_proj", next((name for name in OUTPUT_MODULES if hasattr(attention, name)), "")]
+        projections[layer] = [getattr(attention, name, None) for name in names]
+        if not all(type(each) is nn.Linear for each in projections[layer]):
+            raise ValueError(
+                f"Heads of layer {layer} cannot share weights: it has no linear q_proj, k_proj, v_proj and output of its own."
+            )
+        heads[layer] = projections[layer][1].out_features // get_head_dim(attention)
+    for layer, head in (place for pair in shared.items() for place in pair):
+        if head >= heads[layer]:
+            raise ValueError(f"shared_heads names head {head} of layer {layer}, which has {heads[layer]} heads.")
+    own = {layer: [head for head in range(count) if (layer, head) not in shared] for layer, count in heads.items()}
+    sizes = {
+        layer: [each.weight.shape[axis] // heads[layer] for axis, each in zip((0, 0, 0, 1), found, strict=True)]
+        for layer, found in projections.items()
+    }
+    for (layer, _), (source, _) in shared.items():
+        if sizes[layer] != sizes[source]:
+            raise ValueError(
+                f"Heads of layer {layer} cannot share weights with those of layer {source}: their sizes differ."
+            )
+    for layer in sorted({layer for layer, _ in shared}):
+        holders = [shared.get((layer, head), (layer, head)) for head in range(heads[layer])]
+        for index, projection in enumerate(projections[layer]):
+            axis = 1 if index == 3 else 0
+            projection.head_axis, projection.head_size = axis, sizes[layer][index]
+            projection.head_holders = [
+                (projections[source][index], own[source].index(place)) for source, place in holders
+            ]
+            for name, parameter in list(projection.named_parameters()):
+                if axis < parameter.ndim:
+                    by_head = parameter.detach().unflatten(axis, (heads[layer], sizes[layer][index]))
+                    places = torch.tensor(own[layer], dtype=torch.long, device=parameter.device)  # there may be none
+                    kept = by_head.index_select(axis, places)
+                    setattr(projection, name, nn.Parameter(kept.flatten(axis, axis + 1), parameter.requires_grad))
+            projection.__class__ = SharedHeadsLinear
+
+
 def _extend_tp_plan(model: PreTrainedModel) -> None:
     """Shard what echo layers keep of fused projections like the whole."""
     names = {re.sub(r"\.\d+\.", ".*.", name) for name, _ in model.named_modules()}
@@ -638,6 +710,8 @@ class EchoAttPreTrainedModel(PreTrainedModel):
     def _share(self, model: PreTrainedModel) -> PreTrainedModel:
         """Let the layers of the family's model share their attention, and take over what it says about itself."""
         _share_attention(model, self.config)
+        if self.config.shared_heads:
+            tie_heads(model, self.config.shared_heads)
         if self.config.source_layers:
             # On the decoder, as fused language model heads call it without the family's head.
             give_records = functools.partial(_give_records, self.config)

@@ -584,6 +584,59 @@ class DistillationSettings:
         return self.steps - self.stage2_steps
 
 
+METHODS = {
+    "kvsharer": ("shared_layers", "kv_order", "kv_distance", "keep_above"),
+    "laco": ("merge_size", "merge_lowest", "merge_highest", "merge_interval", "merge_rule", "keep_above"),
+    "directshare": ("head_rate", "head_parts"),
+}
+"""Other ways than echoes to make a student, with the settings that each has."""
+
+
+@dataclass(frozen=True)
+class MethodSettings:
+    """
+    Another way than echoes to make a student. Each field's `metadata["help"]` says what it is for; what is `None` has the
+    default of the method.
+    """
+
+    panel: ClassVar[str] = "Method: another way than echoes"
+
+    method: str | None = setting(
+        None,
+        "'kvsharer' (layers use the keys and values of those that theirs differ from most), 'laco' (layers are merged into the "
+        "one before them) or 'directshare' (heads use the weights of the heads that they are most like), by the rules of "
+        "their papers. Plan and tuning are then left out.",
+    )
+    shared_layers: int | None = setting(None, "kvsharer: layers that share; a quarter of all if not given.")
+    kv_order: str | None = setting(None, "kvsharer: try the most 'dissimilar' layers first, or the most 'similar'.")
+    kv_distance: str | None = setting(None, "kvsharer: distance by the authors' 'code' or by the 'paper'.")
+    keep_above: float | None = setting(
+        None,
+        "kvsharer, laco: keep what leaves the last hidden states this similar, a cosine; 0.5 and 0.65 if not given.",
+    )
+    merge_size: int | None = setting(None, "laco: layers that become one in a merge; 4 if not given.")
+    merge_lowest: int | None = setting(None, "laco: first layer that others are merged into; 1 if not given.")
+    merge_highest: int | None = setting(None, "laco: layer after the last that is merged; all layers if not given.")
+    merge_interval: int | None = setting(None, "laco: layers to go down after a merge; 2 if not given.")
+    merge_rule: str | None = setting(None, "laco: merge by the authors' 'code' or by the formula of the 'paper'.")
+    head_rate: float | None = setting(None, "directshare: share of heads that use others' weights; 0.3 if not given.")
+    head_parts: str | None = setting(None, "directshare: compare heads by 'qk', 'q', 'k', 'v' or 'qkv'.")
+
+    def __post_init__(self):
+        if self.method is not None:
+            _check_choice("method", self.method, METHODS)
+        for name in (each.name for each in fields(self)):
+            if name not in ("method", *METHODS.get(self.method, ())) and getattr(self, name) is not None:
+                owners = " or ".join(repr(method) for method, names in METHODS.items() if name in names)
+                raise ValueError(
+                    f"{name} is {getattr(self, name)!r}, which is for the method {owners}; the method is {self.method!r}."
+                )
+
+    def options(self) -> dict[str, Any]:
+        """The settings that are given."""
+        return {name: getattr(self, name) for name in METHODS[self.method] if getattr(self, name) is not None}
+
+
 BENCHMARK_PRESETS = {
     "quick": {"measure": ["prefill", "decode", "training"], "length": [128], "batch_size": [1], "context": [128]},
     "paper": {"measure": ["prefill", "training", "distillation"], "length": [2048]},

@@ -276,7 +276,7 @@ def test_plan_is_checked_again_before_saving(tmp_path):
         ("text_configs", "has no field 'text_configs': did you mean 'text_config'"),
         (
             "echo_temperature",
-            "has no field 'echo_temperature': known are text_config, echo_sources, layer_plan, echo_decode, echoatt_version",
+            "has no field 'echo_temperature': known are text_config, echo_sources, layer_plan, shared_heads, echo_decode, echoatt_version",
         ),
     ],
 )

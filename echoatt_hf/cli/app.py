@@ -21,6 +21,7 @@ from ..settings import (
     DistillationSettings,
     EvaluationSettings,
     ExportSettings,
+    MethodSettings,
     PlanSettings,
     ScoringSettings,
     ServingSettings,
@@ -241,9 +242,10 @@ def plan(
 
 
 @app.command(epilog="Example: echoatt convert TEACHER --plan plan.json --data text.txt --output converted")
-@with_settings(plan=PlanSettings, calibration=CalibrationSettings, data=DataSettings)
+@with_settings(plan=PlanSettings, method=MethodSettings, calibration=CalibrationSettings, data=DataSettings)
 def convert(
     plan: PlanSettings,
+    method: MethodSettings,
     calibration: CalibrationSettings,
     data: DataSettings,
     output: Output,
@@ -262,6 +264,7 @@ def convert(
 ) -> None:
     """Make a student that inherits the teacher's weights, tuned to it but not trained; or a larger one of a distilled one."""
     from ..conversion.convert import ConversionReport
+    from ..pipeline.neighbours import convert_by_method
     from ..pipeline.sizes import convert_student
     from ..pipeline.steps import convert
     from ..planning.sharing import SharingPlan
@@ -269,6 +272,13 @@ def convert(
 
     teacher = name_gguf_file(teacher, gguf_file)
     settings = CompressionSettings(teacher=teacher, plan=plan, calibration=calibration, data=data, dtype=dtype)
+    if method.method is not None:
+        for name, value in (("similarity", similarity), ("from_student", from_student)):
+            if value is not None:
+                raise ValueError(f"{name} is given, but the method {method.method!r} has no use for it: leave it out.")
+        report = convert_by_method(settings, method, output, overwrite=overwrite)
+        print(f"{ConversionReport.from_dict(report)}\n\nwritten to {output}")
+        return
     if from_student is not None:
         if similarity is not None:
             raise ValueError("similarity is given, but the student has its plan: leave it out.")

@@ -7,8 +7,38 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..models.layerwise import find_layers
 
-__all__ = ["check_same_model", "drop_layers"]
+
+__all__ = ["check_same_model", "copy_model", "drop_layers", "list_layers"]
+
+
+def copy_model(model: PreTrainedModel, share_weights: bool = False) -> PreTrainedModel:
+    """
+    A copy of a model.
+
+    Args:
+        model (`PreTrainedModel`): model, left untouched.
+        share_weights (`bool`, *optional*, defaults to `False`): with the model's own weights, not copies of them.
+    """
+    return copy.deepcopy(model, {id(each): each for each in model.parameters()} if share_weights else {})
+
+
+def list_layers(model: PreTrainedModel) -> nn.ModuleList:
+    """
+    The decoder layers of a model that can do with fewer of them.
+
+    Raises:
+        `ValueError`: they are not in one list.
+    """
+    layers = find_layers(model)
+    if layers is None:
+        config = model.config.get_text_config()
+        raise ValueError(
+            f"Layers cannot be dropped from the family {config.model_type!r}: its {config.num_hidden_layers} decoder layers "
+            "are not in one list of modules."
+        )
+    return layers
 
 
 def drop_layers(model: PreTrainedModel, dropped: Sequence[int], share_weights: bool = False) -> PreTrainedModel:
@@ -23,28 +53,16 @@ def drop_layers(model: PreTrainedModel, dropped: Sequence[int], share_weights: b
     Raises:
         `ValueError`: the model has no list of decoder layers.
     """
-    smaller = copy.deepcopy(model, {id(each): each for each in model.parameters()} if share_weights else {})
+    smaller = copy_model(model, share_weights)
     config = smaller.config.get_text_config()
-    count = config.num_hidden_layers
+    count, layers = config.num_hidden_layers, list_layers(smaller)
     kept = [layer for layer in range(count) if layer not in dropped]
-    found = [
-        (module, name)
-        for module in smaller.modules()
-        for name, child in module.named_children()
-        if isinstance(child, nn.ModuleList) and len(child) == count
-    ]
-    if len(found) != 1:
-        raise ValueError(
-            f"Layers cannot be dropped from the family {config.model_type!r}: it has {len(found)} lists of {count} "
-            "modules where one, of its decoder layers, is expected."
-        )
-    owner, name = found[0]
-    layers = nn.ModuleList(getattr(owner, name)[layer] for layer in kept)
+    for layer in sorted({*dropped}, reverse=True):
+        del layers[layer]
     for index, layer in enumerate(layers):
         for module in layer.modules():
             if hasattr(module, "layer_idx"):
                 module.layer_idx = index
-    setattr(owner, name, layers)
     for key, value in list(vars(config).items()):  # such as the attention type of each layer
         if "layer" in key and isinstance(value, (list, tuple)) and len(value) == count:
             setattr(config, key, [value[layer] for layer in kept])

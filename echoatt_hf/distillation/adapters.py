@@ -32,7 +32,7 @@ def add_lora(student: EchoAttForCausalLM, rank: int) -> PeftModel:
         `PeftModel`: the student with its adapters, for [`EchoAttTrainer`] and then for [`merge_lora`].
 
     Raises:
-        `ValueError`: the rank is below 1.
+        `ValueError`: the rank is below 1, or heads of the student share weights.
 
     Example:
 
@@ -45,6 +45,11 @@ def add_lora(student: EchoAttForCausalLM, rank: int) -> PeftModel:
     """
     if rank < 1:
         raise ValueError(f"rank is {rank}; it must be at least 1.")
+    if getattr(student.config, "shared_heads", None):
+        raise ValueError(
+            "Heads of the student share weights, which an update of one layer cannot be merged into: train all weights "
+            "(lora_rank 0)."
+        )
     # The scale of the updates is the same for every rank, so that one learning rate serves all of them.
     config = LoraConfig(
         task_type="CAUSAL_LM",

@@ -45,6 +45,7 @@ def train_two_stages(
     *,
     held_out_rows: list[dict] | None = None,
     evaluate: Callable[[str, PreTrainedModel], object] | None = None,
+    trainer_class: Callable[..., EchoAttTrainer] = EchoAttTrainer,
 ) -> EchoAttTrainer:
     """
     Distil a student in two stages, going on from the last checkpoint if there is one.
@@ -63,6 +64,8 @@ def train_two_stages(
             Rows to log the loss of every `settings.eval_steps` steps.
         evaluate (`Callable`, *optional*):
             Called with `"stage 1"` and `"stage 2"` and the student, with its adapters, at the end of each stage.
+        trainer_class (`Callable`, *optional*, defaults to [`EchoAttTrainer`]):
+            Called with what that takes to make the trainer, such as `partial(PostShareTrainer, pairs=pairs)`.
 
     Returns:
         [`EchoAttTrainer`]: after training.
@@ -75,7 +78,7 @@ def train_two_stages(
     use_cache = student.config.use_cache
     model = add_lora(student, settings.lora_rank) if settings.lora_rank else student
     callback = _StageCallback(settings, evaluate)
-    trainer = EchoAttTrainer(
+    trainer = trainer_class(
         model=model,
         teacher=teacher if settings.stage1_steps and not isinstance(train_rows, StoredTeacher) else None,
         args=make_training_arguments(settings, checkpoints),
