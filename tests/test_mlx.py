@@ -137,8 +137,10 @@ def test_a_wrong_command_is_refused_in_one_line(arguments, message, folder, tmp_
 
 
 def config_of(family="llama", **overrides):
-    plan = overrides.pop("layer_plan", plan_of(family))
-    config = EchoAttConfig(text_config=make_teacher(family, **overrides).config, layer_plan=plan)
+    shared = overrides.pop("shared_heads", None)
+    plan = overrides.pop("layer_plan", None if shared else plan_of(family))
+    text_config = make_teacher(family, **overrides).config
+    config = EchoAttConfig(text_config=text_config, layer_plan=plan, shared_heads=shared)
     config.architectures = ["EchoAttForCausalLM"]
     return config
 
@@ -162,8 +164,9 @@ LONG = {"original_max_position_embeddings": 64, "short_factor": [1.0] * 4, "long
             "by 'yarn' with attention_factor, truncate, which mlx_lm does not have",
         ),
         (lambda: config_of(layer_plan=[0, 1, 1, "kv 1", 4, 5]), "it has other moves than echoes in its layer_plan"),
+        (lambda: config_of(shared_heads={"2.1": "1.0"}), "it has heads that share weights (shared_heads)"),
     ],
-    ids=["gemma", "phi3", "activation", "longrope", "yarn", "moves"],
+    ids=["gemma", "phi3", "activation", "longrope", "yarn", "moves", "heads"],
 )
 def test_what_mlx_cannot_run_is_refused(config, message):
     with pytest.raises(ValueError, match="mlx_lm cannot run the student") as refused:

@@ -18,7 +18,7 @@ from test_pipeline import (  # noqa: F401
 )
 from transformers import AutoModelForCausalLM
 
-from echoatt_hf import EchoAttForCausalLM, StudentSize, find_sizes, permute_heads, put_back
+from echoatt_hf import EchoAttConfig, EchoAttForCausalLM, StudentSize, find_sizes, permute_heads, put_back
 from echoatt_hf.conversion.alignment import find_changed
 from echoatt_hf.models.predictions import compare_predictions
 from echoatt_hf.publishing.card import find_gaps
@@ -160,6 +160,9 @@ def test_bad_input_is_refused(tiny_teacher):
     student, rows = distilled(tiny_teacher, PLAN), rows_of(2)
     with pytest.raises(ValueError, match=r"does not change layers \[1, 7\]: put back some of \[2, 3, 4\]"):
         put_back(student, tiny_teacher, [1, 2, 7])
+    other = EchoAttForCausalLM(EchoAttConfig(text_config=tiny_teacher.config, shared_heads={"2.1": "1.0"}))
+    with pytest.raises(ValueError, match="heads that share weights"):
+        put_back(other, tiny_teacher, [2])
     with pytest.raises(ValueError, match=r"teacher_share is 1.5; it must be from 0 to 1"):
         put_back(student, tiny_teacher, [2], 1.5)
     with pytest.raises(ValueError, match="no rows to measure on"):

@@ -71,6 +71,12 @@ def test_what_is_divided_wrongly_is_refused(parallel, said):
         check_vllm_config(vllm_config_of(student_config(), **parallel))
 
 
+def test_heads_that_share_weights_are_refused():
+    config = EchoAttConfig(text_config=make_config("llama"), shared_heads={"2.1": "1.0"})
+    with pytest.raises(ValueError, match=r"vLLM does not run students whose heads share weights \(shared_heads\)"):
+        check_vllm_config(vllm_config_of(config))
+
+
 def test_layers_without_attention_are_refused():
     check_vllm_config(vllm_config_of(student_config(plan=(0, 1, 1, "kv 1", 4, 5))))
     with pytest.raises(ValueError, match="vLLM does not run students with layers without attention, such as layer 3"):

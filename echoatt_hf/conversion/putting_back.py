@@ -204,6 +204,8 @@ def _check_student(student: EchoAttForCausalLM, teacher: PreTrainedModel) -> Non
         )
     if not all(parameter.is_floating_point() for parameter in student.parameters()):
         raise ValueError("The student is quantized: put layers back into the one it was made from.")
+    if student.config.shared_heads:
+        raise ValueError("The student has heads that share weights (shared_heads): layers are not put back into it.")
     if not SharingPlan(student.config.plan).changed_layers:
         raise ValueError("The student has no echo layers: nothing can be put back.")
     _check_teacher(teacher)

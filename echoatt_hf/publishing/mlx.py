@@ -53,6 +53,8 @@ def check_mlx(config: PreTrainedConfig) -> None:
         reason = f"is {' and '.join(architectures) or 'of no architecture'}; it must be EchoAttForCausalLM"
     elif config.layer_plan is not None:
         reason = "has other moves than echoes in its layer_plan; it must be a student of echo layers alone"
+    elif config.shared_heads:
+        reason = "has heads that share weights (shared_heads); it must be a student of echo layers alone"
     elif getattr(config, "quantization_config", None) is not None:
         reason = "is quantized; export the student in plain weights and quantize it with `mlx_lm.convert -q`"
     elif text.hidden_act != "silu":

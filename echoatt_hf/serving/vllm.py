@@ -55,6 +55,8 @@ def check_vllm_config(vllm_config: "VllmConfig") -> None:
     types = {*(getattr(config.text_config, "layer_types", None) or ())}
     if MODEL_FOR_CAUSAL_LM_MAPPING[type(config.text_config)]._is_stateful or types & {*TYPES_WITHOUT_ATTENTION}:
         raise ValueError(f"{REFUSAL} {family!r}: {BACKEND} keeps no states of recurrent layers. Use `echoatt serve`.")
+    if config.shared_heads:
+        raise ValueError("vLLM does not run students whose heads share weights (shared_heads): use `echoatt serve`.")
     if config.layers_without_attention:
         raise ValueError(
             f"vLLM does not run students with layers without attention, such as layer {config.layers_without_attention[0]} of this "
