@@ -50,6 +50,7 @@ _MODULES = {
         "DistillationSettings",
         "ExportSettings",
         "PlanSettings",
+        "Target",
     ],
     "text.documents": ["load_documents", "split_documents"],
     "text.rows": ["collate_rows", "pack_rows", "slide_rows"],
