@@ -33,7 +33,7 @@ from transformers import (
     PreTrainedModel,
     QuantizedCache,
 )
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.modeling_layers import GenericForSequenceClassification, GenericForTokenClassification
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -329,7 +329,14 @@ def _cache_values(cache: Cache, value: torch.Tensor, layer: int) -> torch.Tensor
 
 
 class EmptySlot(DynamicLayer):
-    """The slot in a cache of a layer that has nothing there. One of transformers' own fails to be cropped while it is empty."""
+    """
+    The slot in a cache of a layer that has nothing there, in the place of another: one of transformers' own fails to be
+    cropped while it is empty.
+    """
+
+    def __init__(self, slot: DynamicLayer):
+        super().__init__()
+        self.is_sliding = slot.is_sliding  # masks are made for the first layer of each kind
 
     def crop(self, *args, **kwargs) -> None:
         pass
@@ -342,8 +349,10 @@ def _leave_empty(layer: int, kwargs: dict[str, Any]) -> dict[str, Any]:
     """
     caches = {name: kwargs[name] for name in ("past_key_values", "layer_past") if kwargs.get(name) is not None}
     for cache in caches.values():
-        if any(isinstance(slot, DynamicLayer) for slot in cache.layers[layer : layer + 1]):
-            cache.layers[layer] = EmptySlot()
+        # Others hold the states of recurrent parts of the layer too.
+        for slot in cache.layers[layer : layer + 1]:
+            if type(slot) in (DynamicLayer, DynamicSlidingWindowLayer):
+                cache.layers[layer] = EmptySlot(slot)
     return kwargs | dict.fromkeys(caches)
 
 
