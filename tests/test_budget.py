@@ -175,6 +175,13 @@ def test_dropped_layers_are_measured_with_what_takes_them_up(llama, rows):
     assert found.kl["effect"] == pytest.approx(report.kl["tuned"], rel=1e-3)
 
 
+def test_the_plan_is_the_best_of_all_that_were_measured(llama, rows):
+    teacher, similarity = llama
+    target = Target("parameters", 0.9)
+    found = search_plan(teacher, rows, similarity, targets=[target], moves=ALL, width=1000, **UNTUNED)
+    assert list(found.plan) == choose_from_frontier(found.teacher, found.frontier, [target])
+
+
 def test_a_layer_may_change_again_to_what_saves_more(llama, rows):
     """All inner layers have to go from the cache: echoes become something else."""
     teacher, similarity = llama

@@ -206,6 +206,8 @@ def search_plan(
             plan, current = with_pair(plan, best), results[best]
             left = budget.left(plan)
             rounds.append({"layer": best[0], "entry": best[1], "kl": current} | asdict(counter(plan)))
+        if targets:  # a plan that was measured on the way may save as much and more
+            plan, current = min(measure.all, key=lambda each: (not budget.is_met_by(counter(each[0])), each[1]))
         found = {"effect": (SharingPlan(plan, space.layer_types), current)}
         for name, other in others.items():
             found[name] = (other, measure(list(other)))
