@@ -4,8 +4,10 @@ import copy
 
 import pytest
 import torch
+import transformers
 import transformers.modeling_flash_attention_utils as flash
 from conftest import FP32_TOLERANCE, decode, make_batch, make_teacher, plan_of
+from packaging.version import Version
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, ContinuousBatchingConfig, DynamicCache, GenerationConfig, PreTrainedModel
 from transformers.integrations.flash_attention import flash_attention_forward
@@ -109,6 +111,8 @@ def test_keys_and_values_are_shared_in_flash_attention(asked):
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa", "paged|eager", *NAMES])
 def test_paged_attention(attention, asked):
+    if attention in NAMES and Version(transformers.__version__) < Version("5.23"):
+        pytest.skip("the stub stands for the kernels as newer versions load them for pages")
     student = EchoAttForCausalLM.from_teacher(make_teacher("llama"), plan_of("llama"))
     student.set_attn_implementation(attention.removeprefix("paged|"))
     prompt = make_batch(1, 7)["input_ids"]
