@@ -3,6 +3,7 @@
 import hashlib
 import json
 import pickle
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from processes import run_python
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from echoatt_hf import EchoAttForCausalLM, StoredTeacher, collate_rows, write_stored_teacher
+from echoatt_hf.distillation import stored_teacher
 from echoatt_hf.distillation.losses import (
     HardLabelLoss,
     divergence_from_stored,
@@ -208,6 +210,16 @@ def test_stopped_store_becomes_the_same(store, tmp_path, teacher, tokenizer, row
     asked.clear()
     write(folder, teacher, tokenizer, rows)
     assert not asked and files_of(folder) == files_of(store)
+
+
+@pytest.mark.parametrize("is_first", [True, False])
+def test_one_process_of_a_machine_checks_the_files(store, monkeypatch, is_first):
+    checked = []
+    monkeypatch.setattr(stored_teacher, "processes", lambda: SimpleNamespace(is_local_main_process=is_first))
+    monkeypatch.setattr(stored_teacher, "_check_file", lambda folder, entry, remedy: checked.append(entry["file"]))
+    manifest = StoredTeacher(store).manifest
+    files = [entry["file"] for entry in (*manifest["shards"], manifest["held_out"])]
+    assert checked == (files if is_first else []) and len(files) == 4
 
 
 @pytest.fixture
