@@ -1,7 +1,7 @@
 """
 A student as a program of its own, for runtimes that take graphs: exported, run, and compared with the student.
 
-    pip install onnx onnxscript onnxruntime     # for ONNX; without them it is left out, and so is AOTInductor without g++
+    pip install onnx onnxscript onnxruntime executorch     # what is missing is left out, and so is AOTInductor without g++
     python examples/export.py student --output exported
 
 It prints a row for each program: how far its logits are from the student's, on other inputs than it was traced with.
@@ -15,13 +15,14 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 
 from echoatt_hf import load_model
 
 
-PROGRAMS = ("torch.export", "AOTInductor", "ONNX", "ONNX, any length", "ONNX with cache")
-NEEDED = {"ONNX": ("onnx", "onnxscript", "onnxruntime")}
+PROGRAMS = ("torch.export", "AOTInductor", "ONNX", "ONNX, any length", "ONNX with cache", "ExecuTorch with cache")
+NEEDED = {"ONNX": ("onnx", "onnxscript", "onnxruntime"), "ExecuTorch": ("executorch",)}
+CONTEXT = 32  # tokens that the cache of a program for ExecuTorch has room for
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -64,6 +65,9 @@ def export_and_compare(name: str, model: PreTrainedModel, output: Path) -> Itera
         for past in (5, 20):
             yield compare(model, run, lambda past=past: make_inputs(model, 2, 4, past))
         return
+    if name == "ExecuTorch with cache":
+        yield export_for_executorch(model, output / file_of(name))
+        return
     if name == "AOTInductor":
         program = export("Dynamo", name, model, traced, output, any_length=True)
         run = compile_ahead(program, output / file_of(name))
@@ -104,6 +108,29 @@ def load_exported(name: str, output: Path) -> Callable:
     return ExportedModel.from_pretrained(output / file_of(name))
 
 
+def export_for_executorch(model: PreTrainedModel, path: Path) -> float:
+    """A program that takes token by token, with a static cache in it, by XNNPACK. Returns the largest difference of logits."""
+    from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+    from executorch.exir import to_edge_transform_and_lower
+    from executorch.runtime import Runtime
+    from transformers.integrations.executorch import convert_and_export_with_cache
+
+    tokens, before = make_inputs(model, 1, 12)["input_ids"], model.generation_config
+    size = {"batch_size": 1, "max_cache_len": CONTEXT}
+    model.generation_config = GenerationConfig(use_cache=True, cache_implementation="static", cache_config=size)
+    try:
+        exported = convert_and_export_with_cache(model)
+    finally:
+        model.generation_config = before
+    lowered = to_edge_transform_and_lower(exported, partitioner=[XnnpackPartitioner()])
+    path.write_bytes(lowered.to_executorch().buffer)
+    forward = Runtime.get().load_program(path).load_method("forward")
+    steps = [[tokens[:, at : at + 1].contiguous(), torch.tensor([at])] for at in range(tokens.shape[1])]
+    found = torch.cat([forward.execute(step)[0].clone() for step in steps], dim=1)
+    with torch.no_grad():
+        return (found - model(tokens, use_cache=False).logits).abs().max().item()
+
+
 def compile_ahead(program, path: Path) -> Callable:
     torch._inductor.aoti_compile_and_package(program, package_path=str(path))
     return torch._inductor.aoti_load_package(str(path))
@@ -119,7 +146,8 @@ def compare(model: PreTrainedModel, run: Callable, make: Callable) -> float:
 
 
 def file_of(name: str) -> str:
-    return name.lower().replace(",", "").replace(" ", "-") + (".pt2" if name == "AOTInductor" else "")
+    ending = {"AOTInductor": ".pt2", "ExecuTorch with cache": ".pte"}.get(name, "")
+    return name.lower().replace(",", "").replace(" ", "-") + ending
 
 
 def files_of(name: str, output: Path) -> list[Path]:

@@ -55,6 +55,14 @@ def test_onnx_gives_the_logits_of_the_student(run, program):
     assert float(found[program]) < 1e-4
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # of its own imports
+def test_executorch_gives_the_logits_of_the_student(run):
+    pytest.importorskip("executorch", reason="executorch is not installed")
+    _, found = run("ExecuTorch with cache")
+    assert float(found["ExecuTorch with cache"]) < 1e-5
+
+
 def test_what_is_not_installed_is_left_out_with_the_reason(run, monkeypatch):
     script, _ = run("torch.export")
     monkeypatch.setattr(script, "find_spec", lambda name: None if name.startswith("onnx") else name)
