@@ -14,7 +14,7 @@ logger = logging.getLogger(__name__)
 ANSWERS = "assistant_masks"
 """Column that marks the tokens to learn from, as TRL has it: those of answers, and of plain text all."""
 
-PACKING_VERSION = 4
+PACKING_VERSION = 3
 """Part of the fingerprint of rows in the cache: raise it when documents are tokenized or packed in another way."""
 
 
