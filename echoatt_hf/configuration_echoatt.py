@@ -52,6 +52,11 @@ def read_layer_plan(layer_plan: Sequence[int | str]) -> list[tuple[str, int | No
     return moves
 
 
+def find_echo_sources(layer_plan: Sequence[int | str]) -> list[int]:
+    """For each layer of a plan the layer whose attention weights it uses, itself where it echoes none."""
+    return [source if move == "echo" else layer for layer, (move, source) in enumerate(read_layer_plan(layer_plan))]
+
+
 def check_layer_plan(layer_plan: Sequence[int | str], num_layers: int, layer_types: list[str] | None = None) -> None:
     """Raise `ValueError` if `layer_plan`, see [`read_layer_plan`], is no plan for that many layers, of those types."""
     moves = read_layer_plan(layer_plan)
@@ -224,7 +229,7 @@ class EchoAttConfig(PreTrainedConfig):
         if self.echo_sources is None and self.layer_plan is None:
             self.echo_sources = list(range(text_config.num_hidden_layers))
         if self.echo_sources is None:
-            self.echo_sources = self._find_echo_sources()
+            self.echo_sources = find_echo_sources(self.layer_plan)
         self.validate_echo_sources()
         self.echo_sources = list(self.echo_sources)
         if self.layer_plan is not None:  # kept where it says more than `echo_sources` does
@@ -233,22 +238,17 @@ class EchoAttConfig(PreTrainedConfig):
 
     def validate_echo_sources(self) -> None:
         """Check the sharing plan against the layers of `text_config`. Runs at construction and before saving."""
-        plan = self.echo_sources if self.layer_plan is None else self.layer_plan
-        check_layer_plan(plan, self.text_config.num_hidden_layers, getattr(self.text_config, "layer_types", None))
-        if "drop" in plan:
+        layer_types = getattr(self.text_config, "layer_types", None)
+        check_layer_plan(self.plan, self.text_config.num_hidden_layers, layer_types)
+        if "drop" in self.plan:
             raise ValueError(
-                f"layer_plan drops layer {list(plan).index('drop')}: a configuration has only the layers that are there. Give "
+                f"layer_plan drops layer {self.plan.index('drop')}: a configuration has only the layers that are there. Give "
                 "the plan to `from_teacher` or `convert`, which leave that layer out."
             )
-        if list(self.echo_sources) != self._find_echo_sources():
+        if list(self.echo_sources) != find_echo_sources(self.plan):
             raise ValueError(
                 f"echo_sources is {self.echo_sources} and layer_plan {self.layer_plan}, which do not agree: give one of them."
             )
-
-    def _find_echo_sources(self) -> list[int]:
-        """For each layer of the plan the layer whose attention weights it uses."""
-        plan = self.echo_sources if self.layer_plan is None else self.layer_plan
-        return [source if move == "echo" else layer for layer, (move, source) in enumerate(read_layer_plan(plan))]
 
     def validate_shared_heads(self) -> None:
         """Check `shared_heads` against the layers and the plan. Runs at construction and before saving."""
@@ -281,7 +281,7 @@ class EchoAttConfig(PreTrainedConfig):
     @property
     def plan(self) -> list[int | str]:
         """`list[int | str]`: the whole plan, `layer_plan` where there is one, else `echo_sources`."""
-        return list(self.echo_sources if self.layer_plan is None else self.layer_plan)
+        return self.echo_sources if self.layer_plan is None else self.layer_plan
 
     @property
     def kv_sources(self) -> dict[int, int]:
@@ -377,4 +377,11 @@ def _resolve_text_config(text_config: Any) -> PreTrainedConfig:
 
 EchoAttConfig.register_for_auto_class()
 
-__all__ = ["EchoAttConfig", "check_base_family", "check_layer_plan", "read_layer_plan", "read_shared_heads"]
+__all__ = [
+    "EchoAttConfig",
+    "check_base_family",
+    "check_layer_plan",
+    "find_echo_sources",
+    "read_layer_plan",
+    "read_shared_heads",
+]

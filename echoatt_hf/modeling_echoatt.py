@@ -265,9 +265,14 @@ def _not_plain_error(layer: int, record: AttentionRecord) -> str:
     )
 
 
-def _give_records(config: EchoAttConfig, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-    last_echoes = {config.echo_sources[layer]: layer for layer in config.echo_layers}
-    last_kv = {source: layer for layer, source in config.kv_sources.items()}
+def _give_records(
+    config: EchoAttConfig,
+    last_echoes: dict[int, int],
+    last_kv: dict[int, int],
+    module: nn.Module,
+    args: tuple,
+    kwargs: dict[str, Any],
+) -> tuple[tuple, dict[str, Any]]:
     return args, {"echo_records": EchoRecords(config.echo_decode, last_echoes, last_kv)} | kwargs
 
 
@@ -641,14 +646,19 @@ def _make_echo(attention: nn.Module, source: int, config: EchoAttConfig) -> None
     if hasattr(attention, "resid_dropout"):
         attention.echo_dropout = attention.resid_dropout.p
     for name, features in find_fused_modules(attention).items():
-        fused = getattr(attention, name)
-        inputs = fused.nx if isinstance(fused, Conv1D) else fused.in_features
-        like = {"device": fused.weight.device, "dtype": fused.weight.dtype}
-        setattr(attention, FUSED_MODULES[name], nn.Linear(inputs, features, fused.bias is not None, **like))
-        delattr(attention, name)
+        _keep_part(attention, name, FUSED_MODULES[name], features)
     attention.echo_gate = next((name for name in _GATE_MODULES if getattr(attention, name, None) is not None), None)
     _remove(attention, _QUERY_KEY_MODULES)
     attention.__class__ = _mix_in(EchoAttention, type(attention))
+
+
+def _keep_part(attention: nn.Module, name: str, kept: str, features: int) -> None:
+    """Put a projection of some features, named `kept`, in the place of the fused projection `name`."""
+    fused = getattr(attention, name)
+    inputs = fused.nx if isinstance(fused, Conv1D) else fused.in_features
+    like = {"device": fused.weight.device, "dtype": fused.weight.dtype}
+    delattr(attention, name)
+    setattr(attention, kept, nn.Linear(inputs, features, fused.bias is not None, **like))
 
 
 def _remove(attention: nn.Module, names: Iterable[str]) -> None:
@@ -669,16 +679,13 @@ def _make_kv(attention: nn.Module, source: int, config: EchoAttConfig) -> None:
             attention.kv_features = getattr(attention, name).out_features
             delattr(attention, name)
             setattr(attention, name, NoProjection(attention.kv_features))
+    queries = attention.config.num_attention_heads * get_head_dim(attention)
     for name, kept in find_fused_modules(attention).items():
         if name != "q_proj":  # queries and gates are its own
             attention.kv_features = kept
-            fused = getattr(attention, name)
-            is_conv = isinstance(fused, Conv1D)
-            inputs, features = (fused.nx, fused.nf) if is_conv else (fused.in_features, fused.out_features)
-            like = {"device": fused.weight.device, "dtype": fused.weight.dtype}
-            delattr(attention, name)
-            attention.q_proj = nn.Linear(inputs, features - 2 * kept, fused.bias is not None, **like)
-            setattr(attention, name, FusedQueries(attention, features, 3 if name == "query_key_value" else 1))
+            _keep_part(attention, name, "q_proj", queries)
+            parts = 3 if name == "query_key_value" else 1
+            setattr(attention, name, FusedQueries(attention, queries + 2 * kept, parts))
     for name in _KEY_NORMS:
         if isinstance(getattr(attention, name, None), nn.Module):
             setattr(attention, name, nn.Identity())
@@ -723,7 +730,9 @@ class EchoAttPreTrainedModel(PreTrainedModel):
             tie_heads(model, self.config.shared_heads)
         if self.config.source_layers:
             # On the decoder, as fused language model heads call it without the family's head.
-            give_records = functools.partial(_give_records, self.config)
+            last_echoes = {self.config.echo_sources[layer]: layer for layer in self.config.echo_layers}
+            last_kv = {source: layer for layer, source in self.config.kv_sources.items()}
+            give_records = functools.partial(_give_records, self.config, last_echoes, last_kv)
             find_decoder(model).register_forward_pre_hook(give_records, with_kwargs=True)
         _extend_tp_plan(model)
         # Generation reads here whether a cache cannot go back, and whether it is one of transformers' own.

@@ -189,7 +189,9 @@ def setting(default: Any, text: str) -> Any:
 
 
 MOVES = {"echo": "echo", "kv": "kv", "skip": "skip attention", "drop": "drop"}
-"""What a search may do to a layer, by the name of the setting, and what it is in a plan."""
+"""
+What a search may do to a layer, by the name of the setting, and what it is in a plan; from what saves least to what saves most.
+"""
 
 
 @dataclass(frozen=True)

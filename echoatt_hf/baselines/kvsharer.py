@@ -72,7 +72,7 @@ class KeyValuePlan:
     @property
     def shared_layers(self) -> list[int]:
         """`list[int]`: the layers that use the keys and values of another; fewer than `asked` where no more was found."""
-        return [layer for layer, entry in enumerate(self.plan) if entry != layer]
+        return self.plan.kv_layers
 
 
 def plan_like_kvsharer(
@@ -126,7 +126,7 @@ def plan_like_kvsharer(
             continue
         source = sources[lower]
         candidate = [source if each == upper else each for each in sources]
-        similarity = states.similarity(make_student(teacher, _as_plan(candidate), share_weights=True))
+        similarity = states.similarity(make_student(teacher, SharingPlan(candidate).with_kv(), share_weights=True))
         tried.append(Trial(upper, source, distances[upper, lower], similarity, similarity > threshold))
         if similarity > threshold:
             sources, shared = candidate, shared + 1
@@ -138,11 +138,7 @@ def plan_like_kvsharer(
             f"cosine of {threshold} or less with the teacher's. Lower the threshold, or take fewer layers."
         )
     types = getattr(teacher.config.get_text_config(), "layer_types", None)
-    return KeyValuePlan(SharingPlan(_as_plan(sources), types), tried, count)
-
-
-def _as_plan(sources: list[int]) -> list[int | str]:
-    return [layer if source == layer else f"kv {source}" for layer, source in enumerate(sources)]
+    return KeyValuePlan(SharingPlan(sources, types).with_kv(), tried, count)
 
 
 def measure_kv_distances(

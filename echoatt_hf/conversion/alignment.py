@@ -50,7 +50,7 @@ def align_heads(student: EchoAttForCausalLM, similarity: AttentionSimilarity) ->
     }
 
 
-def align_layer(attention: EchoAttention, similarity: torch.Tensor) -> list[int]:
+def align_layer(attention: nn.Module, similarity: torch.Tensor) -> list[int]:
     """
     Order the heads of one layer, in place.
 
@@ -97,7 +97,7 @@ def match_heads(similarity: torch.Tensor, num_kv_heads: int) -> list[int]:
     return [int(group * size + head) for place, group in enumerate(groups) for head in inner[place, group]]
 
 
-def permute_heads(attention: EchoAttention, order: Sequence[int]) -> None:
+def permute_heads(attention: nn.Module, order: Sequence[int]) -> None:
     """
     Put the heads of a layer that uses another in another order: in all that it has for each head.
 

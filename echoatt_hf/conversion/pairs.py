@@ -16,7 +16,7 @@ from ..configuration_echoatt import read_entry
 from ..modeling_echoatt import EchoRecords, SkippedAttention
 from ..models.families import find_attention_modules, find_output_projection
 from ..models.inference import inference
-from ..models.layerwise import find_layers, keep_layer_outputs, replaced, run_to_call, run_until
+from ..models.layerwise import find_layers, keep_layer_outputs, replaced, run_through, run_until, states_of
 from ..models.recording import recording
 from ..text.rows import batch_rows
 from .alignment import EchoParameters, find_changed, get_parameters, input_dim, set_parameters
@@ -179,8 +179,7 @@ class TunedPairs:
             expected[layer] = output.detach().flatten(0, -2)
 
         def remember_block(layer, module, args, output):
-            states = output[0] if isinstance(output, tuple) else output
-            added[layer] = inputs.get(layer), (states - args[0]).detach().flatten(0, -2)
+            added[layer] = inputs.get(layer), (states_of(output) - args[0]).detach().flatten(0, -2)
 
         def remember_inputs(layer, module, args, output):
             inputs[layer] = args[0].detach().flatten(0, -2)
@@ -200,12 +199,7 @@ class TunedPairs:
                     stack.callback(hook.remove)
             forward = partial(self._teacher, **batch.to(self._teacher.device), use_cache=False, echo_records=records)
             last = max((*layers, *blocks))
-            if last not in blocks:
-                run_until(find_output_projection(attentions[last]), forward)
-            elif last + 1 < len(self._layers):
-                run_to_call(self._layers[last + 1], forward)
-            else:
-                forward()
+            run_through(self._layers[last] if last in blocks else find_output_projection(attentions[last]), forward)
         return calls, expected, added
 
     def effects(
@@ -405,7 +399,7 @@ def _sample_row(
 
 
 def _keep_output(outputs: dict, key: int | tuple[int, str], module, args, output) -> None:
-    outputs[key] = output[0] if isinstance(output, tuple) else output
+    outputs[key] = states_of(output)
 
 
 def _memory_budget(device: torch.device) -> float:

@@ -10,7 +10,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..modeling_echoatt import find_shareable
 from ..models.inference import inference
-from ..models.layerwise import find_layers
+from ..models.layerwise import find_layers, states_of
 from .alignment import input_dim
 
 
@@ -58,7 +58,7 @@ def _is_added(model: PreTrainedModel, block: nn.Module, projection: nn.Module) -
             return output + moved if is_moved else None
 
         def keep(module, args, output):
-            states.append(output[0] if isinstance(output, tuple) else output)
+            states.append(states_of(output))
 
         hooks = [projection.register_forward_hook(move), block.register_forward_hook(keep)]
         try:

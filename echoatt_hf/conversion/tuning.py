@@ -20,7 +20,15 @@ from ..modeling_echoatt import EchoAttForCausalLM, EchoRecords, SkippedAttention
 from ..models.devices import to_float64
 from ..models.families import find_attention_modules, find_output_projection
 from ..models.inference import inference
-from ..models.layerwise import find_layers, keep_layer_outputs, run_to_call, run_until, starting_at
+from ..models.layerwise import (
+    find_layers,
+    keep_layer_outputs,
+    run_through,
+    run_to_call,
+    run_until,
+    starting_at,
+    states_of,
+)
 from ..planning.sharing import SharingPlan
 from ..text.rows import batch_rows
 from .alignment import EchoParameters, align_layer, find_changed, get_parameters, replace_parameter, set_parameters
@@ -310,19 +318,16 @@ class _BatchState:
             max([*layers.values(), *blocks.values()]),
             partial(teacher, **batch.to(teacher.device), use_cache=False),
         )
+        is_block = furthest in blocks.values()
+        end = decoder_layers[furthest] if is_block else find_output_projection(attentions[furthest])
         try:
-            if furthest not in blocks.values():
-                run_until(find_output_projection(attentions[furthest]), forward)
-            elif furthest + 1 < len(decoder_layers):
-                run_to_call(decoder_layers[furthest + 1], forward)
-            else:
-                forward()
+            run_through(end, forward)
         finally:
             for hook in hooks:
                 hook.remove()
 
     def _keep_after(self, layer: int, module, args, output) -> None:
-        self.after[layer] = _states_of(output).detach().flatten(0, -2)
+        self.after[layer] = states_of(output).detach().flatten(0, -2)
 
     def _keep_expected(self, before: dict, layer: int, module, args, output) -> None:
         self.expected[layer] = output.detach().flatten(0, -2), before.get(layer)
@@ -357,21 +362,16 @@ class _BatchState:
         forward = partial(student, **self._batch.to(student.device), use_cache=False, echo_records=self._records)
         hooks = [
             projection.register_forward_hook(lambda module, args, output: seen.update(inputs=args[0])),
-            layers[layer].register_forward_hook(lambda module, args, output: seen.update(states=_states_of(output))),
+            layers[layer].register_forward_hook(lambda module, args, output: seen.update(states=states_of(output))),
         ]
         try:
             with starting_at(layers, self._start, self._output):
-                run_to_call(layers[layer + 1], forward) if layer + 1 < len(layers) else forward()
+                run_through(layers[layer], forward)
         finally:
             for hook in hooks:
                 hook.remove()
         states = seen["states"].flatten(0, -2)
         return seen["inputs"].flatten(0, -2), self.after.pop(layer).to(states.device) - states
-
-
-def _states_of(output: torch.Tensor | tuple) -> torch.Tensor:
-    """The hidden states `(B, T, O)` that a decoder layer returns."""
-    return output[0] if isinstance(output, tuple) else output
 
 
 def _keep_states(kept: dict[int, torch.Tensor], layer: int, module, args) -> None:

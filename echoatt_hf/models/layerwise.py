@@ -9,7 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 
-__all__ = ["find_layers", "keep_layer_outputs", "replaced", "run_until", "starting_at"]
+__all__ = ["find_layers", "keep_layer_outputs", "replaced", "run_through", "run_until", "starting_at", "states_of"]
 
 
 class _Reached(Exception):
@@ -65,6 +65,21 @@ def keep_layer_outputs(layers: nn.ModuleList | None) -> Iterator[list]:
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def states_of(output: torch.Tensor | tuple) -> torch.Tensor:
+    """The hidden states `(B, T, O)` that a decoder layer returns."""
+    return output[0] if isinstance(output, tuple) else output
+
+
+def run_through(module: nn.Module, forward: Callable[[], object]) -> None:
+    """Run a forward pass no further than `module`, whose hooks so far still run."""
+
+    def stop(module, args, output):
+        raise _Reached
+
+    with module.register_forward_hook(stop), suppress(_Reached):
+        forward()
 
 
 def run_until(module: nn.Module, forward: Callable[[], object]) -> tuple[torch.Tensor, torch.Tensor]:

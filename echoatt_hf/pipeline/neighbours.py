@@ -15,11 +15,11 @@ from ..modeling_echoatt import EchoAttForCausalLM
 from ..models.dtypes import cast_weights
 from ..models.loading import load_placed, load_tokenizer
 from ..models.sizes import count_kv_bytes_per_token
-from ..outputs.files import check_output_folder, whole_folder, write_whole
+from ..outputs.files import check_output_folder
 from ..outputs.provenance import describe_teacher
-from ..publishing.card import write_model_card
 from ..settings import CompressionSettings, MethodSettings, PlanSettings, options_of
 from .preparation import load_calibration_rows
+from .steps import write_converted
 
 
 __all__ = ["convert_by_method"]
@@ -59,19 +59,15 @@ def convert_by_method(
     student, report, tried = make(teacher, rows, **method.options())
     report = replace(report, teacher=describe_teacher(teacher))
     cast_weights(student, dtype)
-    with whole_folder(Path(output), overwrite) as folder:
-        student.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-        write_whole(folder / "conversion.json", json.dumps(report.to_dict(), indent=2) + "\n")
-        about = {
-            "method": method.method,
-            "settings": method.options(),
-            "rows": len(rows),
-            "row_length": tokens,
-            **tried,
-        }
-        write_whole(folder / "method.json", json.dumps(about, indent=2) + "\n")
-        write_model_card(folder, name=Path(output).resolve().name)
+    about = {
+        "method": method.method,
+        "settings": method.options(),
+        "rows": len(rows),
+        "row_length": tokens,
+        **tried,
+    }
+    more = {"method.json": json.dumps(about, indent=2) + "\n"}
+    write_converted(output, student, tokenizer, report, more, overwrite)
     return report.to_dict()
 
 

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..analysis.similarity import AttentionSimilarity, measure_on_rows
 from ..conversion.alignment import get_parameters, replace_parameter
+from ..conversion.convert import ConversionReport
 from ..conversion.tuning import find_tuned
 from ..distillation.adapters import share_weights
 from ..distillation.checkpoints import whole_state
@@ -179,13 +180,26 @@ def convert(
     """
     check_output_folder(Path(output), overwrite)
     student, report, tokenizer = convert_teacher(settings, similarity)
+    more = {"sharing_plan.json": SharingPlan(report.layer_plan).to_json()}
+    write_converted(output, student, tokenizer, report, more, overwrite)
+    return report.to_dict()
+
+
+def write_converted(
+    output: str | Path,
+    student: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    report: ConversionReport,
+    more: dict[str, str],
+    overwrite: bool,
+) -> None:
+    """Write a student that is not trained: its tokenizer, `conversion.json`, the files of `more` and a model card with it."""
     with whole_folder(Path(output), overwrite) as folder:
         student.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-        write_whole(folder / "sharing_plan.json", SharingPlan(report.layer_plan).to_json())
-        write_whole(folder / "conversion.json", json.dumps(report.to_dict(), indent=2) + "\n")
+        for name, text in {"conversion.json": json.dumps(report.to_dict(), indent=2) + "\n", **more}.items():
+            write_whole(folder / name, text)
         write_model_card(folder, name=Path(output).resolve().name)
-    return report.to_dict()
 
 
 def evaluate(settings: EvaluationSettings, output: str | Path | None = None, *, overwrite: bool = False) -> dict:

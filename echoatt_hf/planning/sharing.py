@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..configuration_echoatt import TYPES_WITHOUT_ATTENTION, check_layer_plan, read_layer_plan
+from ..configuration_echoatt import TYPES_WITHOUT_ATTENTION, check_layer_plan, find_echo_sources, read_layer_plan
 
 
 __all__ = ["SharingPlan", "count_echo_layers"]
@@ -119,7 +119,7 @@ class SharingPlan(Sequence):
     @property
     def echo_sources(self) -> list[int]:
         """`list[int]`: for each layer the layer whose attention weights it uses, itself where it echoes none."""
-        return [source if move == "echo" else layer for layer, (move, source) in enumerate(self.moves)]
+        return find_echo_sources(self.layers)
 
     @property
     def echo_layers(self) -> list[int]:

@@ -25,15 +25,14 @@ from ..outputs.files import write_whole
 from ..planning.paper import plan_like_paper, published_plan
 from ..planning.rules import plan_from_similarity
 from ..planning.sharing import SharingPlan, check_block_size, count_echo_layers, inner_groups
-from ..settings import Target
+from ..settings import MOVES, Target
 from ..text.rows import ROW_COLUMNS, batch_rows
 from .budget import Budget, PlanCosts, PlanCounter
 
 
 __all__ = ["PlanSearch", "search_plan"]
 
-# From what saves least to what saves most.
-_ORDER = ("echo", "kv", "skip attention", "drop")
+_ORDER = tuple(MOVES.values())
 
 # Sources of a layer for which its tuned weights are kept: all of them would be many times the weights of a large model.
 KEPT_SOURCES = 4
@@ -188,13 +187,12 @@ def search_plan(
         measured: dict[Pair, float] = {}  # increase of KL by each change, when last measured
         while left > 0:
             # What was expected of changes is scaled by what came out of those that were measured.
-            before = {pair: expected.get((pair[0], plan[pair[0]]), 0.0) for pair in expected}
             scale = sum(measured.values()) / sum(map(expected.get, measured)) if measured else 1.0
             prices = {}
             for pair in space.pairs(plan):
                 gain = left - budget.left(with_pair(plan, pair))
                 if gain > 0:
-                    rise = scale * max(expected[pair] - before[pair], 0.0)
+                    rise = scale * max(expected[pair] - expected.get((pair[0], plan[pair[0]]), 0.0), 0.0)
                     prices[pair] = (measured.get(pair, rise) if plan[pair[0]] == pair[0] else rise, gain)
             chosen = sorted(prices, key=lambda pair: _price(*prices[pair]))[:width]
             if not chosen:

@@ -34,7 +34,8 @@ def plot_frontier(teacher: dict[str, int], frontier: Sequence[dict], path: Path)
             if point["kl"] < least:
                 least = point["kl"]
                 best.append((100 * (1 - point[name] / teacher[name]), least))
-        axes.step(*zip(*best, strict=True), where="post", color="tab:orange") if best else None
+        if best:
+            axes.step(*zip(*best, strict=True), where="post", color="tab:orange")
         axes.set_xlabel(f"saved: {label} (%)")
         axes.grid(alpha=0.3)
     figure.axes[0].set_ylabel("KL to the teacher (nats)")
