@@ -188,6 +188,50 @@ def make_batch(rows: int = 2, length: int = 12, padding: tuple[int, ...] = (), s
     return {"input_ids": input_ids.masked_fill(mask == 0, 0), "attention_mask": mask}
 
 
+def similarity_of(teacher, rows):
+    """The attention similarity of a teacher, measured on rows of one length."""
+    from echoatt_hf import measure_attention_similarity
+
+    return measure_attention_similarity(teacher, [{"input_ids": torch.tensor([row["input_ids"] for row in rows])}])
+
+
+def kl_of(teacher, plan, rows):
+    """KL to the teacher of the student of a plan with copied weights."""
+    from echoatt_hf import EchoAttForCausalLM, evaluate_model
+
+    return evaluate_model(EchoAttForCausalLM.from_teacher(teacher, plan), rows, teacher=teacher)["kl"]
+
+
+def effect_by_hand(teacher, module, ids, change):
+    """
+    What a change `(N, O)` of the outputs of a module does to predictions to second order, with the tokens of the text in place of
+    drawn ones: gradients by finite differences, token by token, and the sum written out.
+    """
+
+    def likelihood():
+        logits = teacher(ids, use_cache=False).logits[:, :-1].flatten(0, 1)
+        return -torch.nn.functional.cross_entropy(logits, ids[:, 1:].flatten(), reduction="sum").item()
+
+    slopes = []
+    for token in range(len(change)):
+        values = []
+        for step in (1e-4, -1e-4):
+            moved = torch.zeros_like(change)
+            moved[token] = step * change[token]
+
+            def add(module, args, output, by=moved):
+                if isinstance(output, tuple):
+                    return (output[0] + by.view_as(output[0]), *output[1:])
+                return output + by.view_as(output)
+
+            hook = module.register_forward_hook(add)
+            with torch.no_grad():
+                values.append(likelihood())
+            hook.remove()
+        slopes.append((values[0] - values[1]) / 2e-4)
+    return sum(slope**2 for slope in slopes) / 2 / ids[:, 1:].numel()
+
+
 @pytest.fixture(scope="session")
 def _tiny_teacher():
     return make_teacher("llama", num_hidden_layers=5)

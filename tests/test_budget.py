@@ -4,12 +4,11 @@ import json
 
 import pytest
 import torch
-from conftest import FP32_TOLERANCE, make_batch, make_teacher
+from conftest import FP32_TOLERANCE, effect_by_hand, kl_of, make_batch, make_teacher, similarity_of
 from transformers import BatchEncoding
 from typer.testing import CliRunner
 
-from echoatt_hf import EchoAttForCausalLM, SharingPlan, convert, count_kv_bytes_per_token, evaluate_model, search_plan
-from echoatt_hf.analysis.similarity import measure_attention_similarity
+from echoatt_hf import EchoAttForCausalLM, SharingPlan, convert, count_kv_bytes_per_token, search_plan
 from echoatt_hf.benchmark.costs import count_costs
 from echoatt_hf.cli.app import app
 from echoatt_hf.conversion.pairs import TunedPairs, sample_gradients
@@ -35,10 +34,6 @@ def rows():
     return [{"input_ids": row.tolist()} for row in make_batch(16, 16)["input_ids"]]
 
 
-def similarity_of(teacher, rows):
-    return measure_attention_similarity(teacher, [{"input_ids": torch.tensor([row["input_ids"] for row in rows])}])
-
-
 @pytest.fixture(scope="module")
 def llama(rows):
     teacher = make_teacher("llama")
@@ -47,10 +42,6 @@ def llama(rows):
 
 def pairs_of(plans):
     return sorted({(layer, entry) for plan in plans for layer, entry in enumerate(plan) if entry != layer}, key=str)
-
-
-def kl_of(teacher, plan, rows):
-    return evaluate_model(EchoAttForCausalLM.from_teacher(teacher, plan), rows, teacher=teacher)["kl"]
 
 
 @pytest.mark.parametrize("family", ["llama", "phi3", "gpt2", "qwen3", "gemma3_text"])
@@ -100,10 +91,6 @@ def test_expected_effects_as_by_hand(family, entry, monkeypatch):
     where = ([], [layer]) if entry == DROP else ([layer], [])
     found = tuned.effects([pair], [batch], sample_gradients(teacher, [batch], *where, samples=2))[pair]
 
-    def likelihood():
-        logits = teacher(ids, use_cache=False).logits[:, :-1].flatten(0, 1)
-        return -torch.nn.functional.cross_entropy(logits, ids[:, 1:].flatten(), reduction="sum").item()
-
     block = teacher.get_submodule("transformer.h" if family == "gpt2" else "model.layers")[layer]
     module = block if entry == DROP else find_output_projection(find_attention_modules(teacher)[layer])
     seen = {}
@@ -111,8 +98,7 @@ def test_expected_effects_as_by_hand(family, entry, monkeypatch):
     with torch.no_grad():
         teacher(ids, use_cache=False)
     hook.remove()
-    is_tuple = isinstance(seen["out"], tuple)
-    out = seen["out"][0] if is_tuple else seen["out"]
+    out = seen["out"][0] if isinstance(seen["out"], tuple) else seen["out"]
     if entry == DROP:
         change = seen["args"][0] - out
     elif entry == SKIP:
@@ -124,22 +110,7 @@ def test_expected_effects_as_by_hand(family, entry, monkeypatch):
         with torch.no_grad():
             student(ids, use_cache=False)
         change = seen["changed"] - out
-    slopes = []
-    for row, token in ((row, token) for row in range(3) for token in range(8)):
-        values = []
-        for step in (1e-4, -1e-4):
-            moved = torch.zeros_like(change)
-            moved[row, token] = step * change[row, token]
-
-            def add(m, args, out, moved=moved):
-                return (out[0] + moved, *out[1:]) if is_tuple else out + moved
-
-            hook = module.register_forward_hook(add)
-            with torch.no_grad():
-                values.append(likelihood())
-            hook.remove()
-        slopes.append((values[0] - values[1]) / 2e-4)
-    by_hand = sum(slope**2 for slope in slopes) / 2 / ids[:, 1:].numel()
+    by_hand = effect_by_hand(teacher, module, ids, change.flatten(0, 1))
     assert found == pytest.approx(by_hand, rel=0.02)
 
 

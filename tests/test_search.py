@@ -6,13 +6,10 @@ import json
 import pytest
 import torch
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
-from conftest import make_batch, make_teacher
+from conftest import kl_of, make_batch, make_teacher, similarity_of
 
 from echoatt_hf import (
     AttentionSimilarity,
-    EchoAttForCausalLM,
-    evaluate_model,
-    measure_attention_similarity,
     plan_like_paper,
     search_plan,
 )
@@ -29,18 +26,10 @@ def rows():
     return [{"input_ids": row.tolist()} for row in make_batch(16, 16)["input_ids"]]
 
 
-def similarity_of(teacher, rows):
-    return measure_attention_similarity(teacher, [{"input_ids": torch.tensor([row["input_ids"] for row in rows])}])
-
-
 @pytest.fixture(scope="module")
 def llama(rows):
     teacher = make_teacher("llama", num_hidden_layers=7)
     return teacher, similarity_of(teacher, rows)
-
-
-def kl_of(teacher, plan, rows):
-    return evaluate_model(EchoAttForCausalLM.from_teacher(teacher, plan), rows, teacher=teacher)["kl"]
 
 
 def test_greedy_as_by_hand(llama, rows):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import FP32_TOLERANCE, make_batch, make_teacher, plan_of
+from conftest import FP32_TOLERANCE, effect_by_hand, make_batch, make_teacher, plan_of
 from transformers import BatchEncoding
 from transformers.pytorch_utils import Conv1D
 
@@ -251,25 +251,10 @@ def test_expected_effects_as_by_hand(family, monkeypatch):
     assert [parameter.requires_grad for parameter in teacher.parameters()] == trainable
     found = tuned.effects(pairs, [BatchEncoding({"input_ids": ids})], gradients)
 
-    def likelihood():
-        return -torch.nn.functional.cross_entropy(
-            teacher(ids, use_cache=False).logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="sum"
-        ).item()
-
     for pair, value in found.items():
         expected, changed = (outputs_of(model, pair[0], rows)[1] for model in (teacher, student_of(teacher, pair)))
-        change = changed - expected
-        projection, slopes = find_output_projection(find_attention_modules(teacher)[pair[0]]), []
-        for token in range(len(change)):
-            values = []
-            for step in (1e-4, -1e-4):
-                moved = torch.zeros_like(change)
-                moved[token] = step * change[token]
-                hook = projection.register_forward_hook(lambda m, a, out, by=moved: out + by.view_as(out))
-                values.append(likelihood())
-                hook.remove()
-            slopes.append((values[0] - values[1]) / 2e-4)
-        by_hand = sum(slope**2 for slope in slopes) / 2 / ids[:, 1:].numel()
+        projection = find_output_projection(find_attention_modules(teacher)[pair[0]])
+        by_hand = effect_by_hand(teacher, projection, ids, changed - expected)
         assert value == pytest.approx(by_hand, rel=0.02)
 
 
