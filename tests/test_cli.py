@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import make_teacher, write_workplace
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM, TrainingArguments
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 from typer.testing import CliRunner
 
 import echoatt_hf
@@ -325,7 +325,7 @@ def test_trainer_args_reach_the_trainer(tmp_path):
     settings = DistillationSettings(
         trainer_args=[str(tmp_path / "trainer.yaml"), "logging_steps=3", "max-grad-norm=2"]
     )
-    arguments = make_training_arguments(settings, tmp_path)
+    arguments = make_training_arguments(settings.for_width(32), tmp_path)
     assert arguments.logging_steps == 3 and arguments.lr_scheduler_type == "linear"
     assert arguments.adam_epsilon == 1e-6 and arguments.max_grad_norm == 2.0
     # What was read is kept, and not where it was read.
@@ -334,7 +334,7 @@ def test_trainer_args_reach_the_trainer(tmp_path):
 
 
 def test_without_trainer_args_the_defaults_are_what_they_were(tmp_path):
-    arguments = make_training_arguments(DistillationSettings(), tmp_path)
+    arguments = make_training_arguments(DistillationSettings().for_width(32), tmp_path)
     assert (arguments.lr_scheduler_type, arguments.logging_steps, arguments.report_to) == ("cosine", 10, [])
 
 
@@ -414,6 +414,67 @@ def test_tensorboard_logs_are_kept(echoatt, workplace, tmp_path, monkeypatch):
     monkeypatch.setattr(steps, "train_two_stages", log)
     result = echoatt("distill", "teacher-student", "--teacher", "teacher", *DATA, *TRAIN, "--output", tmp_path / "out")
     assert result.exit_code == 0 and (tmp_path / "out" / "runs" / "now").is_dir()
+
+
+# The learning rate that is not given.
+
+
+@pytest.fixture(scope="module")
+def wide(workplace):
+    """Names of a teacher of hidden size 256 and of a student of it, in the workplace."""
+    tokenizer = AutoTokenizer.from_pretrained(workplace / "teacher")
+    teacher = make_teacher("llama", vocab_size=len(tokenizer), hidden_size=256)
+    student = EchoAttForCausalLM.from_teacher(teacher, parse_entries(PLAN))
+    for model, name in ((teacher, "wide"), (student, "wide-student")):
+        model.save_pretrained(workplace / name)
+        tokenizer.save_pretrained(workplace / name)
+    return "wide", "wide-student"
+
+
+def read_report(folder):
+    return json.loads((folder / "report.json").read_text())
+
+
+def test_the_rate_of_the_width_is_used_and_said(echoatt, wide, tmp_path):
+    train = [*DATA, *TRAIN, "--warmup-steps", "0", "--stage2-steps", "0", "--trainer-args", "logging_steps=1"]
+    teacher, student = wide
+    commands = (
+        ["compress", teacher, *COPY, *CALIBRATION, *train],
+        ["distill", student, "--teacher", teacher, *train],
+        ["distill", student, "--teacher", teacher, *train, "--learning-rate", "1e-3"],
+    )
+    for number, (command, rate) in enumerate(zip(commands, (5e-4, 5e-4, 1e-3), strict=True)):
+        result = echoatt(*command, "--output", tmp_path / str(number))
+        assert result.exit_code == 0, result.output
+        assert f"The peak learning rate was {rate:g};" in result.stdout
+        report = read_report(tmp_path / str(number))
+        assert report["settings"]["distillation"]["learning_rate"] == rate
+        assert report["training_log"][0]["learning_rate"] == pytest.approx(rate)
+        # The default of the model need not be said, another must, were it the default of a narrower model.
+        assert ("--learning-rate 0.001" in (tmp_path / str(number) / "README.md").read_text()) == (rate == 1e-3)
+
+
+def test_a_resumed_run_keeps_the_rate_it_began_with(echoatt, wide, tmp_path, monkeypatch):
+    """Also if it began before the default went by the width, when it was 1e-3 for every model."""
+    from echoatt_hf import EchoAttTrainer
+
+    def fail(self, *_):
+        raise OSError("cut short")
+
+    teacher, student = wide
+    run = ["distill", student, "--teacher", teacher, *DATA, *TRAIN, "--save-steps", "1", "--output", tmp_path / "out"]
+    with monkeypatch.context() as patch:
+        patch.setattr(EchoAttTrainer, "log", fail)
+        assert echoatt(*run).exit_code == 2
+    file = tmp_path / "out.partial" / "settings.json"
+    settings = json.loads(file.read_text())
+    assert settings["distillation"]["learning_rate"] == 5e-4
+    settings["distillation"]["learning_rate"] = 1e-3
+    file.write_text(json.dumps(settings))
+    assert_one_line(echoatt(*run, "--learning-rate", "2e-3", "--resume"), "learning_rate was 0.001 and is 0.002")
+    result = echoatt(*run, "--resume")
+    assert result.exit_code == 0 and "The peak learning rate was 0.001;" in result.stdout
+    assert read_report(tmp_path / "out")["settings"]["distillation"]["learning_rate"] == 1e-3
 
 
 # Options of settings, and settings of options.

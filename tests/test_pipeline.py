@@ -362,7 +362,7 @@ def test_rows_in_a_forward_pass_of_an_evaluation(workplace, tmp_path, run_in_pro
     result = run_in_process(*distill, "--output", tmp_path / "out")
     assert result.returncode == 0, result.stderr
     assert (tmp_path / "seen").read_text() == "3 3 3 3 "
-    settings = DistillationSettings(evaluation_batch_size=3)
+    settings = DistillationSettings(evaluation_batch_size=3).for_width(32)
     assert make_training_arguments(settings, tmp_path).per_device_eval_batch_size == 3
 
 

@@ -1,12 +1,14 @@
 """The recipe of the EchoAtt paper, as a whole and part by part, against a plain reference; and recipes as sets of defaults."""
 
 import copy
+import dataclasses
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import make_batch, make_teacher
+from conftest import make_batch, make_config, make_teacher
 from datasets import Dataset
+from families import FAMILIES, SIZES
 from transformers import PreTrainedTokenizerFast
 
 from echoatt_hf import (
@@ -16,7 +18,7 @@ from echoatt_hf import (
     StoredTeacher,
     write_stored_teacher,
 )
-from echoatt_hf.distillation.two_stages import make_training_arguments
+from echoatt_hf.distillation.two_stages import make_training_arguments, train_two_stages
 from echoatt_hf.models import heads
 from echoatt_hf.settings import RECIPES, DistillationSettings
 from echoatt_hf.text.rows import collate_rows
@@ -205,11 +207,49 @@ def test_what_is_given_overrides_the_recipe(changes):
 
 
 def test_default_recipe_is_what_it_was():
-    settings = DistillationSettings()
+    settings = DistillationSettings().for_width(128)  # that of the built-in teacher
     assert (settings.learning_rate, settings.stage2_learning_rate, settings.stage2_steps) == (1e-3, None, 50)
     assert (settings.kl_weight, settings.hidden_weight, settings.hard_label_weight) == (1.0, 0.0, 0.0)
     assert (settings.divergence, settings.hidden_layers, settings.hidden_distance) == ("forward", "all", "relative")
     assert settings.warmup_steps == 20
+
+
+@pytest.mark.parametrize(
+    ("hidden_size", "rate"),
+    [(64, 1e-3), (128, 1e-3), (256, 5e-4), (576, 2.2e-4), (2048, 6.3e-5), (8192, 1.6e-5)],
+    ids=["stories260K", "built-in", "256", "SmolLM2-135M", "TinyLlama", "wide"],
+)
+def test_default_rate_goes_by_the_width(hidden_size, rate):
+    """1e-3 up to the built-in teacher's width, from there 1e-3 · 128 / width, in two digits. All else stays."""
+    unknown = DistillationSettings(steps=7, trainer_args=["adam_epsilon=1e-6"])
+    known = unknown.for_width(hidden_size)
+    assert unknown.learning_rate is None and known.learning_rate == rate
+    assert known == dataclasses.replace(unknown, learning_rate=rate)
+
+
+@pytest.mark.parametrize(
+    ("given", "rate"), [({"learning_rate": 3e-3}, 3e-3), ({"recipe": "paper"}, 1e-4)], ids=["given", "paper"]
+)
+def test_a_rate_that_is_given_counts_for_every_width(given, rate):
+    settings = DistillationSettings(**given)
+    assert settings.for_width(4096) == settings and settings.learning_rate == rate
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_says_its_width(family):
+    if not FAMILIES[family].is_known:
+        pytest.skip("this transformers does not have the family")
+    assert make_config(family).get_text_config().hidden_size == SIZES["hidden_size"]
+
+
+@pytest.mark.parametrize("given", [None, 2e-3])
+def test_a_student_is_trained_with_the_rate_of_its_width(tmp_path, given):
+    teacher = make_teacher("gpt2", hidden_size=256)  # which its configuration calls n_embd
+    student = EchoAttForCausalLM.from_teacher(teacher, [0, 1, 1, 3, 3, 5])
+    settings = DistillationSettings(steps=1, stage2_steps=0, batch_size=4, warmup_steps=0, learning_rate=given)
+    trainer = train_two_stages(student, teacher, Dataset.from_list(make_rows()), settings, tmp_path)
+    assert trainer.args.learning_rate == (given or 5e-4)
+    assert trainer.args.stage2_learning_rate == pytest.approx((given or 5e-4) / 10)
 
 
 @pytest.mark.parametrize(
@@ -218,6 +258,7 @@ def test_default_recipe_is_what_it_was():
         ({"recipe": "other"}, "recipe is 'other'; it must be one of 'default', 'paper'"),
         ({"hidden_layers": "1,x"}, "hidden_layers is '1,x'"),
         ({"hidden_distance": "x"}, "hidden_distance is 'x'"),
+        ({"learning_rate": 0.0}, "learning_rate is 0.0; it must be above 0"),
     ],
 )
 def test_bad_settings(changes, message):

@@ -183,7 +183,12 @@ def compress(
     print(f"\n{SharingPlan.from_dict(report['plan'])}")
     for name, kl in report.get("search", {}).get("kl", {}).items():
         print(f"KL of the plan by {name}, untrained: {kl:.4f} nats")
-    print(f"\n{format_table(report['results'])}\n\nwritten to {output}")
+    print(f"\n{format_table(report['results'])}\n\n{_describe_rate(report)}\nwritten to {output}")
+
+
+def _describe_rate(report: dict) -> str:
+    settings = report["settings"]["distillation"]
+    return f"The peak learning rate was {settings['learning_rate']:g}; --learning-rate gives another."
 
 
 @app.command(epilog="Example: echoatt analyze TEACHER --data text.txt --output analysis")
@@ -345,7 +350,7 @@ def distill(
     settings = StudentSettings(student, name_gguf_file(teacher, gguf_file), stored, data, distillation, dtype)
     report = distill(settings, output, overwrite=overwrite, resume=resume)
     if processes().is_main_process:
-        print(f"\n{format_table(report['results'])}\n\nwritten to {output}")
+        print(f"\n{format_table(report['results'])}\n\n{_describe_rate(report)}\nwritten to {output}")
 
 
 @app.command(epilog="Example: echoatt evaluate student --teacher TEACHER --data text.txt")

@@ -80,7 +80,8 @@ class EchoAttTrainingArguments(TrainingArguments):
         stage2_steps (`int`, *optional*, defaults to 0):
             Optimizer steps of stage 2, in which the student learns from the text alone. `max_steps` is the sum.
         learning_rate (`float`, *optional*, defaults to 5e-5):
-            Peak learning rate of stage 1.
+            Peak learning rate of stage 1. The default is that of transformers, for every model. `echoatt distill` goes by the
+            model's width in its place, 0.128 / hidden size and at most 1e-3, which we recommend here too.
         stage2_learning_rate (`float`, *optional*):
             Peak learning rate of stage 2; a tenth of `learning_rate` if not given. `lr_scheduler_type` and
             `warmup_steps` apply to each stage for itself.

@@ -57,7 +57,7 @@ def train_two_stages(
         train_rows (`Dataset`, `IterableDataset` or [`StoredTeacher`]):
             Packed rows, as returned by [`pack_rows`], or with what the teacher says of them.
         settings ([`DistillationSettings`]):
-            Steps, rates and weights.
+            Steps, rates and weights. A learning rate that is not given is that for the student's width.
         checkpoints (`Path`):
             Folder for checkpoints.
         held_out_rows (`list[dict]`, *optional*):
@@ -74,6 +74,7 @@ def train_two_stages(
         `DistillationInterrupted`: Ctrl-C was pressed; the step was finished and a checkpoint saved.
         `MemoryError`: a step needs more memory than there is; the message says what needs less.
     """
+    settings = settings.for_width(student.config.get_text_config().hidden_size)
     transformers.set_seed(settings.seed)
     use_cache = student.config.use_cache
     model = add_lora(student, settings.lora_rank) if settings.lora_rank else student
@@ -114,6 +115,7 @@ def train_two_stages(
 
 
 def make_training_arguments(settings: DistillationSettings, output_dir: Path) -> EchoAttTrainingArguments:
+    """The arguments of the trainer for settings whose learning rate is known."""
     values = asdict(settings)
     batch_size, accumulation_steps = values.pop("batch_size"), values.pop("accumulation_steps")
     number = processes().num_processes

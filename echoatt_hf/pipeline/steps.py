@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..analysis.similarity import AttentionSimilarity, measure_on_rows
+from ..configuration_echoatt import EchoAttConfig, check_base_family
 from ..conversion.alignment import get_parameters, replace_parameter
 from ..conversion.convert import ConversionReport
 from ..conversion.tuning import find_tuned
@@ -73,7 +74,7 @@ from .preparation import (
     load_rows,
     plan_teacher,
 )
-from .unfinished import resumable_search, unfinished_run
+from .unfinished import _work_folder, resumable_search, unfinished_run
 
 
 __all__ = [
@@ -337,6 +338,7 @@ def compress(
     """
     two_commands = f"in place of `compress` run: {_describe_two_commands(settings, output)}"
     check_one_process("planning and conversion are", two_commands)
+    settings = _fill_in(settings, settings.teacher, Path(output), resume)
     with unfinished_run(Path(output), settings.to_json(), overwrite, resume) as work:
         # Whatever can be wrong is said before anything is measured.
         arguments = make_training_arguments(settings.distillation, work / "checkpoints")
@@ -360,6 +362,24 @@ def compress(
         write_whole(work / "student" / "similarity.json", similarity.to_json())
         similarity.plot(work / "student" / "similarity.png", plan)
     return report
+
+
+def _fill_in(
+    settings: "CompressionSettings | StudentSettings", model: str, output: Path, resume: bool
+) -> "CompressionSettings | StudentSettings":
+    """
+    The settings with the learning rate that is used, where none is given: that of the run that is resumed, which may have
+    begun with another version and so with another default, or the default for the model.
+    """
+    rate, begun = settings.distillation.learning_rate, _work_folder(output) / "settings.json"
+    if rate is None and resume and begun.exists():
+        rate = json.loads(begun.read_text()).get("distillation", {}).get("learning_rate")
+    if rate is not None:
+        return replace(settings, distillation=replace(settings.distillation, learning_rate=rate))
+    config = load_config(model)
+    if not isinstance(config, EchoAttConfig):
+        check_base_family(config)  # others may have no hidden size
+    return replace(settings, distillation=settings.distillation.for_width(config.get_text_config().hidden_size))
 
 
 def _check_one_gpu(arguments: EchoAttTrainingArguments, remedy: str) -> None:
@@ -510,6 +530,7 @@ def distill(settings: StudentSettings, output: str | Path, *, overwrite: bool = 
         about = {"folder": settings.stored_teacher, **about}
         settings = replace(settings, data=DataSettings(**stored.manifest["data"]), stored_teacher=about)
         facts = {"teacher": stored.manifest["teacher"], "data": stored.manifest["text"]}
+    settings = _fill_in(settings, settings.student, Path(output), resume)
     with unfinished_run(Path(output), settings.to_json(), overwrite, resume) as work:
         arguments = make_training_arguments(settings.distillation, work / "checkpoints")
         _check_one_gpu(arguments, "start the same command with `accelerate launch -m echoatt_hf.cli distill ...`")

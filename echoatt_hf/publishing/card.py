@@ -178,7 +178,7 @@ def make_card(
         citation=CITATION,
         **_describe_results(report, zero_shot),
         **_describe_speed(_read(folder / "benchmark.json")),
-        **_describe_training(report),
+        **_describe_training(report, config.get("text_config", {}).get("hidden_size")),
     )
     return _update(old, str(card)) if old else f"{card}\n"
 
@@ -294,7 +294,7 @@ def _describe_speed(benchmark: dict) -> dict:
     return {"speed": format_benchmark(benchmark), "speed_setting": f"{settings['dtype']}, {hardware}"}
 
 
-def _describe_training(report: dict) -> dict:
+def _describe_training(report: dict, hidden_size: int | None) -> dict:
     facts, environment = {"arguments": report.get("arguments", {})}, report.get("environment", {})
     versions = [f"{name} {value}" for name, value in environment.items() if value and name != "hardware"]
     facts["made_with"] = ", ".join(versions) + f"; {environment['hardware']}" if environment else ""
@@ -302,13 +302,13 @@ def _describe_training(report: dict) -> dict:
         settings = report["settings"]["distillation"]
         tokens = report["tokens_per_step"]
         facts["steps"] = _describe_steps(settings["steps"], settings["stage2_steps"], tokens * settings["steps"])
-        facts["command"] = _command(report["settings"])
+        facts["command"] = _command(report["settings"], hidden_size)
         facts["stored"] = report["settings"].get("stored_teacher")
     elif report.get("steps"):
         facts["steps"] = _describe_steps(report["steps"], report.get("stage2_steps", 0), report.get("tokens"))
     if "put_back" in report:
         facts["put_back"] = _describe_put_back(report["put_back"])
-        facts["command"] = _command(report["put_back"]["settings"])
+        facts["command"] = _command(report["put_back"]["settings"], hidden_size)
     return facts
 
 
@@ -324,8 +324,11 @@ def _describe_steps(steps: int, stage2_steps: int, tokens: int | None) -> str:
     return f"{parts[0].upper()}{parts[1:]}{f', {tokens:,} tokens in all' if tokens else ''}."
 
 
-def _command(settings: dict) -> str:
-    """The command that makes the student, with what differs from its defaults. Of local paths the last part is known."""
+def _command(settings: dict, hidden_size: int | None) -> str:
+    """
+    The command that makes the student, with what differs from its defaults. Of local paths the last part is known. Where the
+    hidden size has another name in the configuration, the learning rate is always said.
+    """
     words = ["echoatt", "compress", settings["teacher"]]
     if "from_student" in settings:
         words = ["echoatt", "convert", settings["teacher"], "--from-student", settings["from_student"]]
@@ -337,7 +340,7 @@ def _command(settings: dict) -> str:
         words += ["--stored-teacher", stored["folder"]]
     for group, kind in _GROUPS.items():
         if not (stored and group == "data"):  # a stored teacher brings its own
-            words += options_of(kind, settings.get(group, {}))
+            words += options_of(kind, settings.get(group, {}), hidden_size)
     if settings.get("dtype", "auto") != "auto":
         words += ["--dtype", settings["dtype"]]
     return shlex.join([*words, "--output", "student"])
