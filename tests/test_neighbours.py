@@ -729,6 +729,23 @@ def test_convert_by_a_method_makes_a_student_to_distil(workplace, tmp_path, opti
     result = CliRunner().invoke(app, [str(word) for word in words])
     assert result.exit_code == 0, result.output
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").num_parameters() == student.num_parameters()
+    told = {
+        "kvsharer": (
+            "2 of 6 layers use the keys and values",
+            "[KVSharer](https://arxiv.org/abs/2410.18517) (shared_layers 2",
+        ),
+        "laco": (
+            "layers of the teacher are merged into the one before them",
+            "[LaCo](https://arxiv.org/abs/2402.11187)",
+        ),
+        "directshare": (
+            "heads of keys and values, and their queries, use",
+            "[DirectShare](https://arxiv.org/abs/2402.11819)",
+        ),
+    }
+    for folder in ("made", "out"):
+        card = (tmp_path / folder / "README.md").read_text()
+        assert all(text in card for text in told[options[1]]) and "reuse the attention weights" not in card
 
 
 @pytest.mark.parametrize(

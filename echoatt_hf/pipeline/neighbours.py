@@ -123,9 +123,9 @@ def make_by_method(
             f"The method {method.method!r} does not reach the target: the most that it saves of this model is "
             f"{', '.join(saved)}. Give less, or another method."
         )
-    about = {"method": method.method, "settings": method.options(), "targets": [asdict(each) for each in targets]}
-    about |= {"rows": len(rows), "row_length": found.tokens, **tried}
-    return Neighbour(student, replace(report, teacher=describe_teacher(teacher)), about)
+    named = {"method": method.method, "settings": method.options(), "targets": [asdict(each) for each in targets]}
+    about = {**named, "rows": len(rows), "row_length": found.tokens, **tried}
+    return Neighbour(student, replace(report, teacher=describe_teacher(teacher), method=named), about)
 
 
 @dataclass(frozen=True)
