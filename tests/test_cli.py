@@ -467,10 +467,11 @@ def test_a_resumed_run_keeps_the_rate_it_began_with(echoatt, wide, tmp_path, mon
         patch.setattr(EchoAttTrainer, "log", fail)
         assert echoatt(*run).exit_code == 2
     file = tmp_path / "out.partial" / "settings.json"
-    settings = json.loads(file.read_text())
-    assert settings["distillation"]["learning_rate"] == 5e-4
-    settings["distillation"]["learning_rate"] = 1e-3
-    file.write_text(json.dumps(settings))
+    kept = json.loads(file.read_text())
+    values = kept.get("settings", kept)
+    assert values["distillation"]["learning_rate"] == 5e-4
+    values["distillation"]["learning_rate"] = 1e-3
+    file.write_text(json.dumps(values))  # alone, as before
     assert_one_line(echoatt(*run, "--learning-rate", "2e-3", "--resume"), "learning_rate was 0.001 and is 0.002")
     result = echoatt(*run, "--resume")
     assert result.exit_code == 0 and "The peak learning rate was 0.001;" in result.stdout

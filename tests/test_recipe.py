@@ -20,7 +20,7 @@ from echoatt_hf import (
 )
 from echoatt_hf.distillation.two_stages import make_training_arguments, train_two_stages
 from echoatt_hf.models import heads
-from echoatt_hf.settings import RECIPES, DistillationSettings
+from echoatt_hf.settings import RECIPES, DistillationSettings, options_of
 from echoatt_hf.text.rows import collate_rows
 
 
@@ -225,6 +225,16 @@ def test_default_rate_goes_by_the_width(hidden_size, rate):
     known = unknown.for_width(hidden_size)
     assert unknown.learning_rate is None and known.learning_rate == rate
     assert known == dataclasses.replace(unknown, learning_rate=rate)
+
+
+def test_adapters_have_five_times_the_rate():
+    rates = [DistillationSettings(lora_rank=4).for_width(width).learning_rate for width in (64, 128, 512)]
+    assert rates == [5e-3, 5e-3, 1.3e-3]
+    assert DistillationSettings(lora_rank=4, recipe="paper").for_width(128).learning_rate == 1e-4
+    # A rate that is the default need not be said, and that of the weights must.
+    for rate, words in ((5e-3, []), (1e-3, ["--learning-rate", "0.001"])):
+        given = vars(DistillationSettings(lora_rank=4, learning_rate=rate))
+        assert options_of(DistillationSettings, given, 128) == [*words, "--lora-rank", "4"]
 
 
 @pytest.mark.parametrize(

@@ -373,7 +373,9 @@ def _fill_in(
     """
     rate, begun = settings.distillation.learning_rate, _work_folder(output) / "settings.json"
     if rate is None and resume and begun.exists():
-        rate = json.loads(begun.read_text()).get("distillation", {}).get("learning_rate")
+        kept = json.loads(begun.read_text())
+        values = kept.get("settings", kept)  # up to version 0.2.0 the values alone
+        rate = values.get("distillation", {}).get("learning_rate")
     if rate is not None:
         return replace(settings, distillation=replace(settings.distillation, learning_rate=rate))
     config = load_config(model)
