@@ -134,12 +134,14 @@ def make_card(
     """
     report, config, zero_shot = (_read(folder / name) for name in ("report.json", "config.json", "zero_shot.json"))
     conversion = report.get("conversion") or _read(folder / "conversion.json")
-    given = {"name": base_model, "repository": base_model} if base_model else {}
+    own = parse_card(old).data if old else ModelCardData()
     distilled_from = report.get("teacher") or {}
-    base = given or conversion.get("teacher") or distilled_from
+    converted_from = conversion.get("teacher") or distilled_from
+    # What the owner of the card says, where the student knows of no repository.
+    named = base_model or (own.base_model if not converted_from.get("repository") else None)
+    base = {"name": named, "repository": named} if isinstance(named, str) else converted_from
     architecture = report.get("architecture") or config["architectures"][0]
     pipeline_tag, auto_class = USES[architecture]
-    own = parse_card(old).data if old else ModelCardData()
     results = _eval_results(report, zero_shot, pipeline_tag)
     has_mlx = (folder / MLX_FILE).exists()
     title = title or (f"EchoAtt student of {base['name']}" if base else "EchoAtt student")
@@ -162,7 +164,7 @@ def make_card(
         template_path=str(TEMPLATE),
         title=title,
         base=base,
-        distilled_from=distilled_from if distilled_from.get("name") != base.get("name") else {},
+        distilled_from=distilled_from if distilled_from.get("name") != converted_from.get("name") else {},
         plan=plan,
         other_moves=_name_other_moves(plan, made, config.get("shared_heads") or {}),
         repo_id=repo_id,
