@@ -155,8 +155,8 @@ def default_learning_rate(hidden_size: int, lora_rank: int = 0) -> float:
     """
     Peak learning rate of the default recipe, where none is given. `examples/losses_and_memory` has the sweeps.
 
-    With Adam the best rate goes about as 1 / width. 1e-3 is the best of the built-in teacher, whose width is 128. It is the best
-    at width 64 too, so narrower models get no more. Adapters get five times as much, as was best on the built-in teacher. Two
+    With Adam the best rate goes about as 1 / width. 1e-3 is the best of the built-in teacher, whose width is 128. At width 64 more
+    was no better, so narrower models get no more. Adapters get five times as much, as was best on the built-in teacher. Two
     digits are kept, so that the rate can be read and typed as it is.
 
     Args:
