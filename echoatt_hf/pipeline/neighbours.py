@@ -220,7 +220,11 @@ def _directshare(teacher: PreTrainedModel, rows: list[dict], goal: _Goal | None,
         pairs = pairs[: next(enough, len(pairs))]
     student = make_shared_student(teacher, pairs)
     plain, report = convert(
-        teacher, range(teacher.config.num_hidden_layers), align=False, refit=False, share_weights=True
+        teacher,
+        range(teacher.config.get_text_config().num_hidden_layers),
+        align=False,
+        refit=False,
+        share_weights=True,
     )
     del plain  # of which only what the report says of the teacher is needed
     report = replace(report, student_parameters=student.num_parameters())
