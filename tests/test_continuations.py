@@ -15,7 +15,7 @@ from echoatt_hf.text.documents import load_documents
 
 
 PROMPT, NEW = 6, 9
-TEXT = [f"Tale {number}: the fox | saw *{number}* bears\nand `slept`.\n" * 4 for number in range(8)]
+TEXT = [f"Tale {number}: the fox | saw *{number}* bears\nand `slept`.\n" * 12 for number in range(8)]
 DATA = ["--data", "text", "--held-out-fraction", "0.5", "--row-length", "16", "--evaluation-rows", "4"]
 ASKED = ["--prompt-tokens", str(PROMPT), "--new-tokens", str(NEW)]
 
@@ -266,7 +266,7 @@ def test_evaluate_refuses_in_one_line(echoatt, options, message):
 
 def test_kl_by_position_of_long_rows_from_the_command_line(echoatt, tmp_path, workplace, tokenizer):
     long = tmp_path / "long.txt"
-    long.write_text("\n".join(TEXT) * 12)
+    long.write_text("\n".join(TEXT) * 4)
     teacher = make_teacher("llama", vocab_size=len(tokenizer), max_position_embeddings=2048)
     for model, name in ((teacher, "teacher"), (make_student(teacher), "student")):
         model.save_pretrained(tmp_path / name)

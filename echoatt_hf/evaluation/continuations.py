@@ -41,7 +41,7 @@ def repeated_share(tokens: Sequence[Hashable], n: int = 4) -> float:
     Raises:
         `ValueError`: `n` is under 1.
 
-    Source: seq-rep-n in Welleck et al. 2019, Neural Text Generation with Unlikelihood Training, section 6.
+    Source: seq-rep-n in Welleck et al. 2019, Neural Text Generation with Unlikelihood Training (arXiv:1908.04319).
 
     Example:
 
