@@ -35,9 +35,14 @@ Baselines, at `--baseline-ratios`, untrained and distilled as `paper`:
 - `layer dropping`: whole inner layers left out, until at least as many parameters are saved as by `none`; greedy, each
   time the layer without which KL to the teacher on calibration rows is smallest;
 - `KV sharing`: the layers that echo in `none` use keys and values of their source, with queries of their own;
-- `random plan`: as many echo layers as in `none`, they and their sources drawn at random, three times.
+- `random plan`: as many echo layers as in `none`, they and their sources drawn at random, three times;
+- `KVSharer`, `LaCo`, `DirectShare`: by the rules of others, see `make_by_method`, until at least as much is saved as by
+  `none`: of the cache by the first, of the parameters by the other two. LaCo merges two layers at a time.
 
-The first two have no blocks of layers at whose ends hidden states could be compared, so that part of the loss is left out.
+Only echo layers have blocks at whose ends hidden states could be compared: for the others that part of the loss is left out.
+
+With `--targets`, such as `kv-bytes=-20%` or `parameters=-5%`, students that save at least as much, untrained and trained as
+`ours`: by each move alone and by all of them, searched, and those of the others. What cannot reach a target is left out.
 
 The ablation, at `--ablation-ratio`, changes the plan, alignment and refit one by one, untrained and after
 `--ablation-steps` steps of the default recipe, at the rate of `ours`. All variants of the plan by effect have the one plan
@@ -56,7 +61,8 @@ import argparse
 import json
 import shutil
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -82,22 +88,38 @@ from echoatt_hf.models.devices import default_device
 from echoatt_hf.models.loading import load_config, load_model, load_tokenizer
 from echoatt_hf.outputs.files import whole_folder, write_whole
 from echoatt_hf.outputs.provenance import describe_environment
+from echoatt_hf.pipeline.neighbours import make_by_method
 from echoatt_hf.pipeline.preparation import choose_plan, load_rows
 from echoatt_hf.pipeline.steps import SIDE_BY_SIDE
 from echoatt_hf.planning.from_settings import make_plan, needs_similarity
-from echoatt_hf.settings import CalibrationSettings, DataSettings, DistillationSettings, PlanSettings
+from echoatt_hf.settings import (
+    MOVES,
+    CalibrationSettings,
+    DataSettings,
+    DistillationSettings,
+    MethodSettings,
+    PlanSettings,
+    Target,
+    parse_target,
+)
 from echoatt_hf.text.documents import STDLIB, load_documents
 from echoatt_hf.text.rows import pack_rows
 
 
 METHODS = ("none", "cross-entropy", "paper", "ours untrained", "ours")
-BASELINES = ("layer dropping", "KV sharing", "random plan")
+NEIGHBOURS = {
+    "KVSharer": MethodSettings("kvsharer"),
+    "LaCo": MethodSettings("laco", merge_size=2),  # the fewest that a merge can have, for the finest steps
+    "DirectShare": MethodSettings("directshare"),
+}
+BASELINES = ("layer dropping", "KV sharing", "random plan", *NEIGHBOURS)
+MOVE_SETS = {**{f"{move} alone": move for move in MOVES}, "all moves": ",".join(MOVES)}
 ABLATION = "ablation"
 RANDOM_PLANS = 3
 SCALES = {
     "small": {"steps": 240, "ablation_steps": 100, "ours_learning_rate": 1e-3},
     "tiny": {
-        "steps": 6, "ablation_steps": 2, "eval_steps": 2, "save_steps": 1, "curve_rows": 2, "evaluation_rows": 4,
+        "steps": 6, "ablation_steps": 2, "target_steps": 2, "eval_steps": 2, "save_steps": 1, "curve_rows": 2, "evaluation_rows": 4,
         "calibration_rows": 4, "row_length": 16, "batch_size": 2,
     },
 }  # fmt: skip
@@ -132,6 +154,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--baseline-ratios", type=float, nargs="*", default=[0.41], help="ratios of the baselines")
     add("--ablation-ratio", type=float, default=0.41, help="ratio of the ablation")
     add("--ablation-steps", type=int, default=0, help="steps of the ablation; 0 for untrained students only")
+    add("--targets", nargs="*", default=[], help="what else to save, as echoatt plan --target")
+    add("--target-steps", type=int, default=0, help="steps of these students; 0 for untrained students only")
     add("--steps", type=int, default=300, help="steps of each training, over both stages")
     add("--learning-rate", type=float, default=2e-3, help="peak learning rate of stage 1; the paper's is 1e-4")
     add("--ours-learning-rate", type=float, help="the same for 'ours'; that of the others if not given")
@@ -161,9 +185,9 @@ class Start:
     How a student is made, before any training.
 
     Args:
-        kind (`str`): `"echo"`, `"layer dropping"` or `"KV sharing"`.
-        plan (`str`): `"paper"`, `"spread"`, `"similarity"`, `"effect"` or `"random SEED"`; of layer dropping the plan that
-            is to save no more parameters.
+        kind (`str`): `"echo"`, `"moves"` for a plan by target, `"layer dropping"`, `"KV sharing"` or a neighbour.
+        plan (`str`): `"paper"`, `"spread"`, `"similarity"`, `"effect"` or `"random SEED"`; by target the moves; of layer
+            dropping and neighbours the plan that is to save no more.
         align, refit (`bool`): tune it.
     """
 
@@ -173,7 +197,7 @@ class Start:
     refit: bool = False
 
     def __str__(self) -> str:
-        if self.kind != "echo":
+        if self.kind not in ("echo", "moves"):
             return self.kind
         return " ".join([self.plan, *(["aligned"] if self.align else []), *(["refitted"] if self.refit else [])])
 
@@ -185,15 +209,15 @@ class Run:
 
     Args:
         method (`str`): its name in the table.
-        ratio (`float`): sharing ratio.
+        ratio (`float` or `str`): sharing ratio, or target.
         start ([`Start`]): how the student is made.
         training (`str`): name of the training.
         distillation ([`DistillationSettings`], *optional*): the training; none if not given.
-        table (`str`): the table it is in, `"main"` or `"ablation"`.
+        table (`str`): the table it is in, `"main"`, `"targets"` or `"ablation"`.
     """
 
     method: str
-    ratio: float
+    ratio: float | str
     start: Start
     training: str = "untrained"
     distillation: DistillationSettings | None = None
@@ -216,7 +240,7 @@ def list_runs(arguments: argparse.Namespace) -> list[Run]:
     paper = training_settings(arguments, recipe="paper")
     without_blocks = replace(paper, hidden_weight=0.0)
     on_text = training_settings(arguments, stage2_steps=arguments.steps, stage2_learning_rate=arguments.learning_rate)
-    with_ours = training_settings(arguments, learning_rate=arguments.ours_learning_rate or arguments.learning_rate)
+    with_ours = short_training(arguments, arguments.steps)
     recipes = {
         "none": (Start(),),
         "cross-entropy": (Start(), "cross-entropy", on_text),
@@ -224,11 +248,10 @@ def list_runs(arguments: argparse.Namespace) -> list[Run]:
         "ours untrained": (ours,),
         "ours": (ours, "ours", with_ours),
     }
-    starts = {
-        "layer dropping": [("layer dropping", Start("layer dropping"), without_blocks)],
-        "KV sharing": [("KV sharing", Start("KV sharing"), without_blocks)],
-        "random plan": [(f"random plan {seed}", Start(plan=f"random {seed}"), paper) for seed in range(RANDOM_PLANS)],
-    }
+    starts = {name: [(name, Start(name), without_blocks)] for name in BASELINES}
+    starts["random plan"] = [
+        (f"random plan {seed}", Start(plan=f"random {seed}"), paper) for seed in range(RANDOM_PLANS)
+    ]
     runs = []
     for ratio in dict.fromkeys([*arguments.ratios, *arguments.baseline_ratios]):
         if ratio in arguments.ratios:
@@ -237,7 +260,21 @@ def list_runs(arguments: argparse.Namespace) -> list[Run]:
         for name, start, training in baselines:
             if ratio in arguments.baseline_ratios:
                 runs += [Run(f"{name} untrained", ratio, start), Run(name, ratio, start, "paper", training)]
-    return runs + (list_ablation(arguments) if ABLATION in arguments.methods else [])
+    return runs + list_targets(arguments) + (list_ablation(arguments) if ABLATION in arguments.methods else [])
+
+
+def list_targets(arguments: argparse.Namespace) -> list[Run]:
+    """All that may reach each target, untrained and, if there are steps for it, trained."""
+    starts = {name: Start("moves", moves, align=True, refit=True) for name, moves in MOVE_SETS.items()}
+    starts |= {name: Start(name) for name in NEIGHBOURS}
+    runs = []
+    for target in arguments.targets:
+        for name, start in starts.items():
+            runs.append(Run(f"{name} untrained", target, start, table="targets"))
+            if arguments.target_steps:
+                training = short_training(arguments, arguments.target_steps)
+                runs.append(Run(name, target, start, "ours", training, "targets"))
+    return runs
 
 
 def list_ablation(arguments: argparse.Namespace) -> list[Run]:
@@ -250,11 +287,16 @@ def list_ablation(arguments: argparse.Namespace) -> list[Run]:
         run = Run(f"{plan}, {name}", arguments.ablation_ratio, Start("echo", plan, *levers[name]), table="ablation")
         runs.append(run)
         if arguments.ablation_steps:
-            rate = arguments.ours_learning_rate or arguments.learning_rate
-            settings = training_settings(arguments, steps=arguments.ablation_steps, learning_rate=rate)
+            settings = short_training(arguments, arguments.ablation_steps)
             trained = f"{run.method}, {arguments.ablation_steps} steps"
             runs.append(Run(trained, run.ratio, run.start, "ablation", settings, run.table))
     return runs
+
+
+def short_training(arguments: argparse.Namespace, steps: int) -> DistillationSettings:
+    """Training as of `ours`, of other length."""
+    rate = arguments.ours_learning_rate or arguments.learning_rate
+    return training_settings(arguments, steps=steps, learning_rate=rate)
 
 
 def training_settings(arguments: argparse.Namespace, **changes) -> DistillationSettings:
@@ -262,6 +304,19 @@ def training_settings(arguments: argparse.Namespace, **changes) -> DistillationS
     values = {name: getattr(arguments, name) for name in (*names, "seed")}
     values["bf16"] = arguments.dtype == "bfloat16"
     return DistillationSettings(**(values | changes))
+
+
+class LeftOut(Exception):
+    """A student that cannot be made; the message says why."""
+
+
+@contextmanager
+def left_out() -> Iterator[None]:
+    """What is refused here is left out of the study."""
+    try:
+        yield
+    except ValueError as error:
+        raise LeftOut(str(error)) from error
 
 
 class Study:
@@ -319,6 +374,9 @@ class Study:
         """Refuse, before any work is done, ratios that are impossible and runs that are there with other settings."""
         config = load_config(self._arguments.teacher)
         for ratio in dict.fromkeys(run.ratio for run in runs):
+            if isinstance(ratio, str):
+                parse_target(ratio)
+                continue
             make_plan(PlanSettings(plan="spread", ratio=ratio), config)
         for run in runs:
             for each in (run.untrained, run):
@@ -357,9 +415,16 @@ class Study:
         if (folder / "student").exists():
             return
         if run.distillation is None:
-            with whole_folder(folder / "student") as unfinished:
-                self._make_untrained(run, unfinished)
+            if (folder / "left_out.txt").exists():
+                raise LeftOut((folder / "left_out.txt").read_text())
+            try:
+                with whole_folder(folder / "student") as unfinished:
+                    self._make_untrained(run, unfinished)
+                    self._claim(run.folder, run)
+            except LeftOut as reason:  # kept: a search that reaches nothing takes long
                 self._claim(run.folder, run)
+                write_whole(folder / "left_out.txt", str(reason))
+                raise
             return
         self.make(run.untrained)
         student = self.load(run.untrained)
@@ -381,11 +446,15 @@ class Study:
     def _make_untrained(self, run: Run, folder: Path) -> None:
         facts, start = {"environment": describe_environment()}, run.start
         if start.kind == "layer dropping":
-            self.make(Run("none", run.ratio, Start()))
-            saved = self.teacher.num_parameters() - self.load(Run("none", run.ratio, Start())).num_parameters()
+            saved = self.teacher.num_parameters() - self._load_none(run.ratio).num_parameters()
             rows = hold_out(self.calibration_rows)[1][: PlanSettings().search_rows]
             facts["dropped_layers"] = choose_layers_to_drop(self.teacher, rows, saved)
             student = drop_layers(self.teacher, facts["dropped_layers"])
+        elif start.kind in NEIGHBOURS:
+            target = self._target(run)
+            with left_out():
+                made = make_by_method(self.teacher, self.calibration_rows, NEIGHBOURS[start.kind], [target])
+            student, facts["made"] = made.student, made.about
         else:
             plan = self._plan(run)
             facts["plan"] = list(plan)
@@ -401,32 +470,45 @@ class Study:
         if start.kind == "layer dropping":
             check_same_model(student, self._load(folder))
 
+    def _load_none(self, ratio: float) -> PreTrainedModel:
+        """The student of the paper's plan, to save as much as it does."""
+        run = Run("none", ratio, Start())
+        self.make(run)
+        return self.load(run)
+
+    def _target(self, run: Run) -> Target:
+        """What a neighbour is to save: the target, or what `none` saves."""
+        if isinstance(run.ratio, str):
+            return parse_target(run.ratio)
+        none, saves_cache = self._load_none(run.ratio), run.start.kind == "KVSharer"
+        count = count_kv_bytes_per_token if saves_cache else PreTrainedModel.num_parameters
+        return Target(
+            "kv-bytes" if saves_cache else "parameters", (count(none) + 0.5) / count(self.teacher)
+        )  # a half, as shares are rounded down
+
     def _plan(self, run: Run) -> SharingPlan:
         if run.start.plan.startswith("random"):
             config = self.teacher.config.get_text_config()
             types = getattr(config, "layer_types", None)
             return draw_plan(config.num_hidden_layers, run.ratio, int(run.start.plan.split()[1]), types)
         folder = self._check(Path("analysis"))
-        file, state = (folder / f"{name}-{run.start.plan}-{run.ratio}.json" for name in ("plan", "measured"))
+        name = f"{run.start.plan.replace(',', '-')}-{run.ratio}"
+        file, state = (folder / f"{prefix}-{name}.json" for prefix in ("plan", "measured"))
         if not file.exists():
-            settings, rows, similarity = PlanSettings(plan=run.start.plan, ratio=run.ratio), None, None
+            if run.start.kind == "moves":
+                settings = PlanSettings(target=[run.ratio], moves=run.start.plan)
+            else:
+                settings = PlanSettings(plan=run.start.plan, ratio=run.ratio)
+            rows = similarity = None
             if settings.plan == "effect" or needs_similarity(settings, self.teacher.config):
                 rows, similarity = self.calibration_rows, self.similarity
             self._claim(Path("analysis"))
-            plan, _ = choose_plan(settings, self._calibration, self.teacher, rows, similarity, state, progress=True)
+            with left_out():
+                plan, _ = choose_plan(
+                    settings, self._calibration, self.teacher, rows, similarity, state, progress=True
+                )
             write_whole(file, plan.to_json())
         return SharingPlan.from_json(file)
-
-    def why_not(self, run: Run) -> str | None:
-        """Why a run cannot be made: the paper's rule, where it needs that, has no plan at its ratio."""
-        if run.start.plan != "paper":
-            return None
-        self._check(Path("analysis"))
-        try:
-            self._plan(run)
-        except ValueError as error:
-            return str(error)
-        return None
 
     def _save(self, run: Run, student: PreTrainedModel, facts: dict, folder: Path) -> None:
         student.save_pretrained(folder)
@@ -504,17 +586,16 @@ def run_study(arguments: argparse.Namespace) -> dict:
         # First, so that texts and tasks that cannot be read are found before any training.
         "teacher_evaluations": study.evaluate(None),
     }
-    entries, left_out = [], []
+    entries, missing = [], []
     for number, run in enumerate(runs, start=1):
         print(f"[{number}/{len(runs)}] ratio {run.ratio}: {run.method}", file=sys.stderr, flush=True)
-        reason = study.why_not(run)
-        if reason is None:
+        try:
             entries.append(finish_run(study, run))
-        else:
-            left_out.append({"ratio": run.ratio, "method": run.method, "reason": reason})
+        except LeftOut as reason:
+            missing.append({"ratio": run.ratio, "method": run.method, "reason": str(reason)})
     compared = [compare(entries, ratio) for ratio in arguments.ratios]
     compared = [each for each in compared if each is not None]
-    return results | {"runs": entries, "left_out": left_out, "tokens_to_reach_paper": compared}
+    return results | {"runs": entries, "left_out": missing, "tokens_to_reach_paper": compared}
 
 
 def finish_run(study: Study, run: Run) -> dict:

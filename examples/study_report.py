@@ -69,7 +69,7 @@ def describe_left_out(left_out: list[dict]) -> list[str]:
 def make_report(results: dict) -> str:
     """The results as Markdown: the tables, and how `ours` compares with `paper`."""
     parts = [f"Teacher {results['teacher']}, text {', '.join(results['data'])}."]
-    for name, title in (("main", "Methods"), ("ablation", "Ablation")):
+    for name, title in (("main", "Methods"), ("targets", "At equal savings"), ("ablation", "Ablation")):
         runs = [run for run in results["runs"] if run["table"] == name]
         if runs:
             parts += [f"## {title}", _format_table(runs, results["teacher_evaluations"])]

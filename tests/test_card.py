@@ -145,7 +145,18 @@ def test_base_model_is_what_the_student_was_converted_from(folder, place):
     assert "0.5000 → 0.2500 aligned (1 aligned)" in card and "The heads of echo layers were aligned" in card
     write(folder, "report.json", report_of(conversion=CONVERSION, teacher=CONVERSION["teacher"]))
     assert "another model" not in make_card(folder)
-    assert ModelCard(make_card(folder, base_model="org/given")).data.base_model == "org/given"
+    given = make_card(folder, base_model="org/given")  # where it is on the Hub: no other model
+    assert ModelCard(given).data.base_model == "org/given" and "another model" not in given
+    # Without a repository of its own, what the card says already.
+    write(
+        folder,
+        "report.json",
+        report_of(teacher={"name": "local"}, conversion=CONVERSION | {"teacher": {"name": "local"}}),
+    )
+    (folder / "conversion.json").unlink(missing_ok=True)
+    assert (
+        make_card(folder, given).count("org/given") == make_card(folder, base_model="org/given").count("org/given") > 1
+    )
 
 
 def test_a_revision_that_is_not_known_is_not_named(folder):

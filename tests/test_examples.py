@@ -112,7 +112,7 @@ def study(tmp_path_factory, example):
             example("reproduce_paper").main()
         return json.loads((folder / arguments[arguments.index("--output") + 1] / "results.json").read_text())
 
-    run("--output", "whole")
+    run("--output", "whole", "--targets", "parameters=-12%")
     return folder, run
 
 
@@ -127,13 +127,18 @@ def test_a_study_measures_every_method(study):
     main = ["none", "cross-entropy", "paper", "ours untrained", "ours", "layer dropping untrained", "layer dropping"]
     main += ["KV sharing untrained", "KV sharing"]
     main += [f"random plan {seed}{state}" for seed in range(3) for state in (" untrained", "")]
+    for name in ("KVSharer", "LaCo", "DirectShare"):
+        main += [f"{name} untrained", name]
+    moves = ["skip alone", "drop alone", "all moves", "LaCo", "DirectShare"]
+    targets = [f"{name}{state}" for name in moves for state in (" untrained", "")]
     levers = ["copied", "aligned", "refitted", "both"]
     starts = [f"paper, {lever}" for lever in levers] + ["spread, copied", "similarity, copied"]
     starts += [f"effect, {lever}" for lever in levers]
     ablation = [start + state for start in starts for state in ("", ", 2 steps")]
-    assert [run["method"] for run in results["runs"]] == main + ablation
+    assert [run["method"] for run in results["runs"]] == main + targets + ablation
     cells = [line.split("|")[2].strip() for line in table.splitlines() if line.startswith("|")]
     assert cells == ["method", "------------------------", "teacher", *main] + [
+        "method", "---------------------", "teacher", *targets] + [
         "method", "---------------------------", "teacher", *ablation
     ]  # fmt: skip
     assert str(folder) not in json.dumps(results) + table
@@ -158,7 +163,11 @@ def test_a_study_measures_every_method(study):
         line.split("|")[2].strip(): line.split("|")[4].strip() for line in table.splitlines() if line.startswith("|")
     }
     assert [rates[method] for method in ("none", "paper", "cross-entropy", "ours")] == ["", "0.002", "0.002", "0.002"]
-    assert results["left_out"] == [] and "Left out" not in table
+    reasons = {each["method"]: each["reason"] for each in results["left_out"]}
+    names = ("echo alone", "kv alone", "KVSharer")
+    assert list(reasons) == [f"{name}{state}" for name in names for state in (" untrained", "")]
+    assert "does not reach the target" in reasons["KVSharer"] and "is out of reach" in reasons["kv alone"]
+    assert f"- Ratio parameters=-12%, `KVSharer untrained`, `KVSharer`: {reasons['KVSharer']}" in table
     assert paper["plan"] == on_text["plan"] == entry_of(results, "KV sharing")["plan"]
     assert ours["plan"] == entry_of(results, "effect, copied")["plan"]
     assert set(ours["evaluations"]) == {"held-out", "curve", "text zero", "task pairs"}
@@ -169,6 +178,16 @@ def test_a_study_measures_every_method(study):
     # Two of six layers: an echo has values alone, a layer that shares keys and values has nothing of its own.
     total = results["teacher_evaluations"]["held-out"]["kv_bytes_per_token"]
     assert echo["kv_bytes_per_token"] == total * 5 // 6 and sharing["kv_bytes_per_token"] == total * 4 // 6
+    # The neighbours save at least as much: of the cache, or of the parameters; and at a target what it asks for.
+    kvsharer, laco, heads = (
+        entry_of(results, name)["evaluations"]["held-out"] for name in ("KVSharer", "LaCo", "DirectShare")
+    )
+    assert kvsharer["kv_bytes_per_token"] == total * 5 // 6
+    assert max(laco["parameters"], heads["parameters"]) <= echo["parameters"]
+    teacher_parameters = results["teacher_evaluations"]["held-out"]["parameters"]
+    at_target = [entry for entry in results["runs"] if entry["table"] == "targets"]
+    assert all(entry["evaluations"]["held-out"]["parameters"] <= 0.88 * teacher_parameters for entry in at_target)
+    assert [entry["distillation"] is None for entry in at_target] == [True, False] * len(moves)
     student = AutoModelForCausalLM.from_pretrained(folder / "whole" / "0.33" / "layer-dropping" / "paper" / "student")
     assert student.num_parameters() == dropped["parameters"] and student.config.num_hidden_layers == 5
 
@@ -226,7 +245,7 @@ def test_a_study_says_where_the_paper_has_no_plan(study, example, monkeypatch):
 def test_a_study_that_is_done_is_left_alone(study):
     folder, run = study
     files = {file: file.stat().st_mtime_ns for file in (folder / "whole").rglob("*")}
-    run("--output", "whole")
+    run("--output", "whole", "--targets", "parameters=-12%")
     assert {file: file.stat().st_mtime_ns for file in (folder / "whole").rglob("*")} == files
 
 
@@ -258,6 +277,7 @@ def test_an_interrupted_study_goes_on(study, example, monkeypatch, capsys):
         (["--output", "whole", "--learning-rate", "1e-4"], "made with other settings"),
         (["--output", "whole", "--row-length", "8"], "made with other settings"),
         (["--output", "new", "--ratios", "0.99"], "ratio 0.99 of 6 layers"),
+        (["--output", "new", "--targets", "cache=-5%"], "target is 'cache=-5%'; it must be"),
         (["--output", "new", "--teacher", "./nowhere"], "'./nowhere' cannot be loaded|no model folder './nowhere'"),
         (["--output", "new", "--task", "gone=gone.jsonl"], "gone.jsonl"),
     ],

@@ -17,6 +17,7 @@ from echoatt_hf.settings import CompressionSettings
 pytestmark = pytest.mark.once
 
 CARD = Path(__file__).parents[1] / "model_cards" / "builtin_student_041"
+STUDENTS = sorted(CARD.parent.glob("*_student_*"))
 
 
 @pytest.fixture(scope="module")
@@ -30,8 +31,9 @@ def make(monkeypatch):
     return importlib.import_module("make_model_card")
 
 
-def test_card_is_what_its_results_make(make, tmp_path):
-    folder = Path(shutil.copytree(CARD, tmp_path / CARD.name))
+@pytest.mark.parametrize("card", STUDENTS, ids=lambda card: card.name)
+def test_card_is_what_its_results_make(make, tmp_path, card):
+    folder = Path(shutil.copytree(card, tmp_path / card.name))
     before = (folder / "README.md").read_text()
     make.write_card(folder)
     assert (folder / "README.md").read_text() == before
@@ -42,17 +44,34 @@ def test_card_is_what_its_results_make(make, tmp_path):
     assert (folder / "README.md").read_text() != before
 
 
-def test_numbers_of_the_card_are_those_of_the_results(results):
-    card = (CARD / "README.md").read_text()
+@pytest.mark.parametrize("folder", STUDENTS, ids=lambda folder: folder.name)
+def test_numbers_of_the_card_are_those_of_the_results(folder):
+    card, results = (folder / "README.md").read_text(), json.loads((folder / "results.json").read_text())
     for entry in results["results"]:
         row = next(line for line in card.splitlines() if line.startswith(f"| {entry['name']} "))
         figures = [f"{entry['perplexity']:.3f}", f"{entry['kl']:.4f}", f"{entry['parameters']:,}"]
         assert all(figure in row for figure in figures), row
     last = results["results"][-1]
-    found = {result.metric_type: result.metric_value for result in ModelCard(card).data.eval_results}
+    found = {
+        result.metric_type: result.metric_value
+        for result in ModelCard(card).data.eval_results
+        if result.dataset_type == "text"
+    }
     assert found == {"perplexity": round(last["perplexity"], 6), "agreement": round(last["agreement"], 6)}
     assert find_gaps(card) == [] and ModelCard(card).data.license == "apache-2.0"
     assert not re.search(r"/(home|root|tmp|work|opt)/", card + json.dumps(results))
+
+
+def test_a_card_is_made_of_a_student_that_is_there(make, tmp_path):
+    student = CARD.parent / "smollm2_student_041"
+    for file in student.iterdir():
+        shutil.copy(file, tmp_path / {"results.json": "report.json"}.get(file.name, file.name))
+    (tmp_path / "README.md").unlink()
+    words = ["--student", str(tmp_path), "--base-model", "org/teacher", "--license", "mit", "--language", "de"]
+    make.main([*words, "--output", str(tmp_path / "card")])
+    data = ModelCard((tmp_path / "card" / "README.md").read_text()).data
+    assert (data.base_model, data.license, data.language) == ("org/teacher", "mit", "de")
+    assert {file.name for file in (tmp_path / "card").iterdir()} == {file.name for file in student.iterdir()}
 
 
 def test_results_are_those_of_the_default_student(results):

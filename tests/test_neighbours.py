@@ -3,6 +3,7 @@
 import copy
 import json
 import logging
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -24,6 +25,7 @@ from echoatt_hf.baselines.direct_share import (
     POST_SHARE_SETTINGS,
     HeadPair,
     PostShareTrainer,
+    count_saved,
     direct_share,
     head_distance,
     make_shared_student,
@@ -34,6 +36,8 @@ from echoatt_hf.baselines.laco import LACO_PRESETS, collapse_layers, merge_layer
 from echoatt_hf.cli.app import app
 from echoatt_hf.conversion.student import make_student
 from echoatt_hf.distillation.two_stages import train_two_stages
+from echoatt_hf.pipeline.neighbours import make_by_method
+from echoatt_hf.settings import MethodSettings, Target
 
 
 pytestmark = pytest.mark.once
@@ -157,7 +161,7 @@ def test_kvsharer_says_that_it_found_too_few_layers_and_keeps_them(caplog):
     best = max(trial.similarity for trial in plan_like_kvsharer(teacher, rows, 5, threshold=1.0).tried)
     with caplog.at_level(logging.WARNING, "echoatt_hf"):
         plan = plan_like_kvsharer(teacher, rows, 5, threshold=best - 1e-4)
-    assert 1 <= len(plan.shared_layers) < plan.asked == 5
+    assert 1 <= len(plan.shared_layers) < 5 and not plan.is_enough
     assert f"{len(plan.shared_layers)} of the 5 layers share keys and values" in caplog.text
 
 
@@ -725,6 +729,23 @@ def test_convert_by_a_method_makes_a_student_to_distil(workplace, tmp_path, opti
     result = CliRunner().invoke(app, [str(word) for word in words])
     assert result.exit_code == 0, result.output
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").num_parameters() == student.num_parameters()
+    told = {
+        "kvsharer": (
+            "2 of 6 layers use the keys and values",
+            "[KVSharer](https://arxiv.org/abs/2410.18517) (shared_layers 2",
+        ),
+        "laco": (
+            "layers of the teacher are merged into the one before them",
+            "[LaCo](https://arxiv.org/abs/2402.11187)",
+        ),
+        "directshare": (
+            "heads of keys and values, and their queries, use",
+            "[DirectShare](https://arxiv.org/abs/2402.11819)",
+        ),
+    }
+    for folder in ("made", "out"):
+        card = (tmp_path / folder / "README.md").read_text()
+        assert all(text in card for text in told[options[1]]) and "reuse the attention weights" not in card
 
 
 @pytest.mark.parametrize(
@@ -735,9 +756,72 @@ def test_convert_by_a_method_makes_a_student_to_distil(workplace, tmp_path, opti
         (["--merge-size", "3"], "merge_size is 3, which is for the method 'laco'; the method is None."),
         (["--method", "laco", "--ratio", "0.2"], "--ratio 0.2 is given, but the method 'laco' makes the plan"),
         (["--method", "kvsharer", "--shared-layers", "9"], "count is 9; it must be from 1 to 5"),
+        (
+            ["--method", "directshare", "--target", "kv-bytes=-9%"],
+            "target is kv-bytes, of which the method 'directshare' saves nothing; it saves parameters.",
+        ),
+        (
+            ["--method", "laco", "--target", "parameters=-9%", "--keep-above", "0.4"],
+            "keep_above is 0.4, but the target decides it: give one of the two.",
+        ),
+        (
+            ["--method", "kvsharer", "--target", "kv-bytes=-90%", "--keep-above", "-1"],
+            "The method 'kvsharer' does not reach the target: the most that it saves of this model is kv_bytes_per_token -83.3%",
+        ),
     ],
 )
 def test_convert_by_a_method_refuses(workplace, tmp_path, options, message):
     result = run_convert(workplace, *options, "--output", tmp_path / "made")
     assert result.exit_code == 2 and message in result.stderr, result.output
     assert not (tmp_path / "made").exists()
+
+
+# What a target asks of a method
+
+
+def test_kvsharer_shares_as_few_layers_as_reach_a_target():
+    teacher, rows = make_teacher(num_hidden_layers=6), make_rows()
+    method = MethodSettings("kvsharer", keep_above=-1.0)
+    made = make_by_method(teacher, rows, method, [Target("kv-bytes", 0.6)])
+    expected = make_by_method(teacher, rows, replace(method, shared_layers=3))  # two of six layers save a third
+    assert made.report.layer_plan == expected.report.layer_plan and len(made.student.config.kv_sources) == 3
+    assert made.about["targets"] == [{"quantity": "kv-bytes", "share": 0.6}]
+
+
+@pytest.mark.parametrize("target", [Target("parameters", 0.9), Target("kv-bytes", 0.7), Target("decode", 1 / 1.2)])
+def test_laco_has_the_highest_threshold_that_reaches_a_target(target):
+    teacher, rows = make_teacher(num_hidden_layers=6), make_rows()
+    method = MethodSettings("laco", merge_size=2, merge_interval=1)
+    made = make_by_method(teacher, rows, method, [target])
+    threshold = made.about["threshold"]
+    assert (
+        made.report.layer_plan
+        == make_by_method(teacher, rows, replace(method, keep_above=threshold)).report.layer_plan
+    )
+
+    def share(model):
+        if target.quantity == "parameters":
+            return model.num_parameters() / teacher.num_parameters()
+        layers = model.config.num_hidden_layers
+        if target.quantity == "kv-bytes":
+            return layers / 6
+        bytes_read = [
+            4 * (each.num_parameters() - each.get_input_embeddings().weight.numel())
+            + 2048 * count_kv_bytes_per_token(each)
+            for each in (model, teacher)
+        ]
+        return bytes_read[0] / bytes_read[1]
+
+    assert share(made.student) <= target.share
+    stricter = make_by_method(teacher, rows, replace(method, keep_above=min(threshold + 2e-3, 1.0)))
+    assert share(stricter.student) > target.share
+
+
+def test_directshare_has_as_few_heads_as_reach_a_target():
+    teacher = make_teacher(num_hidden_layers=6)
+    total = teacher.num_parameters()
+    made = make_by_method(teacher, [], MethodSettings("directshare"), [Target("parameters", 0.95)])
+    pairs = [HeadPair(**pair) for pair in made.about["pairs"]]
+    assert pairs == match_heads(teacher, None)[: len(pairs)]
+    assert count_saved(teacher, pairs) == total - made.student.num_parameters() >= 0.05 * total
+    assert count_saved(teacher, pairs[:-1]) < 0.05 * total

@@ -22,6 +22,7 @@ __all__ = [
     "POST_SHARE_SETTINGS",
     "HeadPair",
     "PostShareTrainer",
+    "count_saved",
     "direct_share",
     "head_distance",
     "make_shared_student",
@@ -58,13 +59,13 @@ class HeadPair(NamedTuple):
     similarity: float
 
 
-def match_heads(model: PreTrainedModel, rate: float, parts: str = "qk") -> list[HeadPair]:
+def match_heads(model: PreTrainedModel, rate: float | None, parts: str = "qk") -> list[HeadPair]:
     """
     Find the heads that are most like a head of an earlier layer, by their weights. No text is needed.
 
     Args:
         model (`PreTrainedModel`): causal language model with separate projections of queries, keys and values.
-        rate (`float`): share of all heads that are to use the weights of others, 0.3 in the paper.
+        rate (`float`): share of all heads that are to use the weights of others, 0.3 in the paper; `None` for as many as can.
         parts (`str`, *optional*, defaults to `"qk"`):
             By what heads are compared: the cosine of their weights of queries and keys as one vector, or of those that
             `"q"`, `"k"`, `"v"` or `"qkv"` names.
@@ -93,7 +94,7 @@ def match_heads(model: PreTrainedModel, rate: float, parts: str = "qk") -> list[
                     best[head] = HeadPair(layer, head, other, source, cosine)
         pairs += [pair for pair in best if pair is not None]
     total = sum(map(len, vectors.values()))
-    count = int(rate * total)
+    count = len(pairs) if rate is None else int(rate * total)
     if not 1 <= count <= len(pairs):
         raise ValueError(
             f"rate is {rate}, which is {count} of {total} heads: it must be at least one head and at most the {len(pairs)} that "
@@ -151,16 +152,33 @@ def make_shared_student(model: PreTrainedModel, pairs: Sequence[HeadPair]) -> Ec
     student = make_student(
         direct_share(copy_model(model), pairs), range(model.config.get_text_config().num_hidden_layers)
     )
-    had = {(pair.layer, pair.head): (pair.source_layer, pair.source_head) for pair in pairs}
-    holders: dict[tuple[int, int], tuple[int, int]] = {}  # of what each place had at first
-    shared = {}
-    for place in sorted({*had, *had.values()}):
-        holder = holders.setdefault(had.get(place, place), place)
-        if holder != place:
-            shared["{}.{}".format(*place)] = "{}.{}".format(*holder)
+    shared = {"{}.{}".format(*place): "{}.{}".format(*holder) for place, holder in _find_holders(pairs).items()}
     tie_heads(student, shared)
     student.config.shared_heads = shared
     return student
+
+
+def count_saved(model: PreTrainedModel, pairs: Sequence[HeadPair]) -> int:
+    """
+    Parameters that a student of [`make_shared_student`] has less than its model.
+
+    Args:
+        model (`PreTrainedModel`): causal language model.
+        pairs (sequence of [`HeadPair`]): which heads, as from [`match_heads`].
+    """
+    sizes = {
+        layer: sum(tensor[0].numel() for tensor in projections.by_head().values())
+        for layer, projections in _find_projections(model).items()
+    }
+    return sum(sizes[layer] for layer, _ in _find_holders(pairs))
+
+
+def _find_holders(pairs: Sequence[HeadPair]) -> dict[tuple[int, int], tuple[int, int]]:
+    """For each head, as layer and index, that needs no weights of its own, the one that has the same."""
+    had = {(pair.layer, pair.head): (pair.source_layer, pair.source_head) for pair in pairs}
+    first: dict[tuple[int, int], tuple[int, int]] = {}  # of what each place had at first
+    found = {place: first.setdefault(had.get(place, place), place) for place in sorted({*had, *had.values()})}
+    return {place: holder for place, holder in found.items() if holder != place}
 
 
 def head_distance(model: PreTrainedModel, pairs: Sequence[HeadPair]) -> torch.Tensor:

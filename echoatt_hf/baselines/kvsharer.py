@@ -1,7 +1,7 @@
 """KVSharer: layers use the keys and values of the layers that theirs differ from most."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -62,23 +62,23 @@ class KeyValuePlan:
     Args:
         plan ([`SharingPlan`]): the layers that use those of layer N are `"kv N"`.
         tried (`list` of [`Trial`]): the pairs, in the order in which they were tried.
-        asked (`int`): layers that were to share.
+        is_enough (`bool`): whether as many layers share as were to.
     """
 
     plan: SharingPlan
     tried: list[Trial]
-    asked: int
+    is_enough: bool
 
     @property
     def shared_layers(self) -> list[int]:
-        """`list[int]`: the layers that use the keys and values of another; fewer than `asked` where no more was found."""
+        """`list[int]`: the layers that use the keys and values of another."""
         return self.plan.kv_layers
 
 
 def plan_like_kvsharer(
     teacher: PreTrainedModel,
     rows: Sequence[dict],
-    count: int,
+    count: int | Callable[[SharingPlan], bool],
     *,
     order: str = "dissimilar",
     distance: str = "code",
@@ -94,14 +94,16 @@ def plan_like_kvsharer(
     Args:
         teacher (`PreTrainedModel`): causal language model of a supported family.
         rows (sequence of `dict`): rows with `input_ids` to measure on. The paper has 30 sentences, cut at 64 tokens.
-        count (`int`): layers that are to share, C in the paper. There 12.5 %, 25 % and 37.5 % of all.
+        count (`int` or `Callable`):
+            Layers that are to share, C in the paper, which has 12.5 %, 25 % and 37.5 % of all. Or what says of a plan
+            whether enough layers share.
         order (`str`, *optional*, defaults to `"dissimilar"`):
             Which pairs are tried first: the most `"dissimilar"`, which is what the paper found, or the most `"similar"`.
         distance (`str`, *optional*, defaults to `"code"`): see [`measure_kv_distances`].
         threshold (`float`, *optional*, defaults to 0.5): cosine that a pair has to exceed, T in the paper.
 
     Returns:
-        [`KeyValuePlan`]: with fewer than `count` layers, and a warning, if no more pair is above the threshold.
+        [`KeyValuePlan`]: with too few layers, and a warning, if no more pair is above the threshold.
 
     Raises:
         `ValueError`: a setting is out of range, or the family is not supported.
@@ -113,32 +115,35 @@ def plan_like_kvsharer(
     check_threshold(threshold)
     distances = measure_kv_distances(teacher, rows, distance)
     uppers = {upper for upper, _ in distances}
-    if not 1 <= count <= len(uppers):
+    if not callable(count) and not 1 <= count <= len(uppers):
         raise ValueError(
             f"count is {count}; it must be from 1 to {len(uppers)}, the layers with a layer of their kind before them."
         )
     pairs = sorted(distances, key=distances.get, reverse=order == "dissimilar")
-    states, tried = LastStates(teacher, rows), []
-    sources = list(range(teacher.config.get_text_config().num_hidden_layers))
-    shared = 0
+    text_config = teacher.config.get_text_config()
+    types, sources = getattr(text_config, "layer_types", None), list(range(text_config.num_hidden_layers))
+    states, tried, is_enough = LastStates(teacher, rows), [], False
     for upper, lower in pairs:
         if sources[upper] != upper:
             continue
         source = sources[lower]
         candidate = [source if each == upper else each for each in sources]
-        similarity = states.similarity(make_student(teacher, SharingPlan(candidate).with_kv(), share_weights=True))
+        plan = SharingPlan(candidate, types).with_kv()
+        similarity = states.similarity(make_student(teacher, plan, share_weights=True))
         tried.append(Trial(upper, source, distances[upper, lower], similarity, similarity > threshold))
         if similarity > threshold:
-            sources, shared = candidate, shared + 1
-        if shared == count:
+            sources = candidate
+            is_enough = count(plan) if callable(count) else len(plan.kv_layers) == count
+        if is_enough:
             break
-    if shared < count:
+    plan = SharingPlan(sources, types).with_kv()
+    if not is_enough:
+        wanted = "layers that are too few" if callable(count) else f"of the {count} layers"
         logger.warning(
-            f"{shared} of the {count} layers share keys and values: with every other pair the last hidden states have a "
-            f"cosine of {threshold} or less with the teacher's. Lower the threshold, or take fewer layers."
+            f"{len(plan.kv_layers)} {wanted} share keys and values: with every other pair the last hidden states have a cosine "
+            f"of {threshold} or less with the teacher's. Lower the threshold, or take fewer layers."
         )
-    types = getattr(teacher.config.get_text_config(), "layer_types", None)
-    return KeyValuePlan(SharingPlan(sources, types).with_kv(), tried, count)
+    return KeyValuePlan(plan, tried, is_enough)
 
 
 def measure_kv_distances(

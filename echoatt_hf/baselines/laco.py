@@ -49,6 +49,7 @@ class Collapse:
         model (`PreTrainedModel`): a plain model of the family with fewer layers.
         layers (`list[list[int]]`): for each of its layers those of the teacher that it stands for. The norms are those of
             the first.
+        threshold (`float`): cosine that a merge had to exceed.
         tried (`list` of [`Merge`]): the merges, in the order in which they were tried.
         similarity (`float`): cosine of the model's last hidden states with the teacher's.
         similarity_without (`float`): the same where these layers are left out and nothing is merged.
@@ -56,6 +57,7 @@ class Collapse:
 
     model: PreTrainedModel
     layers: list[list[int]]
+    threshold: float
     tried: list[Merge]
     similarity: float
     similarity_without: float
@@ -128,7 +130,7 @@ def collapse_layers(
             base -= 1
     left_out = [layer for each in layers for layer in each[1:]]
     without = states.similarity(drop_layers(teacher, left_out, share_weights=True))
-    return Collapse(copy_model(model), layers, tried, similarity, without)
+    return Collapse(copy_model(model), layers, threshold, tried, similarity, without)
 
 
 def merge_layers(

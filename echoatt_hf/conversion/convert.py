@@ -42,6 +42,7 @@ class ConversionReport:
         taken_up (`dict[int, float]`): for each layer of the student whose MLP was refitted so that it takes up the part of
             dropped layers after it, the squared error of the hidden states that is left.
         teacher (`dict[str, str]`): the teacher, see [`describe_teacher`].
+        method (`dict`): `method`, where it was one of others than a plan, its `settings`, and its `targets`.
     """
 
     layer_plan: list[int | str]
@@ -57,6 +58,7 @@ class ConversionReport:
     refitted: dict[int, float] = field(default_factory=dict)
     taken_up: dict[int, float] = field(default_factory=dict)
     teacher: dict[str, str] = field(default_factory=dict)
+    method: dict = field(default_factory=dict)
 
     def to_dict(self) -> dict:
         """The report as JSON can hold it."""

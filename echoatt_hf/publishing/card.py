@@ -4,7 +4,6 @@ import json
 import math
 import re
 import shlex
-from collections.abc import Iterable
 from pathlib import Path
 
 import yaml
@@ -135,12 +134,14 @@ def make_card(
     """
     report, config, zero_shot = (_read(folder / name) for name in ("report.json", "config.json", "zero_shot.json"))
     conversion = report.get("conversion") or _read(folder / "conversion.json")
-    given = {"name": base_model, "repository": base_model} if base_model else {}
+    own = parse_card(old).data if old else ModelCardData()
     distilled_from = report.get("teacher") or {}
-    base = given or conversion.get("teacher") or distilled_from
+    converted_from = conversion.get("teacher") or distilled_from
+    # What the owner of the card says, where the student knows of no repository.
+    named = base_model or (own.base_model if not converted_from.get("repository") else None)
+    base = {"name": named, "repository": named} if isinstance(named, str) else converted_from
     architecture = report.get("architecture") or config["architectures"][0]
     pipeline_tag, auto_class = USES[architecture]
-    own = parse_card(old).data if old else ModelCardData()
     results = _eval_results(report, zero_shot, pipeline_tag)
     has_mlx = (folder / MLX_FILE).exists()
     title = title or (f"EchoAtt student of {base['name']}" if base else "EchoAtt student")
@@ -163,9 +164,9 @@ def make_card(
         template_path=str(TEMPLATE),
         title=title,
         base=base,
-        distilled_from=distilled_from if distilled_from.get("name") != base.get("name") else {},
+        distilled_from=distilled_from if distilled_from.get("name") != converted_from.get("name") else {},
         plan=plan,
-        other_moves=_name_other_moves(plan, made.layer_plan if made else plan),
+        other_moves=_name_other_moves(plan, made, config.get("shared_heads") or {}),
         repo_id=repo_id,
         folder=name or folder.resolve().name,
         pin=", revision=revision" if repo_id else "",
@@ -232,15 +233,29 @@ def _listed(value: str | list[str] | None) -> list[str]:
     return [value] if isinstance(value, str) else value or []
 
 
-def _name_other_moves(plan: SharingPlan, made: Iterable[int | str]) -> list[str]:
-    """What a plan does beside echoes, and what the one that a student was made with left out."""
+_METHODS = {
+    "kvsharer": "[KVSharer](https://arxiv.org/abs/2410.18517)",
+    "laco": "[LaCo](https://arxiv.org/abs/2402.11187)",
+    "directshare": "[DirectShare](https://arxiv.org/abs/2402.11819)",
+}
+
+
+def _name_other_moves(plan: SharingPlan, made: ConversionReport | None, shared_heads: dict) -> list[str]:
+    """What is done to a student beside echoes, also what the plan that it was made with left out."""
     counts = {
         "use the keys and values of an earlier layer": plan.kv_layers,
         "have no attention": plan.layers_without_attention,
     }
     found = [f"{len(layers)} of {len(plan)} layers {what}" for what, layers in counts.items() if layers]
-    dropped = SharingPlan(list(made)).dropped_layers
-    return found + ([f"{len(dropped)} layers of the teacher are left out"] if dropped else [])
+    if shared_heads:
+        found.append(
+            f"{len(shared_heads)} heads of keys and values, and their queries, use the weights of an earlier one"
+        )
+    dropped = SharingPlan(list(made.layer_plan)).dropped_layers if made else []
+    if dropped:
+        what = "merged into the one before them" if made.method.get("method") == "laco" else "left out"
+        found.append(f"{len(dropped)} layers of the teacher are {what}")
+    return found
 
 
 def _describe_start(report: dict, conversion: dict) -> list[str]:
@@ -250,6 +265,12 @@ def _describe_start(report: dict, conversion: dict) -> list[str]:
         values = ", ".join(f"{value:.3f} by {name}" for name, value in report["search"]["kl"].items())
         sentences.append(
             f"It was searched by its effect on calibration text: KL to the teacher in nats without training, {values}."
+        )
+    method = conversion.get("method") or {}
+    if method:
+        settings = ", ".join(f"{name} {value}" for name, value in method["settings"].items())
+        sentences.append(
+            f"It was made by the method of {_METHODS[method['method']]}{f' ({settings})' if settings else ''}."
         )
     if conversion.get("aligned"):
         sentences.append("The heads of echo layers were aligned with those of their sources.")

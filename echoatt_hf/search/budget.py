@@ -12,7 +12,7 @@ from ..models.layerwise import find_layers
 from ..settings import Target
 
 
-__all__ = ["Budget", "PlanCosts", "PlanCounter"]
+__all__ = ["Budget", "PlanCosts", "PlanCounter", "are_met", "find_limits"]
 
 # Of the keys and values of a layer: how many of the two are in a cache, and how many are read for each new token.
 _CACHED = {"plain": 2, "echo": 1, "kv": 0, "skip attention": 0, "drop": 0}
@@ -75,6 +75,16 @@ def _count(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
+def find_limits(teacher: PlanCosts, targets: Sequence[Target]) -> dict[str, int]:
+    """What a student may cost at most, by the fields of [`PlanCosts`] that the targets name."""
+    return {target.field: int(getattr(teacher, target.field) * target.share) for target in targets}
+
+
+def are_met(limits: dict[str, int], costs: PlanCosts) -> bool:
+    """Whether costs are within limits."""
+    return all(getattr(costs, name) <= limit for name, limit in limits.items())
+
+
 class Budget:
     """
     What a search is to save: a number of echo layers, or shares of what the teacher costs.
@@ -88,7 +98,7 @@ class Budget:
 
     def __init__(self, counter: PlanCounter, teacher: PlanCosts, count: int | None, targets: Sequence[Target]):
         self._counter, self._count = counter, count
-        self.limits = {target.field: int(getattr(teacher, target.field) * target.share) for target in targets}
+        self.limits = find_limits(teacher, targets)
         self._wanted = {name: getattr(teacher, name) - limit for name, limit in self.limits.items()}
 
     def left(self, plan: Sequence[int | str]) -> float:
@@ -97,7 +107,3 @@ class Budget:
             return self._count - sum(entry != layer for layer, entry in enumerate(plan))
         costs = self._counter(plan)
         return sum(max(0, getattr(costs, name) - limit) / self._wanted[name] for name, limit in self.limits.items())
-
-    def is_met_by(self, costs: PlanCosts) -> bool:
-        """Whether costs are within the limits."""
-        return all(getattr(costs, name) <= limit for name, limit in self.limits.items())

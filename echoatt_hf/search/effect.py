@@ -27,7 +27,7 @@ from ..planning.rules import plan_from_similarity
 from ..planning.sharing import SharingPlan, check_block_size, count_echo_layers, inner_groups
 from ..settings import MOVES, Target
 from ..text.rows import ROW_COLUMNS, batch_rows
-from .budget import Budget, PlanCosts, PlanCounter
+from .budget import Budget, PlanCosts, PlanCounter, are_met
 
 
 __all__ = ["PlanSearch", "search_plan"]
@@ -205,7 +205,7 @@ def search_plan(
             left = budget.left(plan)
             rounds.append({"layer": best[0], "entry": best[1], "kl": current} | asdict(counter(plan)))
         if targets:  # a plan that was measured on the way may save as much and more
-            plan, current = min(measure.all, key=lambda each: (not budget.is_met_by(counter(each[0])), each[1]))
+            plan, current = min(measure.all, key=lambda each: (not are_met(budget.limits, counter(each[0])), each[1]))
         found = {"effect": (SharingPlan(plan, space.layer_types), current)}
         for name, other in others.items():
             found[name] = (other, measure(list(other)))
