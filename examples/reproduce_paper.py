@@ -99,6 +99,7 @@ from echoatt_hf.settings import (
     DistillationSettings,
     MethodSettings,
     PlanSettings,
+    ScoringSettings,
     Target,
     parse_target,
 )
@@ -339,6 +340,8 @@ class Study:
             evaluation_rows=arguments.evaluation_rows,
         )
         self._calibration = CalibrationSettings(calibration_rows=arguments.calibration_rows)
+        lengths = {name: getattr(arguments, name) for name in ("continuations", "prompt_tokens", "new_tokens")}
+        self._scoring = ScoringSettings(**lengths)
         self.row_length = self._data.row_length
 
     @cached_property
@@ -555,8 +558,8 @@ class Study:
                 {"task": path, "limit": limit},
                 lambda model, path=path: evaluate_zero_shot(model, self.tokenizer, {"": path}, limit=limit)[""],
             )
-        if number := self._arguments.continuations:
-            lengths = {name: getattr(self._arguments, name) for name in ("prompt_tokens", "new_tokens")}
+        if number := self._scoring.continuations:
+            lengths = {"prompt_tokens": self._scoring.prompt_tokens, "new_tokens": self._scoring.new_tokens}
             found["continuations"] = ({"rows": number, **lengths}, lambda model: self._go_on(model, number, lengths))
         return found
 

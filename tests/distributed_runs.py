@@ -174,7 +174,13 @@ def run_together(folder: Path) -> dict:
     written = []
     for count in (1, 5):
         found = evaluate_continuations(
-            student, rows_of_ids()[:count], IdTokenizer(), prompt_tokens=4, new_tokens=8, batch_size=2, among_processes=True
+            student,
+            rows_of_ids()[:count],
+            IdTokenizer(),
+            prompt_tokens=4,
+            new_tokens=8,
+            batch_size=2,
+            among_processes=True,
         )
         written.append(found)
     reads = {"text": 0, "files": 0}

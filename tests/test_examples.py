@@ -280,6 +280,7 @@ def test_an_interrupted_study_goes_on(study, example, monkeypatch, capsys):
         (["--output", "new", "--targets", "cache=-5%"], "target is 'cache=-5%'; it must be"),
         (["--output", "new", "--teacher", "./nowhere"], "'./nowhere' cannot be loaded|no model folder './nowhere'"),
         (["--output", "new", "--task", "gone=gone.jsonl"], "gone.jsonl"),
+        (["--output", "new", "--continuations", "-1"], "continuations is -1; it must be 0 or more"),
     ],
 )
 def test_a_study_refuses_in_one_line(study, arguments, message):
