@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,8 @@ from typer.testing import CliRunner
 from echoatt_hf import EchoAttForCausalLM, evaluate_continuations, pack_rows, repeated_share
 from echoatt_hf.cli.app import app
 from echoatt_hf.evaluation.continuations import format_continuations, format_side_by_side
-from echoatt_hf.settings import ScoringSettings
+from echoatt_hf.pipeline.preparation import load_held_out_rows, load_prompts
+from echoatt_hf.settings import DataSettings, EvaluationSettings, ScoringSettings
 from echoatt_hf.text.documents import load_documents
 
 
@@ -237,6 +239,21 @@ def test_evaluate_counts_repetition_and_keeps_the_texts(echoatt, tmp_path, workp
     again = echoatt(*arguments, "--continuations", 4)
     assert again.exit_code == 2 and "found.continuations.md" in again.stderr
     assert echoatt(*arguments, "--continuations", 4, "--overwrite").exit_code == 0
+
+
+def test_prompts_are_of_many_documents(workplace, tokenizer, teacher, monkeypatch):
+    """Not the beginnings of the first rows, which are of one document where documents are long; and the same each time."""
+    monkeypatch.chdir(workplace)
+    data = DataSettings(["text"], held_out_fraction=0.5)
+    settings = EvaluationSettings("model", data=data, scoring=ScoringSettings(None, 0, 9, PROMPT, NEW))
+    rows = load_prompts(settings, tokenizer, teacher)
+    first = load_held_out_rows(replace(data, row_length=PROMPT + NEW, evaluation_rows=9), tokenizer, teacher)
+    tales = [{tale for tale in range(8) if str(tale) in tokenizer.decode(row["input_ids"])} for row in rows]
+    assert len(rows) == 9 and all(len(row["input_ids"]) == PROMPT + NEW for row in rows)
+    assert len(set().union(*tales)) > 2 and [[*row["input_ids"]] for row in first] != [
+        row["input_ids"] for row in rows
+    ]
+    assert load_prompts(settings, tokenizer, teacher) == rows
 
 
 def test_evaluate_without_continuations_writes_none(echoatt, tmp_path):

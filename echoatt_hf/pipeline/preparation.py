@@ -109,21 +109,25 @@ def load_held_out_rows(
     Raises:
         `ValueError`: as [`load_rows`].
     """
-    _check_rows(settings, model)
-    if settings.held_out_sources is None:
-        groups = _load_both(settings)[1]
-    else:
-        check_held_out(settings.sources, settings.held_out_sources)
-        groups = _load_groups(settings.held_out_sources, settings.streaming)
+    groups = _load_held_out(settings, model)
     settings = _settle_masks(settings, groups, model)
     return _first_rows(settings, groups, tokenizer, scoring.stride if scoring is not None else None)
+
+
+def _load_held_out(settings: DataSettings, model: PreTrainedModel) -> list[_Documents]:
+    _check_rows(settings, model)
+    if settings.held_out_sources is None:
+        return _load_both(settings)[1]
+    check_held_out(settings.sources, settings.held_out_sources)
+    return _load_groups(settings.held_out_sources, settings.streaming)
 
 
 def load_prompts(
     settings: EvaluationSettings, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel
 ) -> list[dict]:
     """
-    Rows of held-out text for [`evaluate_continuations`], of a prompt and as many tokens as are to be written.
+    Rows at random places of the held-out text for [`evaluate_continuations`], of a prompt and as many tokens as are to be
+    written: the first ones would all be of one long document. The places are the same for all models with one tokenizer.
 
     Args:
         settings ([`EvaluationSettings`]): which text, and how many prompts of which length.
@@ -136,14 +140,13 @@ def load_prompts(
     scoring = settings.scoring
     length = scoring.prompt_tokens + scoring.new_tokens
     _check_context("prompt_tokens + new_tokens", length, model)
-    data = replace(
-        settings.data,
-        row_length=length,
-        evaluation_rows=scoring.continuations,
-        assistant_only=False,
-        document_masks=False,
-    )
-    return load_held_out_rows(data, tokenizer, model)
+    data = replace(settings.data, row_length=length, assistant_only=False, document_masks=False)
+    groups = _load_held_out(data, model)
+    counts = _divide(scoring.continuations, [group.weight for group in groups])
+    parts = [
+        _draw(data, group.documents, tokenizer, count, 0) for group, count in zip(groups, counts, strict=True) if count
+    ]
+    return [row for part in parts for row in part]
 
 
 def load_calibration_rows(
