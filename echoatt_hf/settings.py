@@ -4,7 +4,7 @@ import json
 import math
 import re
 from collections.abc import Iterable
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, ClassVar
@@ -169,15 +169,82 @@ MAY_CHANGE_ON_RESUME = (
 """Settings that a resumed run may have others of than it began with: they say what a step needs, not what is made."""
 
 
-def differing_settings(one: dict, other: dict, prefix: str = "") -> dict[str, tuple[Any, Any]]:
-    """The settings that differ between two runs, by their full names: (in the one, in the other)."""
+def describe_settings(settings: Any) -> dict[str, Any]:
+    """
+    Settings as they are kept beside what is made with them, for [`differing_settings`].
+
+    Args:
+        settings: a dataclass of settings, or a dictionary of values and such dataclasses.
+
+    Returns:
+        `dict`: `settings`, the values as JSON holds them, and `given`, the full names of those that are not at their default.
+    """
+    values = {name: asdict(value) if is_dataclass(value) else value for name, value in _values_of(settings).items()}
+    return json.loads(json.dumps({"settings": values, "given": _list_given(settings)}))
+
+
+def differing_settings(kept: dict, now: dict) -> dict[str, tuple[Any, Any]]:
+    """
+    The settings that differ between two runs, by their full names: (in the one, in the other).
+
+    The runs may be of two versions of this package: a setting that only one of them has counts as its default in the other.
+
+    Args:
+        kept, now (`dict`): of [`describe_settings`]. What is kept may be the values alone, as up to version 0.2.0; then it is not
+            known what was at its default, and settings that are no more differ.
+    """
+    if "given" not in kept:
+        kept = {"settings": kept, "given": list(kept)}
+    return _compare(kept["settings"], now["settings"], kept["given"], now["given"])
+
+
+def read_settings(kind: type, kept: dict) -> Any:
+    """Settings from values that another version of this package may have kept: those that are no more are left out."""
+    names = {each.name for each in fields(kind)}
+    return kind(**{name: value for name, value in kept.items() if name in names})
+
+
+def _values_of(settings: Any) -> dict[str, Any]:
+    if isinstance(settings, dict):
+        return settings
+    return {each.name: getattr(settings, each.name) for each in fields(settings)}
+
+
+def _list_given(settings: Any, prefix: str = "") -> list[str]:
+    given = []
+    for name, value in _values_of(settings).items():
+        if is_dataclass(value):
+            given += _list_given(value, f"{prefix}{name}.")
+        elif isinstance(settings, dict) or _is_given(settings, name):
+            given.append(f"{prefix}{name}")
+    return given
+
+
+def _is_given(settings: Any, name: str) -> bool:
+    """Whether a setting would be another if it were left out. Its default may follow from the others."""
+    values = _values_of(settings)
+    try:
+        left_out = type(settings)(**{other: value for other, value in values.items() if other != name})
+    except (TypeError, ValueError):  # the others need it
+        return True
+    return getattr(left_out, name) != values[name]
+
+
+def _compare(
+    one: dict, other: dict, given_in_one: list[str], given_in_other: list[str], prefix: str = ""
+) -> dict[str, tuple[Any, Any]]:
     differing = {}
     for name in {**one, **other}:
         values, full_name = (one.get(name), other.get(name)), f"{prefix}{name}"
         if all(isinstance(value, dict) for value in values):
-            differing |= differing_settings(*values, f"{full_name}.")
+            differing |= _compare(*values, given_in_one, given_in_other, f"{full_name}.")
         elif values[0] != values[1]:
-            differing[full_name] = values
+            given = given_in_one if name in one else given_in_other
+            is_given = any(
+                f"{each}.".startswith(f"{full_name}.") or full_name.startswith(f"{each}.") for each in given
+            )
+            if is_given or (name in one and name in other):
+                differing[full_name] = values
     return differing
 
 

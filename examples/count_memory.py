@@ -81,7 +81,8 @@ def sizes_of(shape: dict, tokens: int, calibration_rows: int, chunk: int) -> Siz
         queries=heads * size,
         keys=shape["num_key_value_heads"] * size,
         is_tied=shape["tie_word_embeddings"],
-        sources=len({source for layer, source in enumerate(sources) if layer != source}),
+        # Of a layer and later ones; most of them at any layer.
+        sources=max(len({source for source in sources[layer:] if source < layer}) for layer in range(layers)),
         echoes=sum(layer != source for layer, source in enumerate(sources)),
         tokens=tokens,
         calibration_rows=calibration_rows,
@@ -102,13 +103,12 @@ def analyze(one: Sizes) -> int:
 
 def convert_(one: Sizes) -> int:
     """
-    What the teacher gives at each echo layer, and the student's states and records, for all calibration rows; before and
-    after, the two are compared on what is held out.
+    The states of both models at one layer, and what the student has recorded of the sources of later echoes, for all calibration
+    rows, while 8 rows are computed; before and after, the two are compared on what is held out.
     """
-    of_teacher = one.echoes * 2 * one.hidden
-    of_student = 2 * one.hidden + one.sources * (one.queries + one.keys)
-    kept = one.calibration_rows * one.tokens * (of_teacher + of_student) * HALF
-    tuning = kept + one.equations + 3 * DOUBLE * one.queries**2
+    recorded = one.sources * (one.queries + 2 * one.keys)
+    kept = one.calibration_rows * one.tokens * (2 * one.hidden + recorded) * HALF
+    tuning = kept + one.equations + 3 * DOUBLE * one.queries**2 + one.forward(8)
     return HALF * (one.weights + one.student) + max(tuning, one.forward(8) + 6 * one.chunk)
 
 
@@ -153,7 +153,7 @@ COMMANDS: dict[str, tuple[str, Callable[[Sizes], int], Callable[[Sizes], float]]
         lambda one: one.calibration_rows * one.tokens * 2 * one.weights,
     ),
     "convert": (
-        "2(P + S) + max(2NT((2E + 2)D + Z(Q + K)) + 32Q(Q + D) + 24Q², W(8) + 6C)",
+        "2(P + S) + W(8) + max(2NT(2D + Z(Q + 2K)) + 32Q(Q + D) + 24Q², 6C)",
         convert_,
         lambda one: one.calibration_rows * one.tokens * 6 * one.weights,
     ),

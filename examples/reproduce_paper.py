@@ -101,6 +101,8 @@ from echoatt_hf.settings import (
     PlanSettings,
     ScoringSettings,
     Target,
+    describe_settings,
+    differing_settings,
     parse_target,
 )
 from echoatt_hf.text.documents import STDLIB, load_documents
@@ -389,7 +391,7 @@ class Study:
         """The folder of a run; its settings are checked if they are there."""
         folder = self._output / folder
         file = folder / "settings.json"
-        if file.exists() and file.read_text() != self._settings(run):
+        if file.exists() and differing_settings(json.loads(file.read_text()), self._settings(run)):
             raise ValueError(
                 f"The run in {str(folder)!r} was made with other settings: give the same ones, another --output, or "
                 "remove the folder."
@@ -399,16 +401,15 @@ class Study:
     def _claim(self, folder: Path, run: Run | None = None) -> None:
         """Write the settings of a run, when there is something to keep: a run that failed before binds nobody."""
         (self._output / folder).mkdir(parents=True, exist_ok=True)
-        write_whole(self._output / folder / "settings.json", self._settings(run))
+        write_whole(self._output / folder / "settings.json", json.dumps(self._settings(run), indent=2) + "\n")
 
-    def _settings(self, run: Run | None) -> str:
-        settings = {"teacher": self._arguments.teacher, "data": asdict(self._data)}
+    def _settings(self, run: Run | None) -> dict:
+        settings = {"teacher": self._arguments.teacher, "data": self._data}
         settings["calibration_rows"] = self._calibration.calibration_rows
         settings["dtype"] = self._arguments.dtype
         if run is not None:
-            settings |= {"ratio": run.ratio, "start": asdict(run.start)}
-            settings["distillation"] = asdict(run.distillation) if run.distillation is not None else None
-        return json.dumps(settings, indent=2) + "\n"
+            settings |= {"ratio": run.ratio, "start": run.start, "distillation": run.distillation}
+        return describe_settings(settings)
 
     # Making and training.
 

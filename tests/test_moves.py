@@ -9,11 +9,13 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 
 from echoatt_hf import EchoAttConfig, EchoAttForCausalLM, SharingPlan, convert, count_kv_bytes_per_token
+from echoatt_hf.conversion import taking_up
 from echoatt_hf.conversion.alignment import find_changed, get_parameters, permute_heads, set_parameters
 from echoatt_hf.conversion.dropping import drop_layers
 from echoatt_hf.conversion.putting_back import find_sizes, put_back
 from echoatt_hf.conversion.regression import RIDGES
 from echoatt_hf.conversion.taking_up import find_takers
+from echoatt_hf.conversion.tuning import find_tuned
 from echoatt_hf.evaluation.held_out import evaluate_model
 from echoatt_hf.models.families import find_attention_modules, find_output_projection
 
@@ -292,6 +294,27 @@ def test_the_layer_before_takes_up_what_is_dropped(family):
     assert differing == {f"{name}.weight", *([f"{name}.bias"] if family == "gpt2" else [])}
     kl = [evaluate_model(each, rows[72:], teacher=teacher)["kl"] for each in (copied, student)]
     assert kl[1] < kl[0] and kl[1] == pytest.approx(report.kl["tuned"], rel=1e-3)
+
+
+def test_what_takes_up_is_found_once(monkeypatch):
+    """Each time costs two forward passes."""
+    teacher, plan, rows, asked = make_teacher(), [0, 1, 2, DROP, DROP, 5], rows_of(8), []
+    is_added = taking_up._is_added
+    monkeypatch.setattr(taking_up, "_is_added", lambda *given: asked.append(given) or is_added(*given))
+    student, report = convert(teacher, plan, rows)
+    assert len(asked) == 1
+    # For what a stopped run keeps, too.
+    projection = student.language_model.model.layers[2].mlp.down_proj
+    assert find_tuned(student, SharingPlan(plan)) == {"2.mlp": projection} and len(asked) == 1
+
+
+@pytest.mark.parametrize(("family", "options"), [("llama", {"refit": False}), ("olmo2", {})])
+def test_dropped_layers_that_nothing_takes_up_are_copied(family, options):
+    teacher, plan, rows = make_teacher(family), [0, 1, 2, DROP, 4, 5], rows_of(8)
+    student, report = convert(teacher, plan, rows, **options)
+    copied, _ = convert(teacher, plan)
+    assert report.kl.keys() == {"copied"} and not report.taken_up
+    assert all(torch.equal(one, other) for one, other in zip(student.parameters(), copied.parameters(), strict=True))
 
 
 def test_taking_up_is_the_ridge_of_what_is_missing():

@@ -13,7 +13,10 @@ from echoatt_hf import (
     plan_like_paper,
     search_plan,
 )
+from echoatt_hf.conversion import pairs as pairs_module
+from echoatt_hf.conversion.pairs import TunedPairs
 from echoatt_hf.search import effect as search_module
+from echoatt_hf.settings import MOVES, parse_target
 
 
 pytestmark = pytest.mark.once
@@ -150,6 +153,62 @@ def test_what_was_measured_is_not_measured_again(llama, rows, tmp_path, monkeypa
     resumed = search_plan(teacher, rows, similarity, **options)
     assert resumed == whole
     assert len(measured) == whole.forwards
+
+
+@pytest.mark.parametrize(
+    "options", [{"ratio": 0.43}, {"targets": [parse_target("parameters=-25%")], "moves": [*MOVES.values()]}]
+)
+def test_changes_are_not_estimated_again(llama, rows, tmp_path, monkeypatch, options):
+    """Each is estimated as soon as it is tuned. After a stop what is measured then is tuned again, and nothing else."""
+    teacher, similarity = llama
+    options = {**options, "width": 4, "state": tmp_path / "measured.json"}
+    monkeypatch.setattr(pairs_module, "_memory_budget", lambda device: 0)  # each change is tuned in a pass of its own
+    whole = search_plan(teacher, rows, similarity, **{**options, "state": None})
+    done, tuned, stop_at = {"effects": [], "_measure": []}, [], {}
+
+    def stopping(owner, name):
+        work = getattr(owner, name)
+
+        def stop(self, what, *given):
+            if len(done[name]) == stop_at.get(name):
+                raise KeyboardInterrupt
+            done[name] += what if name == "effects" else [what]
+            return work(self, what, *given)
+
+        monkeypatch.setattr(owner, name, stop)
+
+    def note(self, pairs, **more):
+        before = {*self.parameters}
+        tune(self, pairs, **more)
+        tuned.extend({*self.parameters} - before)
+
+    stopping(TunedPairs, "effects")
+    stopping(search_module._Measure, "_measure")
+    for stop_at in ({"effects": 10}, {"_measure": 6}):  # noqa: B007 - which `stop` reads
+        with pytest.raises(KeyboardInterrupt):
+            search_plan(teacher, rows, similarity, **options)
+        content = json.loads(options["state"].read_text())
+        assert [len(content[name]) for name in ("expected", "kl")] == [len(found) for found in done.values()]
+    stop_at, tune = {}, TunedPairs.tune
+    monkeypatch.setattr(TunedPairs, "tune", note)
+    monkeypatch.setattr(search_module, "sample_gradients", None)  # nothing is left to estimate
+    assert search_plan(teacher, rows, similarity, **options) == whole
+    assert len(done["_measure"]) == whole.forwards
+    assert len(done["effects"]) == len({*done["effects"]}) > len(tuned) == len({*tuned})
+
+
+def test_a_state_of_the_version_before_counts_as_made_with_defaults(llama, rows, tmp_path):
+    """Of a setting that it does not have. Nor does it have what is expected of changes."""
+    teacher, similarity = llama
+    options = {"ratio": 0.15, "width": 1, "state": tmp_path / "measured.json"}
+    whole = search_plan(teacher, rows, similarity, **options)
+    content = json.loads(options["state"].read_text())
+    del content["measured_on"]["align"], content["measured_on"]["search_rows"], content["expected"]
+    options["state"].write_text(json.dumps(content))
+    for changes, name in (({"align": False}, "align"), ({"search_rows": 2}, "search_rows")):
+        with pytest.raises(ValueError, match=f"measured with another {name}:"):
+            search_plan(teacher, rows, similarity, **{**options, **changes})
+    assert search_plan(teacher, rows, similarity, **options) == whole
 
 
 def test_what_was_measured_on_something_else_is_refused(llama, rows, tmp_path):

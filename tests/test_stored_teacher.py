@@ -248,6 +248,14 @@ def test_resume_of_something_else_is_refused(stopped, teacher, tokenizer, rows):
     assert len(list(stopped.glob("shard-*"))) == 2
 
 
+def test_a_store_goes_on_in_a_version_that_describes_more(stopped, teacher, tokenizer, rows):
+    manifest = json.loads((stopped / "manifest.json").read_text())
+    (stopped / "manifest.json").write_text(json.dumps(manifest | {"data": {"row_length": 16}}))
+    made = write(stopped, teacher, tokenizer, rows, about={"data": {"row_length": 16, "colour": "red"}})
+    assert made["data"]["colour"] == "red" and len(made["shards"]) == 3
+    assert made["shards"][:2] == manifest["shards"]
+
+
 DAMAGE = {
     "truncated": (lambda data: data[:-7], r"of [\d,]+ bytes"),
     "changed": (lambda data: data[:-1] + bytes([data[-1] ^ 1]), "content has changed"),
@@ -597,6 +605,11 @@ def test_a_store_that_changed_is_not_resumed_from(workplace, tmp_path, run_in_pr
     folder, _ = workplace
     store = ["store-teacher", "teacher", "--data", "text", "--row-length", 32, "--evaluation-rows", 8]
     assert run_in_process(*store, "--top-k", 4, "--output", tmp_path / "store").exit_code == 0
+    # As a version with other settings of text would have written it.
+    manifest = json.loads((tmp_path / "store" / "manifest.json").read_text())
+    del manifest["data"]["num_proc"]
+    manifest["data"]["colour"] = "red"
+    (tmp_path / "store" / "manifest.json").write_text(json.dumps(manifest))
     distill = ["distill", "student", "--stored-teacher", tmp_path / "store", "--steps", 4, "--save-steps", 1]
 
     def fail(self, logs, *rest):

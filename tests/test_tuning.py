@@ -3,6 +3,7 @@
 import pytest
 import torch
 from conftest import FP32_TOLERANCE, effect_by_hand, make_batch, make_teacher, plan_of
+from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import BatchEncoding
 from transformers.pytorch_utils import Conv1D
 
@@ -154,7 +155,13 @@ def test_one_pass_gives_what_a_pass_for_each_layer_does(monkeypatch):
     """A pass that goes on from the layer where the last one stopped, and one that begins anew each time."""
     teacher, plan = make_teacher("llama"), [0, 1, 1, 0, 4, 4]
     rows, held_out = make_rows(24), make_rows(8, seed=1)
-    whole, layers = {}, []
+    whole, layers, of_teacher = {}, [], [0] * 6
+    for index, layer in enumerate(teacher.model.layers):
+
+        def add_to_teacher(*_, index=index):
+            of_teacher[index] += 1
+
+        layer.mlp.register_forward_hook(add_to_teacher)
     for name in ("kept", "anew"):
         if name == "anew":
             monkeypatch.setattr(tuning, "find_layers", lambda model: None)
@@ -166,10 +173,39 @@ def test_one_pass_gives_what_a_pass_for_each_layer_does(monkeypatch):
                 count[index] += 1
 
             layer.mlp.register_forward_hook(add)
+        of_teacher[:] = [0] * 6
         tune_student(student, teacher, rows, held_out, batch_size=8)
+        assert name == "anew" or of_teacher == [4, 4, 4, 4, 4, 4]
         whole[name], layers = {n: p.detach() for n, p in student.named_parameters()}, [*layers, count]
     torch.testing.assert_close(whole["kept"], whole["anew"], **FP32_TOLERANCE)
     assert layers[0] == [4, 4, 4, 4, 4, 0] and layers[1] == [12, 12, 8, 4, 4, 0]
+
+
+def test_no_more_is_kept_of_the_models_than_the_layer_needs(monkeypatch):
+    """Neither what the teacher puts out at other layers, nor records of sources that no layer uses again."""
+    teacher, plan, rows = make_teacher("llama"), [0, 0, 2, 2, 4, "kv 4"], make_rows(24)
+    student = EchoAttForCausalLM.from_teacher(teacher, plan)
+    made, alive, recorded, add, advance = [], [], set(), tuning.LayerTuning.add, tuning._BatchState.advance
+    for attention in find_attention_modules(teacher).values():
+        find_output_projection(attention).register_forward_hook(
+            lambda module, args, output: made.append(StorageWeakRef(output.untyped_storage()))
+        )
+
+    def count(self, *given):
+        alive.append(sum(not each.expired() for each in made))
+        return add(self, *given)
+
+    def note(self, student, layer, module):
+        found = advance(self, student, layer, module)
+        recorded.add((layer, tuple(self._records.by_layer), tuple(self._records.keys_values)))
+        return found
+
+    monkeypatch.setattr(tuning.LayerTuning, "add", count)
+    monkeypatch.setattr(tuning._BatchState, "advance", note)
+    tune_student(student, teacher, rows, make_rows(8, seed=1), batch_size=4)
+    assert len(made) == 6 * 8 and len(alive) == 3 * 8
+    assert max(alive) <= 2  # of this layer and, until it is replaced, of the batch before
+    assert recorded == {(1, (0,), (0,)), (3, (2,), (2,)), (5, (4,), (4,))}
 
 
 def test_each_layer_has_the_order_of_heads_that_is_better_when_it_is_fitted():

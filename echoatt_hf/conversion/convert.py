@@ -195,6 +195,8 @@ def _tune(
         teacher_layers=plan.kept_layers,
         progress=progress,
     )
+    if not (tuned or taken_up):
+        return {"kl": kl}
     kl["tuned"] = compare_predictions(student, held_out, teacher).kl
     if not kl["tuned"] < kl["copied"]:
         for name, module in modules.items():

@@ -1,6 +1,6 @@
 """Every layer with every change that a plan may make to it, tuned by itself: what a search for a plan compares."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -98,12 +98,20 @@ class TunedPairs:
                 plan[layer] = source if move == "echo" else f"kv {source}"
         return plan
 
-    def tune(self, pairs: Iterable[Pair], *, progress: bool = False) -> None:
+    def tune(
+        self,
+        pairs: Iterable[Pair],
+        *,
+        after_group: Callable[[list[Pair]], None] | None = None,
+        progress: bool = False,
+    ) -> None:
         """
         Tune the pairs that are not, in as few passes over the rows as the memory for their equations allows.
 
         Args:
             pairs (iterable of `tuple[int, int | str]`): sorted by layer.
+            after_group (`Callable`, *optional*): called with the pairs of each pass once they are tuned, and first with those
+                that nothing is done to.
             progress (`bool`, *optional*, defaults to `False`): show a progress bar.
         """
         missing = [pair for pair in pairs if pair not in self.parameters]
@@ -111,7 +119,10 @@ class TunedPairs:
             is_tuned = layer in self._takers if entry == "drop" else self._align or self._refit
             if not is_tuned:
                 self.parameters[layer, entry] = dict(self._original.get((read_entry(layer, entry)[0], layer), {}))
+        untuned = [pair for pair in missing if pair in self.parameters]
         groups = self._group([pair for pair in missing if pair not in self.parameters])
+        if untuned and after_group is not None:
+            after_group(untuned)
         batches = [
             (part, batch) for part, rows in enumerate(self._parts) for batch in batch_rows(rows, self._batch_size)
         ]
@@ -143,6 +154,8 @@ class TunedPairs:
                     else:
                         self._become(layer, entry)
                         self.parameters[layer, entry] = tuning.finish().parameters
+                if after_group is not None:
+                    after_group(group)
 
     def _group(self, pairs: list[Pair]) -> list[list[Pair]]:
         """Pairs that are tuned together: equations of all of them are in memory at once."""

@@ -14,13 +14,13 @@ from ..models.layerwise import find_layers, states_of
 from .alignment import input_dim
 
 
-__all__ = ["find_takers"]
+__all__ = ["find_candidates", "find_takers"]
 
 
 def find_takers(model: PreTrainedModel, layers: list[int]) -> dict[int, nn.Module]:
     """
-    The projections that can take up what comes after some layers: of each the one linear layer outside of the attention that
-    puts out hidden states, if all that it puts out is added to them.
+    The projections that can take up what comes after some layers: of [`find_candidates`] those of which all that they put out is
+    added to the hidden states. Two small forward passes find that out of each.
 
     Args:
         model (`PreTrainedModel`): a causal language model, teacher or student.
@@ -29,19 +29,25 @@ def find_takers(model: PreTrainedModel, layers: list[int]) -> dict[int, nn.Modul
     Returns:
         `dict[int, nn.Module]`: by layer. Layers with several experts, or with a norm after the MLP, have none.
     """
+    decoder_layers = find_layers(model)
+    candidates = find_candidates(model, layers).items()
+    return {layer: each for layer, each in candidates if _is_added(model, decoder_layers[layer], each)}
+
+
+def find_candidates(model: PreTrainedModel, layers: list[int]) -> dict[int, nn.Module]:
+    """The one linear layer of each layer, outside of its attention, that puts out hidden states. Arguments as in [`find_takers`]."""
     decoder_layers, size = find_layers(model), model.config.get_text_config().hidden_size
     attentions, found = find_shareable(model), {}
     for layer in layers if decoder_layers is not None else ():
-        block = decoder_layers[layer]
         in_attention = {*attentions[layer].modules()} if layer in attentions else {}
         outputs = [
             module
-            for module in block.modules()
+            for module in decoder_layers[layer].modules()
             if isinstance(module, (nn.Linear, Conv1D))
             and module not in in_attention
             and module.weight.shape[1 - input_dim(module)] == size
         ]
-        if len(outputs) == 1 and _is_added(model, block, outputs[0]):
+        if len(outputs) == 1:
             found[layer] = outputs[0]
     return found
 

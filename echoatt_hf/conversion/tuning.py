@@ -33,7 +33,7 @@ from ..planning.sharing import SharingPlan
 from ..text.rows import batch_rows
 from .alignment import EchoParameters, align_layer, find_changed, get_parameters, replace_parameter, set_parameters
 from .regression import NormalEquations, add_to_projection, solve_ridge
-from .taking_up import find_takers
+from .taking_up import find_candidates, find_takers
 
 
 __all__ = ["LayerTuning", "TunedLayer", "hold_out", "refit_outputs", "tune_student"]
@@ -164,8 +164,8 @@ class TakingUp:
 
 def find_tuned(student: EchoAttForCausalLM, plan: SharingPlan) -> dict[str, nn.Module]:
     """
-    All modules of a student that [`tune_student`] tunes, by a name for files: the attention of changed layers, and the
-    projections that take up dropped ones.
+    All modules of a student that [`tune_student`] may tune, by a name for files: the attention of changed layers, and the
+    projections that may take up dropped ones.
 
     Args:
         student ([`EchoAttForCausalLM`]): the student.
@@ -173,7 +173,7 @@ def find_tuned(student: EchoAttForCausalLM, plan: SharingPlan) -> dict[str, nn.M
     """
     followed = find_followed(plan.kept_layers, len(plan))
     attentions = {str(layer): attention for layer, attention in find_changed(student).items()}
-    return attentions | {f"{layer}.mlp": each for layer, each in find_takers(student, list(followed)).items()}
+    return attentions | {f"{layer}.mlp": each for layer, each in find_candidates(student, list(followed)).items()}
 
 
 def find_followed(teacher_layers: Sequence[int], num_layers: int) -> dict[int, int]:
@@ -254,8 +254,8 @@ def tune_student(
             heads = similarity.heads[teacher_layers[source], teacher_layers[layer]]
         tuning = make_tuning(changed[layer], heads, refit)
         for state in states:
+            expected, expected_before = state.advance_teacher(teacher, teacher_layers[layer])
             attend, states_before = state.advance(student, layer, changed[layer])
-            expected, expected_before = state.expected.pop(layer)
             if residual_share and states_before is not None:
                 missing_before = (expected_before.to(states_before.device) - states_before).flatten(0, -2)
                 expected = expected + residual_share * missing_before.to(expected.device)
@@ -264,13 +264,7 @@ def tune_student(
 
     with inference(student, teacher):
         states = [
-            _BatchState(
-                part,
-                batch,
-                teacher,
-                {layer: teacher_layers[layer] for layer in changed},
-                {layer: followed[layer] for layer in takers},
-            )
+            _BatchState(part, batch)
             for part, each in enumerate((rows, held_out_rows))
             for batch in batch_rows(each, batch_size)
         ]
@@ -280,57 +274,55 @@ def tune_student(
             if layer in takers:
                 tuning = TakingUp(takers[layer])
                 for state in states:
-                    tuning.add(state.part, *state.compare_block(student, layer, takers[layer]))
+                    after = state.advance_through(teacher, followed[layer])
+                    tuning.add(state.part, *state.compare_block(student, layer, takers[layer], after))
                 taken_up[layer] = tuning.finish()
     return tuned, taken_up
 
 
 class _BatchState:
     """
-    How far a student has come with a batch, and what the teacher gives where its changed layers are.
+    How far both models have come with a batch: of each the output of one layer is kept, and of the student what is recorded of
+    sources that later layers use.
 
     Args:
-        layers (`dict[int, int]`): for each changed layer of the student, in order, that of the teacher.
-        blocks (`dict[int, int]`): for each layer of the student that takes up dropped ones the last of these in the teacher.
-
-    Attributes:
         part (`int`): 0 to fit on, 1 to judge by.
-        expected (`dict[int, tuple[torch.Tensor, torch.Tensor]]`): by layer, what the teacher's output projection puts out,
-            `(N, O)`, and the hidden states before the layer, `(B, T, O)`.
-        after (`dict[int, torch.Tensor]`): by layer of `blocks`, the hidden states after the dropped layers, `(N, O)`.
+        batch (`BatchEncoding`): tokens.
     """
 
-    def __init__(
-        self, part: int, batch: BatchEncoding, teacher: PreTrainedModel, layers: dict[int, int], blocks: dict[int, int]
-    ):
+    def __init__(self, part: int, batch: BatchEncoding):
         self.part, self._batch = part, batch
         self._records, self._start, self._output = EchoRecords(), 0, None
-        attentions, self.expected, self.after, before = find_attention_modules(teacher), {}, {}, {}
-        hooks, decoder_layers = [], find_layers(teacher)
-        for layer, original in layers.items():
-            projection = find_output_projection(attentions[original])
-            if decoder_layers is not None:
-                hooks.append(decoder_layers[original].register_forward_pre_hook(partial(_keep_states, before, layer)))
-            hooks.append(projection.register_forward_hook(partial(self._keep_expected, before, layer)))
-        for layer, last in blocks.items():
-            hooks.append(decoder_layers[last].register_forward_hook(partial(self._keep_after, layer)))
-        furthest, forward = (
-            max([*layers.values(), *blocks.values()]),
-            partial(teacher, **batch.to(teacher.device), use_cache=False),
-        )
-        is_block = furthest in blocks.values()
-        end = decoder_layers[furthest] if is_block else find_output_projection(attentions[furthest])
+        self._teacher_start, self._teacher_output = 0, None
+
+    def advance_teacher(self, teacher: PreTrainedModel, layer: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """
+        Compute the teacher up to the end of a layer with attention. Returns what its output projection puts out, `(N, O)`, and
+        the hidden states before the layer, `(B, T, O)`.
+        """
+        layers, before, expected = find_layers(teacher), {}, []
+        projection = find_output_projection(find_attention_modules(teacher)[layer])
+        hooks = [projection.register_forward_hook(lambda module, args, output: expected.append(output.detach()))]
+        if layers is not None:
+            hooks.append(layers[layer].register_forward_pre_hook(partial(_keep_states, before, layer)))
         try:
-            run_through(end, forward)
+            if layers is not None:
+                self.advance_through(teacher, layer)
+            else:
+                run_through(projection, partial(teacher, **self._batch.to(teacher.device), use_cache=False))
         finally:
             for hook in hooks:
                 hook.remove()
+        return expected[0].flatten(0, -2), before.get(layer)
 
-    def _keep_after(self, layer: int, module, args, output) -> None:
-        self.after[layer] = states_of(output).detach().flatten(0, -2)
-
-    def _keep_expected(self, before: dict, layer: int, module, args, output) -> None:
-        self.expected[layer] = output.detach().flatten(0, -2), before.get(layer)
+    def advance_through(self, teacher: PreTrainedModel, layer: int) -> torch.Tensor:
+        """Compute the teacher up to the end of a layer. Returns the hidden states after it, `(N, O)`."""
+        layers = find_layers(teacher)
+        forward = partial(teacher, **self._batch.to(teacher.device), use_cache=False)
+        with starting_at(layers, self._teacher_start, self._teacher_output), keep_layer_outputs(layers) as outputs:
+            run_through(layers[layer], forward)
+        self._teacher_start, self._teacher_output = layer + 1, outputs[layer]
+        return states_of(outputs[layer]).flatten(0, -2)
 
     def advance(
         self, student: EchoAttForCausalLM, layer: int, echo: nn.Module
@@ -352,12 +344,23 @@ class _BatchState:
                 hook.remove()
         if layers is not None:  # those that were skipped return their output, too
             self._start, self._output = layer, outputs[layer - 1]
+            self._forget_records(student.config.plan)
         return partial(echo, *args, **kwargs), before.get(layer)
 
+    def _forget_records(self, plan: Sequence[int | str]) -> None:
+        """Forget what is recorded of sources that only layers use which are not computed again."""
+        needed = {source for _, source in read_layer_plan(plan)[self._start :]}
+        for recorded in (self._records.by_layer, self._records.keys_values):
+            for source in [source for source in recorded if source < self._start and source not in needed]:
+                del recorded[source]
+
     def compare_block(
-        self, student: EchoAttForCausalLM, layer: int, projection: nn.Module
+        self, student: EchoAttForCausalLM, layer: int, projection: nn.Module, after: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The inputs `(N, I)` of a projection of a layer, and what the hidden states after the layer lack, `(N, O)`."""
+        """
+        The inputs `(N, I)` of a projection of a layer, and what the hidden states after the layer lack, `(N, O)`, of those that
+        they should be.
+        """
         layers, seen = find_layers(student), {}
         forward = partial(student, **self._batch.to(student.device), use_cache=False, echo_records=self._records)
         hooks = [
@@ -371,7 +374,7 @@ class _BatchState:
             for hook in hooks:
                 hook.remove()
         states = seen["states"].flatten(0, -2)
-        return seen["inputs"].flatten(0, -2), self.after.pop(layer).to(states.device) - states
+        return seen["inputs"].flatten(0, -2), after.to(states.device) - states
 
 
 def _keep_states(kept: dict[int, torch.Tensor], layer: int, module, args) -> None:

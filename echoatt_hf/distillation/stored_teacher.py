@@ -242,7 +242,9 @@ def write_stored_teacher(
         + top_k * id_dtype.itemsize
         + sum(dtype.itemsize for dtype in dtypes.values()),
     }
-    shards, data_hash = _finished_shards(folder, header), hashlib.sha256()
+    # What else the manifest says is of settings, which another version has more or fewer of. Kept rows are compared themselves.
+    fixed = {name: value for name, value in header.items() if name not in (about or {})}
+    shards, data_hash = _finished_shards(folder, fixed), hashlib.sha256()
     total = len(rows) if isinstance(rows, Sized) else None
     bar = tqdm(total=total, unit=" rows", desc="store the teacher", disable=not progress, leave=False)
     with bar, _answering(teacher, top_k, batch_size) as ask:

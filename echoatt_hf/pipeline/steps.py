@@ -61,6 +61,7 @@ from ..settings import (
     StudentSettings,
     ZeroShotSettings,
     options_of,
+    read_settings,
 )
 from ..text.rows import shuffle_rows
 from .preparation import (
@@ -360,7 +361,7 @@ def compress(
     """
     two_commands = f"in place of `compress` run: {_describe_two_commands(settings, output)}"
     check_one_process("planning and conversion are", two_commands)
-    with unfinished_run(Path(output), settings.to_json(), overwrite, resume) as work:
+    with unfinished_run(Path(output), settings, overwrite, resume) as work:
         # Whatever can be wrong is said before anything is measured.
         arguments = make_training_arguments(settings.distillation, work / "checkpoints")
         _check_one_gpu(arguments, two_commands)
@@ -477,7 +478,7 @@ def store_teacher(
         `OSError`: there is no such teacher, or a server does not answer.
     """
     check_one_process("storing a teacher is")
-    with unfinished_run(Path(output), settings.to_json(), overwrite, resume, result="store") as work:
+    with unfinished_run(Path(output), settings, overwrite, resume, result="store") as work:
         store = settings.store
         if store.server is None:
             teacher, _ = load_placed(settings.teacher, settings.dtype)
@@ -531,9 +532,9 @@ def distill(settings: StudentSettings, output: str | Path, *, overwrite: bool = 
         stored = StoredTeacher(settings.stored_teacher, progress=True)
         about = {name: value for name, value in stored.manifest.items() if name not in ("data", "shards")}
         about = {"folder": settings.stored_teacher, **about}
-        settings = replace(settings, data=DataSettings(**stored.manifest["data"]), stored_teacher=about)
+        settings = replace(settings, data=read_settings(DataSettings, stored.manifest["data"]), stored_teacher=about)
         facts = {"teacher": stored.manifest["teacher"], "data": stored.manifest["text"]}
-    with unfinished_run(Path(output), settings.to_json(), overwrite, resume) as work:
+    with unfinished_run(Path(output), settings, overwrite, resume) as work:
         arguments = make_training_arguments(settings.distillation, work / "checkpoints")
         _check_one_gpu(arguments, "start the same command with `accelerate launch -m echoatt_hf.cli distill ...`")
         model, dtype = load_typed(settings.student, settings.dtype)

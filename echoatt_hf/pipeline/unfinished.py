@@ -5,11 +5,12 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from ..models.devices import processes
 from ..outputs.files import check_output_file, check_output_folder, explained_disk_errors, replace_folder, write_whole
 from ..planning.from_settings import is_searched
-from ..settings import MAY_CHANGE_ON_RESUME, CompressionSettings, differing_settings
+from ..settings import MAY_CHANGE_ON_RESUME, CompressionSettings, describe_settings, differing_settings
 
 
 __all__ = ["resumable_search", "unfinished_run"]
@@ -26,7 +27,7 @@ def resumable_search(
     if output is None or not is_searched(settings.plan):
         yield None
         return
-    work = _open_work_folder(output, settings.to_json(), overwrite, resume, check_output_file)
+    work = _open_work_folder(output, settings, overwrite, resume, check_output_file)
     state = work / "measured.json"
     try:
         yield state
@@ -39,7 +40,7 @@ def resumable_search(
 
 @contextmanager
 def unfinished_run(
-    output: Path, settings: str, overwrite: bool, resume: bool, result: str = "student"
+    output: Path, settings: Any, overwrite: bool, resume: bool, result: str = "student"
 ) -> Iterator[Path]:
     """
     The folder of a run that is not finished. When the block ends well, its folder `result` takes the place of
@@ -78,7 +79,7 @@ def _check_settings(work: Path, before: dict, now: dict) -> None:
     differing = differing_settings(before, now)
     if wrong := [name for name in differing if name not in MAY_CHANGE_ON_RESUME]:
         values = ", ".join(f"{name} was {differing[name][0]!r} and is {differing[name][1]!r}" for name in wrong)
-        others = [name for name in MAY_CHANGE_ON_RESUME if name.split(".")[0] in now]
+        others = [name for name in MAY_CHANGE_ON_RESUME if name.split(".")[0] in now["settings"]]
         may_change = f" (only {', '.join(others)} may differ)" if others else ""
         raise ValueError(
             f"The unfinished run in {str(work)!r} has other settings: {values}. Resume it with the same ones{may_change}, or "
@@ -92,7 +93,7 @@ def _work_folder(output: Path) -> Path:
 
 def _open_work_folder(
     output: Path,
-    settings: str,
+    settings: Any,
     overwrite: bool,
     resume: bool,
     check_output: Callable[[Path, bool], None] = check_output_folder,
@@ -100,10 +101,10 @@ def _open_work_folder(
     """The folder of an unfinished run: a new one, or the one to resume, which must have been made by equal settings."""
     check_output(output, overwrite or resume)
     work = _work_folder(output)
-    file = work / "settings.json"
+    file, described = work / "settings.json", describe_settings(settings)
     if file.exists() and resume:
-        _check_settings(work, json.loads(file.read_text()), json.loads(settings))
-        write_whole(file, settings)
+        _check_settings(work, json.loads(file.read_text()), described)
+        write_whole(file, json.dumps(described, indent=2) + "\n")
         return work
     if work.exists() and not overwrite and not resume:
         raise FileExistsError(
@@ -113,5 +114,5 @@ def _open_work_folder(
         check_output(output, overwrite)
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
-    write_whole(file, settings)
+    write_whole(file, json.dumps(described, indent=2) + "\n")
     return work

@@ -4,6 +4,8 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, fields
+from inspect import signature
+from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
@@ -148,7 +150,8 @@ def search_plan(
         align, refit (`bool`, *optional*, defaults to `True`):
             Measure with aligned heads, with refitted output projections.
         state (`Path`, *optional*):
-            JSON file that keeps what was measured. If it is there, nothing in it is measured again.
+            JSON file that keeps what was estimated of changes and measured of plans. If it is there, nothing in it is found
+            again; changes are tuned again where a plan that has them is measured.
         progress (`bool`, *optional*, defaults to `False`):
             Show a progress bar.
 
@@ -172,12 +175,9 @@ def search_plan(
     teacher_costs = counter(range(space.num_layers))
     budget = Budget(counter, teacher_costs, count, targets)
     batches = [batch.to(teacher.device) for batch in batch_rows(held_out[:search_rows], 8)]
-    tuned.tune(pairs, progress=progress)
-    blocks = sorted({layer for layer, entry in pairs if entry == "drop"})
-    attentions = sorted({layer for layer, entry in pairs if entry != "drop"})
-    expected = tuned.effects(pairs, batches, sample_gradients(teacher, batches, attentions, blocks))
     others = space.other_plans(similarity, ratio, teacher.config) if count is not None else {}
-    tuned.keep(_shortlist(expected, [list(plan) for plan in others.values()]))
+    _estimate(teacher, tuned, pairs, batches, kept, [list(plan) for plan in others.values()], progress)
+    expected = {pair: kept.expected[pair] for pair in pairs}
     total = (count or space.num_layers) * width + len(others)
     bar = tqdm(total=total, desc="search", disable=not progress, leave=False)
     remedy = f"plans are measured on search_rows {search_rows}, of which the layer outputs are kept. Give fewer, or shorter rows"
@@ -197,7 +197,7 @@ def search_plan(
             chosen = sorted(prices, key=lambda pair: _price(*prices[pair]))[:width]
             if not chosen:
                 raise ValueError(_out_of_moves(block_size, count, rounds, budget, counter(plan), teacher_costs))
-            measure.start(plan)
+            measure.start(plan, [with_pair(plan, pair) for pair in chosen])
             results = {pair: measure(with_pair(plan, pair)) for pair in chosen}
             measured |= {pair: value - current for pair, value in results.items() if plan[pair[0]] == pair[0]}
             best = min(results, key=lambda pair: _price(results[pair] - current, prices[pair][1]))
@@ -214,6 +214,30 @@ def search_plan(
     tokens = sum(batch["input_ids"].numel() for batch in batches)
     frontier = find_frontier([{"layer_plan": plan, "kl": kl} | asdict(counter(plan)) for plan, kl in measure.all])
     return PlanSearch(best, rounds, kl, len(kept.known), tokens, asdict(teacher_costs), frontier)
+
+
+def _estimate(
+    teacher: PreTrainedModel,
+    tuned: TunedPairs,
+    pairs: Sequence[Pair],
+    batches: Sequence[BatchEncoding],
+    kept: "_State",
+    others: list[list[int | str]],
+    progress: bool,
+) -> None:
+    """Estimate the effects of the changes that are not known, see [`TunedPairs.effects`], as soon as they are tuned."""
+    unknown = [pair for pair in pairs if pair not in kept.expected]
+    if not unknown:
+        return
+    blocks = sorted({layer for layer, entry in unknown if entry == "drop"})
+    attentions = sorted({layer for layer, entry in unknown if entry != "drop"})
+    gradients = sample_gradients(teacher, batches, attentions, blocks)
+
+    def estimate(group: list[Pair]) -> None:
+        kept.expect(tuned.effects(group, batches, gradients))
+        tuned.keep(_shortlist({pair: kept.expected[pair] for pair in pairs if pair in kept.expected}, others))
+
+    tuned.tune(unknown, after_group=estimate, progress=progress)
 
 
 def _price(rise: float, gain: float) -> float:
@@ -386,9 +410,12 @@ class _Measure:
         self._plan: list[int | str] = []
         self._kept: list[tuple[EchoRecords, list]] = []
 
-    def start(self, plan: list[int]) -> None:
-        """Keep what the layers of a plan give, to start from in the measurements that follow."""
+    def start(self, plan: list[int | str], candidates: Sequence[list[int | str]]) -> None:
+        """Keep what the layers of a plan give, to start from in the measurements of `candidates`, which are tuned together."""
         self._plan, self._kept = plan, []
+        if unknown := [candidate for candidate in candidates if candidate not in self._state]:
+            pairs = dict.fromkeys(pair for each in (plan, *unknown) for pair in pairs_of(each))
+            self._tuned.tune(sorted(pairs, key=itemgetter(0)))
 
     def __call__(self, plan: list[int | str]) -> float:
         if plan not in self._state:
@@ -427,10 +454,14 @@ class _Measure:
 
 
 class _State:
-    """KL of the plans that were measured, by plan; in a file too, if there is one, with what they were measured on."""
+    """
+    KL of the plans that were measured, by plan, and what is expected of changes; in a file too, if there is one, with what they
+    were measured on.
+    """
 
     def __init__(self, file: Path | None, describe: Callable[[], dict]):
         self._file, self._measured_on, self.known = file, None, {}
+        self.expected: dict[Pair, float] = {}
         if file is None:
             return
         self._measured_on = describe()
@@ -438,7 +469,10 @@ class _State:
             return
         try:
             content = json.loads(file.read_text())
-            measured_on, self.known = content["measured_on"], content["kl"]
+            # A setting that the version before did not have counts as its default.
+            settings = {name: each.default for name, each in signature(search_plan).parameters.items()}
+            measured_on, self.known = settings | content["measured_on"], content["kl"]
+            self.expected = {(layer, entry): value for layer, entry, value in content.get("expected", [])}
             differing = [
                 name for name, value in self._measured_on.items() if not _is_same(measured_on.get(name), value)
             ]
@@ -458,8 +492,18 @@ class _State:
 
     def __setitem__(self, plan: list[int], value: float) -> None:
         self.known[_key(plan)] = value
+        self._write()
+
+    def expect(self, effects: dict[Pair, float]) -> None:
+        """Keep what is expected of some more changes."""
+        self.expected |= effects
+        self._write()
+
+    def _write(self) -> None:
         if self._file is not None:
-            write_whole(self._file, json.dumps({"measured_on": self._measured_on, "kl": self.known}))
+            expected = [[*pair, value] for pair, value in self.expected.items()]
+            content = {"measured_on": self._measured_on, "expected": expected, "kl": self.known}
+            write_whole(self._file, json.dumps(content))
 
 
 def _describe(
@@ -497,13 +541,18 @@ def _key(plan: list[int]) -> str:
 
 def _shortlist(expected: dict[Pair, float], plans: list[list[int]]) -> list[Pair]:
     """The most promising sources of each layer and move, and the pairs of some plans."""
-    kept = [(echo, source) for plan in plans for echo, source in enumerate(plan) if echo != source]
+    kept = [pair for plan in plans for pair in pairs_of(plan)]
     groups: dict[tuple[int, str], list[Pair]] = {}
     for layer, entry in expected:
         groups.setdefault((layer, read_entry(layer, entry)[0]), []).append((layer, entry))
     for group in groups.values():
         kept += sorted(group, key=expected.get)[:KEPT_SOURCES]
     return kept
+
+
+def pairs_of(plan: Sequence[int | str]) -> list[Pair]:
+    """The changes of a plan, by layer."""
+    return [(layer, entry) for layer, entry in enumerate(plan) if entry != layer]
 
 
 def with_pair(plan: list[int | str], pair: Pair) -> list[int | str]:
