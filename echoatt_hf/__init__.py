@@ -25,6 +25,7 @@ _MODULES = {
     "distillation.served_teacher": ["ServedTeacher"],
     "distillation.stored_teacher": ["StoredTeacher", "write_stored_teacher"],
     "distillation.trainer": ["EchoAttTrainer", "EchoAttTrainingArguments"],
+    "evaluation.continuations": ["evaluate_continuations", "repeated_share"],
     "evaluation.held_out": ["compute_agreement", "compute_perplexity", "evaluate_model", "metric_path"],
     "evaluation.zero_shot": ["evaluate_zero_shot"],
     "modeling_echoatt": [

@@ -354,6 +354,14 @@ def check_stride(stride: int, row_length: int) -> None:
         )
 
 
+def check_continuation(prompt_tokens: int, new_tokens: int) -> None:
+    """Check how long a prompt and its continuation are. Raises `ValueError` if there is nothing to start from or to count."""
+    if prompt_tokens < 1:
+        raise ValueError(f"prompt_tokens is {prompt_tokens}; it must be at least 1.")
+    if new_tokens < 4:
+        raise ValueError(f"new_tokens is {new_tokens}; it must be at least 4, as 4 tokens in a row are counted.")
+
+
 @dataclass(frozen=True)
 class DataSettings:
     """Which text, and how it becomes rows of tokens. Each field's `metadata["help"]` says what it is for."""
@@ -847,9 +855,9 @@ class StoredTeacherSettings:
 
 @dataclass(frozen=True)
 class ScoringSettings:
-    """Which tokens of held-out text count, and what is said of them. Each field's `metadata["help"]` says what it is for."""
+    """What is measured, and which tokens of held-out text count. Each field's `metadata["help"]` says what it is for."""
 
-    panel: ClassVar[str] = "Which tokens count"
+    panel: ClassVar[str] = "What is measured"
 
     stride: int | None = setting(
         None,
@@ -858,11 +866,20 @@ class ScoringSettings:
         "have little before them.",
     )
     position_buckets: int = setting(
-        0, "Equal ranges of positions in a row for which perplexity is reported too; 0 for none."
+        0,
+        "Equal ranges of positions in a row for which perplexity, and KL to a teacher, are reported too; 0 for none.",
     )
+    continuations: int = setting(
+        0,
+        "Most prompts, of held-out text, that the model goes on with greedily: how many 4-grams it repeats, beside the "
+        "teacher and the text itself; 0 for none. With --output the first 20 are in its .continuations.md, to be read.",
+    )
+    prompt_tokens: int = setting(64, "Tokens of a prompt, with --continuations.")
+    new_tokens: int = setting(128, "Tokens of a continuation; an end of text is a token like any other.")
 
     def __post_init__(self):
-        _check_not_negative(self, "position_buckets")
+        _check_not_negative(self, "position_buckets", "continuations")
+        check_continuation(self.prompt_tokens, self.new_tokens)
 
 
 @dataclass(frozen=True)

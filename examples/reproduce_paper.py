@@ -52,6 +52,9 @@ Each run has a folder of its own, which keeps the student: plan for the disk spa
 was stopped, and does nothing where it is done, also with other `--methods` and `--ratios`, which choose what the tables
 hold; a run that was made with other settings is refused. New texts and tasks
 are measured on the students that are there.
+
+With `--continuations 100` all models go on with the beginnings of 100 held-out rows. The table then has the share of 4-grams that
+they repeat, and `continuations.md` what they wrote.
 """
 
 import argparse
@@ -64,10 +67,17 @@ from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
-from study_report import compare, make_curve, make_report, plot_curves
+from study_report import compare, make_curve, make_report, make_side_by_side, plot_curves
 from transformers import PreTrainedModel
 
-from echoatt_hf import SharingPlan, convert, count_kv_bytes_per_token, evaluate_model, evaluate_zero_shot
+from echoatt_hf import (
+    SharingPlan,
+    convert,
+    count_kv_bytes_per_token,
+    evaluate_continuations,
+    evaluate_model,
+    evaluate_zero_shot,
+)
 from echoatt_hf.analysis.similarity import AttentionSimilarity, measure_on_rows
 from echoatt_hf.baselines.layer_dropping import choose_layers_to_drop
 from echoatt_hf.baselines.random_plans import draw_plan
@@ -80,6 +90,7 @@ from echoatt_hf.outputs.files import whole_folder, write_whole
 from echoatt_hf.outputs.provenance import describe_environment
 from echoatt_hf.pipeline.neighbours import make_by_method
 from echoatt_hf.pipeline.preparation import choose_plan, load_rows
+from echoatt_hf.pipeline.steps import SIDE_BY_SIDE
 from echoatt_hf.planning.from_settings import make_plan, needs_similarity
 from echoatt_hf.settings import (
     MOVES,
@@ -88,6 +99,7 @@ from echoatt_hf.settings import (
     DistillationSettings,
     MethodSettings,
     PlanSettings,
+    ScoringSettings,
     Target,
     describe_settings,
     differing_settings,
@@ -162,6 +174,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--other-text", type=named_path, action="append", default=[], help="NAME=FILE of text for perplexity")
     add("--task", type=named_path, action="append", default=[], help="NAME=FILE or FOLDER of a zero-shot task")
     add("--limit", type=int, help="questions of each task file; all if not given")
+    add("--continuations", type=int, default=0, help="held-out rows to go on with, to count repeated 4-grams")
+    add("--prompt-tokens", type=int, default=64, help="tokens of each that are the prompt")
+    add("--new-tokens", type=int, default=128, help="tokens of a continuation; a row holds both")
     scale = parser.parse_known_args(arguments)[0].scale
     parser.set_defaults(**SCALES.get(scale, {}))
     return parser.parse_args(arguments)
@@ -327,6 +342,8 @@ class Study:
             evaluation_rows=arguments.evaluation_rows,
         )
         self._calibration = CalibrationSettings(calibration_rows=arguments.calibration_rows)
+        lengths = {name: getattr(arguments, name) for name in ("continuations", "prompt_tokens", "new_tokens")}
+        self._scoring = ScoringSettings(**lengths)
         self.row_length = self._data.row_length
 
     @cached_property
@@ -542,7 +559,14 @@ class Study:
                 {"task": path, "limit": limit},
                 lambda model, path=path: evaluate_zero_shot(model, self.tokenizer, {"": path}, limit=limit)[""],
             )
+        if number := self._scoring.continuations:
+            lengths = {"prompt_tokens": self._scoring.prompt_tokens, "new_tokens": self._scoring.new_tokens}
+            found["continuations"] = ({"rows": number, **lengths}, lambda model: self._go_on(model, number, lengths))
         return found
+
+    def _go_on(self, model: PreTrainedModel, number: int, lengths: dict) -> dict:
+        result = evaluate_continuations(model, self.rows[1][:number], self.tokenizer, description="go on", **lengths)
+        return result | {"texts": result["texts"][:SIDE_BY_SIDE]}
 
     def _measure_held_out(self, model: PreTrainedModel) -> dict:
         result = evaluate_model(model, self.rows[1], teacher=self.teacher, tokenizer=self.tokenizer)
@@ -597,9 +621,11 @@ def write_results(results: dict, output: Path) -> None:
     if file.exists() and file.read_text() == text:
         return
     write_whole(output / "results.md", make_report(results))
+    if "continuations" in results["teacher_evaluations"]:
+        write_whole(output / "continuations.md", make_side_by_side(results))
     plot_curves(results, output / ".perplexity.png")
     (output / ".perplexity.png").replace(output / "perplexity.png")
-    write_whole(file, text)  # last: what it says of the other two holds
+    write_whole(file, text)  # last: what it says of the others holds
 
 
 def main() -> None:

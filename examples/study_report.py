@@ -4,6 +4,7 @@ import math
 from itertools import pairwise
 from pathlib import Path
 
+from echoatt_hf.evaluation.continuations import format_side_by_side
 from echoatt_hf.outputs.tables import format_markdown
 
 
@@ -72,6 +73,11 @@ def make_report(results: dict) -> str:
         runs = [run for run in results["runs"] if run["table"] == name]
         if runs:
             parts += [f"## {title}", _format_table(runs, results["teacher_evaluations"])]
+    if found := results["teacher_evaluations"].get("continuations"):
+        parts += [
+            f"Repeated 4-grams: mean and standard error of {found['prompts']:,} greedy continuations of "
+            f"{found['new_tokens']:,} tokens; of the text itself {_format_repeated(found, 'text_')}."
+        ]
     if results["left_out"]:
         parts += ["## Left out", "\n".join(describe_left_out(results["left_out"]))]
     sentences = [describe(comparison) for comparison in results["tokens_to_reach_paper"]]
@@ -84,6 +90,7 @@ def make_report(results: dict) -> str:
 def _format_table(runs: list[dict], teacher: dict) -> str:
     others = [name for name in teacher if name.startswith(("text ", "task "))]
     header = ["ratio", "method", "steps", "rate", "perplexity", "agreement", "KL (nats)"]
+    header += ["repeated 4-grams"] if "continuations" in teacher else []
     header += [name.removeprefix("text ").removeprefix("task ") for name in others]
     lines = [[*header, "parameters", "KV bytes/token"], ["", "teacher", "", "", *_format_evaluations(teacher, others)]]
     for run in runs:
@@ -104,10 +111,27 @@ def _format_training(distillation: dict | None) -> tuple[str, str]:
 def _format_evaluations(evaluations: dict, others: list[str]) -> list[str]:
     held_out = evaluations["held-out"]
     cells = [f"{held_out['perplexity']:.3f}", f"{held_out['agreement']:.1%}", f"{held_out['kl']:.4f}"]
+    if "continuations" in evaluations:
+        cells.append(_format_repeated(evaluations["continuations"]))
     for name in others:
         result = evaluations[name]
         cells.append(f"{result['acc']:.1%}" if "acc" in result else f"{result['perplexity']:.2f}")
     return [*cells, f"{held_out['parameters']:,}", f"{held_out['kv_bytes_per_token']:,}"]
+
+
+def _format_repeated(found: dict, of: str = "") -> str:
+    share, error = found[f"{of}repeated_4grams"], found[f"{of}repeated_4grams_stderr"]
+    return f"{share:.1%}" + ("" if error is None else f" ± {error:.1%}")
+
+
+def make_side_by_side(results: dict) -> str:
+    """What the text, the teacher and each student go on with, prompt by prompt, as Markdown."""
+    of_teacher = results["teacher_evaluations"]["continuations"]["texts"]
+    texts = [{name: line[name] for name in ("prompt", "text")} | {"teacher": line["model"]} for line in of_teacher]
+    for run in results["runs"]:
+        for line, found in zip(texts, run["evaluations"]["continuations"]["texts"], strict=True):
+            line[f"{run['ratio']} {run['method']}"] = found["model"]
+    return format_side_by_side(texts)
 
 
 def plot_curves(results: dict, path: Path) -> None:

@@ -19,6 +19,7 @@ from echoatt_hf import (
     EchoAttTrainer,
     EchoAttTrainingArguments,
     StoredTeacher,
+    evaluate_continuations,
     evaluate_model,
     load_model,
     write_stored_teacher,
@@ -151,6 +152,13 @@ def run_replicated(folder: Path) -> dict:
     return {"streamed": trainer.seen, "heads": [head, refused_by_one]} | run_together(folder)
 
 
+class IdTokenizer:
+    """Writes tokens as their numbers."""
+
+    def decode(self, tokens, **options) -> str:
+        return " ".join(map(str, tokens))
+
+
 def run_together(folder: Path) -> dict:
     """An evaluation, the text of a run and a stored teacher, of which each process does its part."""
     teacher, evaluated = make_teacher("llama"), []
@@ -163,6 +171,18 @@ def run_together(folder: Path) -> dict:
         rows = rows_of_ids()[:count]
         found = evaluate_model(student, rows, teacher=teacher, batch_size=2, among_processes=True)
         evaluated.append([found, len(calls) - tried])
+    written = []
+    for count in (1, 5):
+        found = evaluate_continuations(
+            student,
+            rows_of_ids()[:count],
+            IdTokenizer(),
+            prompt_tokens=4,
+            new_tokens=8,
+            batch_size=2,
+            among_processes=True,
+        )
+        written.append(found)
     reads = {"text": 0, "files": 0}
 
     def counted(module, name, kind):
@@ -186,7 +206,7 @@ def run_together(folder: Path) -> dict:
     train, held_out = steps._load_rows_once(folder / "rows", settings, models)
     counted(stored_teacher, "hash_file", "files")
     assert len(StoredTeacher(folder / "store")) == 4
-    return {"evaluated": evaluated, "reads": reads, "text": [list(train["input_ids"]), held_out]}
+    return {"evaluated": evaluated, "written": written, "reads": reads, "text": [list(train["input_ids"]), held_out]}
 
 
 def main(folder: Path, alone: Path) -> None:

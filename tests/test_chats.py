@@ -673,7 +673,10 @@ def test_answers_and_positions_from_the_command_line(teacher_folder, chat_file, 
     assert "answer_loss " in result.output and "| positions | tokens | perplexity |" in result.output
     assert "| 0 to 23   |" in result.output and "| 24 to 47  |" in result.output
     written = json.loads((tmp_path / "found.json").read_text())
-    assert written["scoring"] == {"stride": 12, "position_buckets": 2} and len(written["by_position"]) == 2
+    assert (
+        written["scoring"] | {"stride": 12, "position_buckets": 2} == written["scoring"]
+        and len(written["by_position"]) == 2
+    )
     for bad, message in (
         (["--stride", 40], "stride is 40; it must be from 1 to 24"),
         (["--held-out-data", "stdlib", "--assistant-only"], "the data holds no conversations"),

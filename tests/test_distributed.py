@@ -12,12 +12,12 @@ import torch
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from conftest import FP32_TOLERANCE, make_teacher, plan_of, process_environment
-from distributed_runs import make_trainer, rows_of_ids
+from distributed_runs import IdTokenizer, make_trainer, rows_of_ids
 from processes import run_python
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from echoatt_hf import EchoAttForCausalLM, evaluate_model
+from echoatt_hf import EchoAttForCausalLM, evaluate_continuations, evaluate_model
 
 
 ROOT = Path(__file__).parents[1]
@@ -163,7 +163,7 @@ def test_streamed_rows_are_divided(layout):
 
 @pytest.mark.parametrize("layout", ["ddp_cpu2"], indirect=True)
 def test_an_evaluation_is_divided_and_the_text_read_once(layout, tmp_path):
-    evaluated, reads, rows = (facts_of(layout, kind) for kind in ("evaluated", "reads", "text"))
+    evaluated, reads, rows, written = (facts_of(layout, kind) for kind in ("evaluated", "reads", "text", "written"))
     teacher = make_teacher("llama")
     student = EchoAttForCausalLM.from_teacher(teacher, plan_of("llama"))
     for count, results in zip((1, 5), zip(*evaluated, strict=True), strict=True):
@@ -171,6 +171,10 @@ def test_an_evaluation_is_divided_and_the_text_read_once(layout, tmp_path):
         for found, forwards in results:
             assert found == pytest.approx(expected, rel=1e-5)
             assert forwards == (1 if count == 1 else 2)  # of batches of two rows: five rows are three, then two
+    for count, results in zip((1, 5), zip(*written, strict=True), strict=True):
+        lengths = {"prompt_tokens": 4, "new_tokens": 8}
+        expected = evaluate_continuations(student, rows_of_ids()[:count], IdTokenizer(), **lengths)
+        assert [*results] == [expected] * 2  # in the order of the rows, whoever went on with them
     assert reads == [{"text": 1, "files": 2}, {"text": 0, "files": 0}]
     assert rows[0] == rows[1] and len(rows[0][0]) > 2 and len(rows[0][1]) == 2
 

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -191,6 +192,31 @@ def test_a_study_measures_every_method(study):
     assert student.num_parameters() == dropped["parameters"] and student.config.num_hidden_layers == 5
 
 
+def test_a_study_counts_what_is_repeated(study):
+    folder, run = study
+    shutil.copytree(folder / "whole", folder / "going-on")
+    arguments = ["--output", "going-on", "--methods", "none", "paper", "--continuations", "3", "--prompt-tokens", "6"]
+    results = run(*arguments, "--new-tokens", "9")
+    table = (folder / "going-on" / "results.md").read_text()
+    evaluations = {"teacher": results["teacher_evaluations"]} | {
+        each["method"]: each["evaluations"] for each in results["runs"]
+    }
+    assert [*evaluations] == ["teacher", "none", "paper"]
+    header, _, *lines = ([cell.strip() for cell in line.split("|")] for line in table.splitlines() if "|" in line)
+    column = header.index("repeated 4-grams")
+    for line, found in zip(lines, (each["continuations"] for each in evaluations.values()), strict=True):
+        assert found["prompts"] == 3 and 0 <= found["repeated_4grams"] <= 1
+        assert line[column] == f"{found['repeated_4grams']:.1%} ± {found['repeated_4grams_stderr']:.1%}"
+    assert "of 3 greedy continuations of 9 tokens; of the text itself" in table
+    shown = (folder / "going-on" / "continuations.md").read_text()
+    assert shown.count("|---|---|") == 3
+    assert [line.split("|")[1].strip() for line in shown.splitlines() if line.startswith("| ")][:5] == [
+        "", "the text itself", "teacher", "0.33 none", "0.33 paper"
+    ]  # fmt: skip
+    with pytest.raises(SystemExit, match="a prompt of 6 tokens and 11 new ones need 17"):
+        run(*arguments, "--new-tokens", "11")
+
+
 def test_a_study_says_where_the_paper_has_no_plan(study, example, monkeypatch):
     folder, run = study
     make_teacher(num_hidden_layers=8, vocab_size=300).save_pretrained(folder / "deeper")
@@ -254,6 +280,7 @@ def test_an_interrupted_study_goes_on(study, example, monkeypatch, capsys):
         (["--output", "new", "--targets", "cache=-5%"], "target is 'cache=-5%'; it must be"),
         (["--output", "new", "--teacher", "./nowhere"], "'./nowhere' cannot be loaded|no model folder './nowhere'"),
         (["--output", "new", "--task", "gone=gone.jsonl"], "gone.jsonl"),
+        (["--output", "new", "--continuations", "-1"], "continuations is -1; it must be 0 or more"),
     ],
 )
 def test_a_study_refuses_in_one_line(study, arguments, message):

@@ -366,7 +366,8 @@ def evaluate(
     output: Annotated[Path | None, typer.Option(help="JSON file to write the results to.")] = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Evaluate a model on held-out text: perplexity, bits per byte, and agreement with its teacher; also on answers alone."""
+    """Evaluate a model on held-out text: perplexity, agreement with its teacher, and how it goes on by itself; also on answers."""
+    from ..evaluation.continuations import format_continuations
     from ..evaluation.held_out import format_positions
     from ..models.devices import processes
     from ..pipeline.steps import evaluate
@@ -379,11 +380,13 @@ def evaluate(
     results = evaluate(settings, output, overwrite=overwrite)
     if not processes().is_main_process:
         return
-    positions = results.pop("by_position", None)
+    positions, continuations = results.pop("by_position", None), results.pop("continuations", None)
     for name, value in results.items():
         print(f"{name:17} {value:,}" if isinstance(value, int) else f"{name:17} {value:.5f}")
     if positions is not None:
         print(f"\n{format_positions(positions)}\n")
+    if continuations is not None:
+        print(f"\n{format_continuations(continuations)}\n")
     if output is not None:
         print(f"written to {output}")
 

@@ -21,7 +21,14 @@ from ..outputs.tables import format_markdown
 from ..text.readers import check_text
 
 
-__all__ = ["ZeroShotItem", "ZeroShotTask", "evaluate_zero_shot", "format_zero_shot", "read_zero_shot_tasks"]
+__all__ = [
+    "ZeroShotItem",
+    "ZeroShotTask",
+    "evaluate_zero_shot",
+    "format_zero_shot",
+    "mean_and_stderr",
+    "read_zero_shot_tasks",
+]
 
 CHOICE, PARTIAL, LAST_WORD, PAIR = "multiple choice", "partial scoring", "last word", "minimal pair"
 
@@ -423,7 +430,7 @@ def _measure(task: ZeroShotTask, scores: Iterator[_Score]) -> dict[str, Any]:
             values.setdefault("acc_norm", []).append(is_right)
     result: dict[str, Any] = {}
     for metric, each in values.items():
-        mean, stderr = _mean_and_stderr(each)
+        mean, stderr = mean_and_stderr(each)
         if metric == "log_likelihood":
             metric, mean = "perplexity", math.exp(-mean) if mean > -700 else math.inf
             stderr = None if stderr is None else mean * stderr
@@ -431,7 +438,8 @@ def _measure(task: ZeroShotTask, scores: Iterator[_Score]) -> dict[str, Any]:
     return result | {"count": len(task.items)}
 
 
-def _mean_and_stderr(values: Sequence[float]) -> tuple[float, float | None]:
+def mean_and_stderr(values: Sequence[float]) -> tuple[float, float | None]:
+    """The mean, and its standard error: the sample standard deviation / sqrt(number), `None` of a single value."""
     values = np.array(values, dtype=np.float64)
     stderr = float(values.std(ddof=1)) / math.sqrt(len(values)) if len(values) > 1 else None
     return float(values.mean()), stderr

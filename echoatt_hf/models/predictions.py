@@ -18,7 +18,7 @@ from .heads import HeadLogits, OutputHead, predict
 from .inference import inference
 
 
-__all__ = ["Predictions", "compare_predictions", "position_ranges", "score_tokens", "sum_predictions"]
+__all__ = ["Predictions", "compare_predictions", "position_ranges", "score_tokens", "share_batches", "sum_predictions"]
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def compare_predictions(
     together = processes() if among_processes else None
     is_divided = together is not None and together.num_processes > 1
     if is_divided:
-        batches = _share(list(rows), batch_size, together)
+        batches = share_batches(list(rows), batch_size, together)
     else:
         batches = ((batch, True) for batch in in_batches(rows, batch_size))
     count = math.ceil(len(rows) / batch_size) if isinstance(rows, Sized) and not is_divided else None
@@ -149,9 +149,9 @@ def _group_tokens(rows: list[dict], position_buckets: int) -> list[torch.Tensor]
     return [F.pad(group[:, 1:], (0, 1)) for group in groups]
 
 
-def _share(rows: list[dict], batch_size: int, together: PartialState) -> Iterator[tuple[list[dict], bool]]:
+def share_batches(rows: list, batch_size: int, together: PartialState) -> Iterator[tuple[list, bool]]:
     """
-    The batches of one of the processes, and whether they count. All processes have as many, as each may have a part of the
+    The batches of one of the processes, of every so many rows one, and whether they count. All processes have as many, as each may have a part of the
     model only, and all of them are needed in each forward pass: one without rows of its own takes one that does not count.
     """
     number = together.num_processes

@@ -29,6 +29,7 @@ from ..settings import (
     CompressionSettings,
     DataSettings,
     DataSource,
+    EvaluationSettings,
     PlanSettings,
     ScoringSettings,
 )
@@ -44,6 +45,7 @@ __all__ = [
     "convert_tuned",
     "load_calibration_rows",
     "load_held_out_rows",
+    "load_prompts",
     "load_rows",
     "plan_teacher",
 ]
@@ -107,14 +109,44 @@ def load_held_out_rows(
     Raises:
         `ValueError`: as [`load_rows`].
     """
-    _check_rows(settings, model)
-    if settings.held_out_sources is None:
-        groups = _load_both(settings)[1]
-    else:
-        check_held_out(settings.sources, settings.held_out_sources)
-        groups = _load_groups(settings.held_out_sources, settings.streaming)
+    groups = _load_held_out(settings, model)
     settings = _settle_masks(settings, groups, model)
     return _first_rows(settings, groups, tokenizer, scoring.stride if scoring is not None else None)
+
+
+def _load_held_out(settings: DataSettings, model: PreTrainedModel) -> list[_Documents]:
+    _check_rows(settings, model)
+    if settings.held_out_sources is None:
+        return _load_both(settings)[1]
+    check_held_out(settings.sources, settings.held_out_sources)
+    return _load_groups(settings.held_out_sources, settings.streaming)
+
+
+def load_prompts(
+    settings: EvaluationSettings, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel
+) -> list[dict]:
+    """
+    Rows at random places of the held-out text for [`evaluate_continuations`], of a prompt and as many tokens as are to be
+    written: the first ones would all be of one long document. The places are the same for all models with one tokenizer.
+
+    Args:
+        settings ([`EvaluationSettings`]): which text, and how many prompts of which length.
+        tokenizer (`PreTrainedTokenizerBase`): the model's tokenizer.
+        model (`PreTrainedModel`): the model the prompts are for, whose context they must fit.
+
+    Raises:
+        `ValueError`: they do not fit, or see [`load_rows`].
+    """
+    scoring = settings.scoring
+    length = scoring.prompt_tokens + scoring.new_tokens
+    _check_context("prompt_tokens + new_tokens", length, model)
+    data = replace(settings.data, row_length=length, assistant_only=False, document_masks=False)
+    groups = _load_held_out(data, model)
+    counts = _divide(scoring.continuations, [group.weight for group in groups])
+    parts = [
+        _draw(data, group.documents, tokenizer, count, 0) for group, count in zip(groups, counts, strict=True) if count
+    ]
+    return [row for part in parts for row in part]
 
 
 def load_calibration_rows(
@@ -254,17 +286,19 @@ def _divide(count: int, weights: list[float]) -> list[int]:
 
 
 def _check_rows(settings: DataSettings, model: PreTrainedModel) -> None:
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if context is not None and settings.row_length > context:
-        raise ValueError(
-            f"row_length is {settings.row_length}, but the model's context is {context} tokens: choose at most that."
-        )
+    _check_context("row_length", settings.row_length, model)
     if settings.document_masks and not _keeps_documents_apart(model):
         raise ValueError(
             f"document_masks is set, but models of type {model.config.get_text_config().model_type!r} with "
             f"{model.config._attn_implementation} attention let the documents in a row see each other: leave it out, or "
             "choose another attention implementation."
         )
+
+
+def _check_context(name: str, length: int, model: PreTrainedModel) -> None:
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if context is not None and length > context:
+        raise ValueError(f"{name} is {length}, but the model's context is {context} tokens: choose at most that.")
 
 
 def _keeps_documents_apart(model: PreTrainedModel | ServedTeacher) -> bool:

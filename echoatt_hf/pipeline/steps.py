@@ -29,6 +29,7 @@ from ..distillation.served_teacher import ServedTeacher
 from ..distillation.stored_teacher import StoredTeacher, write_stored_teacher
 from ..distillation.trainer import EchoAttTrainingArguments
 from ..distillation.two_stages import make_training_arguments, train_two_stages
+from ..evaluation.continuations import evaluate_continuations, format_side_by_side
 from ..evaluation.held_out import evaluate_model
 from ..evaluation.zero_shot import evaluate_zero_shot, read_zero_shot_tasks
 from ..modeling_echoatt import EchoAttForCausalLM
@@ -72,6 +73,7 @@ from .preparation import (
     convert_tuned,
     load_calibration_rows,
     load_held_out_rows,
+    load_prompts,
     load_rows,
     plan_teacher,
 )
@@ -206,24 +208,28 @@ def write_converted(
 
 def evaluate(settings: EvaluationSettings, output: str | Path | None = None, *, overwrite: bool = False) -> dict:
     """
-    Evaluate a model on held-out text, see [`evaluate_model`].
+    Evaluate a model on held-out text, see [`evaluate_model`] and [`evaluate_continuations`].
 
     Args:
         settings ([`EvaluationSettings`]):
             Which model, which text, and which teacher to compare with.
         output (`str` or `Path`, *optional*):
-            JSON file to write.
+            JSON file to write. Beside it, with continuations, the first of them to be read, with suffix
+            `.continuations.md`.
         overwrite:
             See [`compress`].
 
     Returns:
-        `dict`: what [`evaluate_model`] returns.
+        `dict`: what [`evaluate_model`] returns, and as `continuations` what [`evaluate_continuations`] returns.
     """
-    output = Path(output) if output is not None else None
-    check_output_file(output, overwrite)
+    output, scoring = Path(output) if output is not None else None, settings.scoring
+    side_by_side = output.with_suffix(".continuations.md") if output is not None and scoring.continuations else None
+    for file in (output, side_by_side):
+        check_output_file(file, overwrite)
     model, _ = load_placed(settings.model, settings.dtype)
     tokenizer = load_tokenizer(settings.model, model)
-    rows = load_held_out_rows(settings.data, tokenizer, model, settings.scoring)
+    rows = load_held_out_rows(settings.data, tokenizer, model, scoring)
+    prompts = load_prompts(settings, tokenizer, model) if scoring.continuations else []
     teacher = load_placed(settings.teacher, settings.dtype)[0] if settings.teacher is not None else None
     results = evaluate_model(
         model,
@@ -231,15 +237,32 @@ def evaluate(settings: EvaluationSettings, output: str | Path | None = None, *, 
         teacher=teacher,
         tokenizer=tokenizer,
         batch_size=settings.batch_size,
-        position_buckets=settings.scoring.position_buckets,
+        position_buckets=scoring.position_buckets,
         description="evaluate" if processes().is_main_process else None,
         among_processes=True,
     )
+    if prompts:
+        results["continuations"] = evaluate_continuations(
+            model,
+            prompts,
+            tokenizer,
+            teacher=teacher,
+            prompt_tokens=scoring.prompt_tokens,
+            new_tokens=scoring.new_tokens,
+            batch_size=settings.batch_size,
+            description="continue" if processes().is_main_process else None,
+            among_processes=True,
+        )
     if output is not None and processes().is_main_process:
-        about = {"model": settings.model, "teacher": settings.teacher, "scoring": asdict(settings.scoring)}
+        if side_by_side is not None:
+            write_whole(side_by_side, format_side_by_side(results["continuations"]["texts"][:SIDE_BY_SIDE]))
+        about = {"model": settings.model, "teacher": settings.teacher, "scoring": asdict(scoring)}
         write_whole(output, json.dumps(about | results, indent=2) + "\n")
     return results
 
+
+SIDE_BY_SIDE = 20
+"""How many continuations are written to be read, the first ones."""
 
 EXPORTERS = {"mlx": (check_mlx, add_mlx_file)}
 """How students are exported: a check of their configuration, and what is added to their folder."""
