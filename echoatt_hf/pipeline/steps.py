@@ -77,7 +77,7 @@ from .preparation import (
     load_rows,
     plan_teacher,
 )
-from .unfinished import _work_folder, resumable_search, unfinished_run
+from .unfinished import resumable_search, unfinished_run, work_folder
 
 
 __all__ = [
@@ -395,7 +395,7 @@ def _fill_in(
     The settings with the learning rate that is used, where none is given: that of the run that is resumed, which may have
     begun with another version and so with another default, or the default for the model.
     """
-    rate, begun = settings.distillation.learning_rate, _work_folder(output) / "settings.json"
+    rate, begun = settings.distillation.learning_rate, work_folder(output) / "settings.json"
     if rate is None and resume and begun.exists():
         kept = json.loads(begun.read_text())
         values = kept.get("settings", kept)  # up to version 0.2.0 the values alone

@@ -13,7 +13,7 @@ from ..planning.from_settings import is_searched
 from ..settings import MAY_CHANGE_ON_RESUME, CompressionSettings, describe_settings, differing_settings
 
 
-__all__ = ["resumable_search", "unfinished_run"]
+__all__ = ["resumable_search", "unfinished_run", "work_folder"]
 
 # What a resumed run goes on from.
 WORTH_KEEPING = ("checkpoints", "store/manifest.json", "similarity.json", "measured.json", "conversion.json")
@@ -48,7 +48,7 @@ def unfinished_run(
     share, and the main one makes and moves them.
     """
     state = processes()
-    work = _work_folder(output)
+    work = work_folder(output)
     if state.is_main_process:
         _open_work_folder(output, settings, overwrite, resume)
     state.wait_for_everyone()
@@ -87,7 +87,7 @@ def _check_settings(work: Path, before: dict, now: dict) -> None:
         )
 
 
-def _work_folder(output: Path) -> Path:
+def work_folder(output: Path) -> Path:
     return output.with_name(output.name + ".partial")
 
 
@@ -100,7 +100,7 @@ def _open_work_folder(
 ) -> Path:
     """The folder of an unfinished run: a new one, or the one to resume, which must have been made by equal settings."""
     check_output(output, overwrite or resume)
-    work = _work_folder(output)
+    work = work_folder(output)
     file, described = work / "settings.json", describe_settings(settings)
     if file.exists() and resume:
         _check_settings(work, json.loads(file.read_text()), described)
