@@ -114,11 +114,13 @@ def check_same_tokenizer(
                 "tokenizer: give a teacher with the student's vocabulary, or load both from folders or repositories that "
                 "have their tokenizers."
             )
-        if tokenizer is not None or teacher_tokenizer is not None:
+        role, model = ("student", student) if tokenizer is None else ("teacher", teacher)
+        one_is_known = tokenizer is not None or teacher_tokenizer is not None
+        if one_is_known and model.name_or_path:  # one that was just made of the other, in memory, has no name
             logger.warning(
                 "The tokenizer of the %s is not known, so that it was not compared with the other one: save it in the "
                 "model's folder, or make sure that both models have the same.",
-                "student" if tokenizer is None else "teacher",
+                role,
             )
         return
     ours, theirs = tokenizer.get_vocab(), teacher_tokenizer.get_vocab()
