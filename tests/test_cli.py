@@ -8,9 +8,11 @@ import shlex
 import shutil
 from dataclasses import fields
 from pathlib import Path
+from typing import get_type_hints
 
 import pytest
 import torch
+import typer
 from conftest import make_teacher, write_workplace
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
@@ -94,6 +96,17 @@ def app_command(name):
     import typer
 
     return typer.main.get_command(app).commands[name]
+
+
+@pytest.mark.parametrize("kind", [DataSettings, PlanSettings, CalibrationSettings, DistillationSettings])
+def test_what_cards_say_of_settings_are_options(kind):
+    """Every setting that is yes or no, as the other of its default."""
+    command = typer.main.get_command(app).commands["compress"]
+    kinds = get_type_hints(kind)
+    for name in (field.name for field in fields(kind) if kinds[field.name] in (bool, bool | None)):
+        for value in {True, False} - {getattr(kind(), name)}:
+            words = options_of(kind, {name: value})
+            assert command.make_context("compress", [*words, "--output", "x"]).params[name] is value, words
 
 
 def test_options_are_in_panels_by_stage(echoatt):

@@ -146,7 +146,7 @@ def _check_one_process(name: str) -> None:
 def _option(field, kind: type, panel: str):
     name, names = field.name.replace("_", "-"), []
     if kind in (bool, bool | None):
-        names = [f"--{name}/--no-{name}" if default_of(field) else f"--{name}"]
+        names = [f"--{name}" if default_of(field) is False else f"--{name}/--no-{name}"]
     return typer.Option(*names, help=field.metadata["help"], rich_help_panel=panel)
 
 
