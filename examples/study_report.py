@@ -4,7 +4,7 @@ import math
 from itertools import pairwise
 from pathlib import Path
 
-from echoatt_hf.evaluation.continuations import format_side_by_side
+from echoatt_hf.evaluation.continuations import format_repeated, format_side_by_side
 from echoatt_hf.outputs.tables import format_markdown
 
 
@@ -76,7 +76,7 @@ def make_report(results: dict) -> str:
     if found := results["teacher_evaluations"].get("continuations"):
         parts += [
             f"Repeated 4-grams: mean and standard error of {found['prompts']:,} greedy continuations of "
-            f"{found['new_tokens']:,} tokens; of the text itself {_format_repeated(found, 'text_')}."
+            f"{found['new_tokens']:,} tokens; of the text itself {format_repeated(found, 'text')}."
         ]
     if results["left_out"]:
         parts += ["## Left out", "\n".join(describe_left_out(results["left_out"]))]
@@ -112,16 +112,11 @@ def _format_evaluations(evaluations: dict, others: list[str]) -> list[str]:
     held_out = evaluations["held-out"]
     cells = [f"{held_out['perplexity']:.3f}", f"{held_out['agreement']:.1%}", f"{held_out['kl']:.4f}"]
     if "continuations" in evaluations:
-        cells.append(_format_repeated(evaluations["continuations"]))
+        cells.append(format_repeated(evaluations["continuations"]))
     for name in others:
         result = evaluations[name]
         cells.append(f"{result['acc']:.1%}" if "acc" in result else f"{result['perplexity']:.2f}")
     return [*cells, f"{held_out['parameters']:,}", f"{held_out['kv_bytes_per_token']:,}"]
-
-
-def _format_repeated(found: dict, of: str = "") -> str:
-    share, error = found[f"{of}repeated_4grams"], found[f"{of}repeated_4grams_stderr"]
-    return f"{share:.1%}" + ("" if error is None else f" ± {error:.1%}")
 
 
 def make_side_by_side(results: dict) -> str:

@@ -11,16 +11,21 @@ from tqdm.auto import tqdm
 from transformers import GenerationConfig, GenerationMixin, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..models.checks import check_same_tokenizer
-from ..models.devices import explained_memory_errors, processes
+from ..models.devices import explained_memory_errors
 from ..models.inference import inference
 from ..models.predictions import share_batches
 from ..outputs.tables import format_markdown
 from ..settings import check_continuation
-from ..text.rows import in_batches
 from .zero_shot import mean_and_stderr
 
 
-__all__ = ["evaluate_continuations", "format_continuations", "format_side_by_side", "repeated_share"]
+__all__ = [
+    "evaluate_continuations",
+    "format_continuations",
+    "format_repeated",
+    "format_side_by_side",
+    "repeated_share",
+]
 
 WRITERS = {"text": "the text itself", "teacher": "teacher", "model": "model"}
 """Who goes on with a prompt, as the texts of [`evaluate_continuations`] call them and as a table does."""
@@ -125,7 +130,7 @@ def evaluate_continuations(
             written[name] = _continue(each, prompts, new_tokens, batch_size, bar, among_processes)
     found = {"prompts": len(rows), "prompt_tokens": prompt_tokens, "new_tokens": new_tokens}
     for name in reversed(written):  # the model's own first
-        key = "repeated_4grams" if name == "model" else f"{name}_repeated_4grams"
+        key = _key_of(name)
         found[key], found[f"{key}_stderr"] = mean_and_stderr([repeated_share(tokens) for tokens in written[name]])
     columns = {"prompt": prompts, **written}
     texts = {name: [_decode(tokenizer, tokens) for tokens in column] for name, column in columns.items()}
@@ -156,12 +161,7 @@ def _continue(
     among_processes: bool,
 ) -> list[list[int]]:
     """What a model writes after each prompt; all prompts are as long."""
-    together = processes() if among_processes else None
-    is_divided = together is not None and together.num_processes > 1
-    if is_divided:
-        batches = share_batches(prompts, batch_size, together)
-    else:
-        batches = ((batch, True) for batch in in_batches(prompts, batch_size))
+    batches, together = share_batches(prompts, batch_size, among_processes)
     own = []
     remedy = f"{batch_size} prompts are gone on with together. Give a smaller batch_size, or ask for fewer tokens"
     bar = tqdm(total=len(prompts), desc=description, disable=description is None, leave=False)
@@ -178,8 +178,8 @@ def _continue(
             )
             if counts:
                 own += output[:, ids.shape[1] :].tolist()
-            bar.update(len(batch) * (together.num_processes if is_divided else 1))
-    if not is_divided:
+            bar.update(len(batch) * (1 if together is None else together.num_processes))
+    if together is None:
         return own
     parts = gather_object([own])
     return [parts[index % len(parts)][index // len(parts)] for index in range(len(prompts))]
@@ -209,12 +209,18 @@ def format_continuations(found: dict) -> str:
         found (`dict`): as returned by [`evaluate_continuations`].
     """
     lines = [[f"{found['prompts']:,} continuations of {found['new_tokens']:,} tokens", "repeated 4-grams"]]
-    for name, title in WRITERS.items():
-        key = "repeated_4grams" if name == "model" else f"{name}_repeated_4grams"
-        if key in found:
-            error = found[f"{key}_stderr"]
-            lines.append([title, f"{found[key]:.1%}" + ("" if error is None else f" ± {error:.1%}")])
+    lines += [[title, format_repeated(found, name)] for name, title in WRITERS.items() if _key_of(name) in found]
     return format_markdown(lines, left=0)
+
+
+def format_repeated(found: dict, writer: str = "model") -> str:
+    """How often one of the writers repeats itself, with the standard error."""
+    share, error = found[_key_of(writer)], found[f"{_key_of(writer)}_stderr"]
+    return f"{share:.1%}" + ("" if error is None else f" ± {error:.1%}")
+
+
+def _key_of(writer: str) -> str:
+    return "repeated_4grams" if writer == "model" else f"{writer}_repeated_4grams"
 
 
 def format_side_by_side(texts: list[dict[str, str]]) -> str:

@@ -73,13 +73,8 @@ def compare_predictions(
     Raises:
         `ValueError`: there are no rows, or more ranges than positions.
     """
-    together = processes() if among_processes else None
-    is_divided = together is not None and together.num_processes > 1
-    if is_divided:
-        batches = share_batches(list(rows), batch_size, together)
-    else:
-        batches = ((batch, True) for batch in in_batches(rows, batch_size))
-    count = math.ceil(len(rows) / batch_size) if isinstance(rows, Sized) and not is_divided else None
+    batches, together = share_batches(rows, batch_size, among_processes)
+    count = math.ceil(len(rows) / batch_size) if isinstance(rows, Sized) and together is None else None
     sums = torch.zeros(2 + position_buckets, 4, dtype=torch.float64)  # of the groups of `_group_tokens`
     models = [model] if teacher is None or teacher is model else [model, teacher]
     remedy = (
@@ -100,7 +95,7 @@ def compare_predictions(
                 found = torch.cat([found, torch.ones_like(found[:1])])
                 # What is left out may be padding, on which a model may give anything.
                 sums += torch.stack([found.masked_fill(~group, 0.0).sum((1, 2)) for group in groups])
-    if is_divided:
+    if together is not None:
         sums = reduce(sums.to(together.device), "sum").cpu()
     if sums[0, 3] == 0:
         raise ValueError("There are no rows to evaluate on: give held-out text that fills at least one row.")
@@ -149,11 +144,23 @@ def _group_tokens(rows: list[dict], position_buckets: int) -> list[torch.Tensor]
     return [F.pad(group[:, 1:], (0, 1)) for group in groups]
 
 
-def share_batches(rows: list, batch_size: int, together: PartialState) -> Iterator[tuple[list, bool]]:
+def share_batches(
+    rows: Iterable, batch_size: int, among_processes: bool
+) -> tuple[Iterator[tuple[list, bool]], PartialState | None]:
     """
-    The batches of one of the processes, of every so many rows one, and whether they count. All processes have as many, as each may have a part of the
-    model only, and all of them are needed in each forward pass: one without rows of its own takes one that does not count.
+    The batches of this process, and whether they count; and the processes that share the rows, `None` where it has all of
+    them. Process P of N has the rows P, P + N, P + 2N and so on.
+
+    All processes have as many batches, as each may have a part of the model only, and all of them are needed in each forward
+    pass: one without rows of its own takes one that does not count.
     """
+    together = processes() if among_processes else None
+    if together is None or together.num_processes == 1:
+        return ((batch, True) for batch in in_batches(rows, batch_size)), None
+    return _share(list(rows), batch_size, together), together
+
+
+def _share(rows: list, batch_size: int, together: PartialState) -> Iterator[tuple[list, bool]]:
     number = together.num_processes
     own = in_batches(rows[together.process_index :: number], batch_size)
     for _ in range(math.ceil(math.ceil(len(rows) / number) / batch_size)):

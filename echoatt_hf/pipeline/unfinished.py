@@ -88,6 +88,7 @@ def _check_settings(work: Path, before: dict, now: dict) -> None:
 
 
 def work_folder(output: Path) -> Path:
+    """The folder in which a run is until it is finished."""
     return output.with_name(output.name + ".partial")
 
 
