@@ -415,7 +415,7 @@ class DataSettings:
         "Learn from the answers alone: the messages of the assistant, and completions. Plain text counts as a whole. "
         "Evaluations then report answers too.",
     )
-    evaluation_rows: int = setting(128, "Most rows to evaluate on.")
+    evaluation_rows: int = setting(128, "Most rows to evaluate on, drawn from all held-out text.")
 
     def __post_init__(self):
         _check_at_least_one(self, "evaluation_rows", "shuffle_buffer", "num_proc")

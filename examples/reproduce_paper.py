@@ -106,7 +106,7 @@ from echoatt_hf.settings import (
     parse_target,
 )
 from echoatt_hf.text.documents import STDLIB, load_documents
-from echoatt_hf.text.rows import pack_rows
+from echoatt_hf.text.rows import draw_rows
 
 
 METHODS = ("none", "cross-entropy", "paper", "ours untrained", "ours")
@@ -576,8 +576,9 @@ class Study:
         }
 
     def _measure_text(self, model: PreTrainedModel, path: str) -> dict:
-        rows = pack_rows(load_documents(path), self.tokenizer, self._data.row_length)
-        return evaluate_model(model, list(rows.take(self._data.evaluation_rows)), tokenizer=self.tokenizer)
+        settings = self._data
+        rows = draw_rows(load_documents(path), self.tokenizer, settings.row_length, settings.evaluation_rows)
+        return evaluate_model(model, rows, tokenizer=self.tokenizer)
 
 
 def run_study(arguments: argparse.Namespace) -> dict:

@@ -652,7 +652,10 @@ def test_a_student_learns_answers(teacher_folder, chat_file, tmp_path):
     assert logged[-1] == pytest.approx(report["results"][-1]["answer_loss"], rel=0.01), "while training too"
     template = (tmp_path / "student" / "chat_template.jinja").read_text()
     assert template == BY_PREFIX
-    scored = EvaluationSettings(str(tmp_path / "student"), str(teacher_folder), data, scoring=ScoringSettings(8, 4))
+    every_row = replace(data, evaluation_rows=500)
+    scored = EvaluationSettings(
+        str(tmp_path / "student"), str(teacher_folder), every_row, scoring=ScoringSettings(8, 4)
+    )
     found = steps.evaluate(scored, tmp_path / "found.json")
     written = json.loads((tmp_path / "found.json").read_text())
     assert written["by_position"] == found["by_position"] and len(found["by_position"]) == 4

@@ -1,5 +1,4 @@
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +10,7 @@ from typer.testing import CliRunner
 from echoatt_hf import EchoAttForCausalLM, evaluate_continuations, pack_rows, repeated_share
 from echoatt_hf.cli.app import app
 from echoatt_hf.evaluation.continuations import format_continuations, format_side_by_side
-from echoatt_hf.pipeline.preparation import load_held_out_rows, load_prompts
+from echoatt_hf.pipeline.preparation import load_prompts
 from echoatt_hf.settings import DataSettings, EvaluationSettings, ScoringSettings
 from echoatt_hf.text.documents import load_documents
 
@@ -247,12 +246,9 @@ def test_prompts_are_of_many_documents(workplace, tokenizer, teacher, monkeypatc
     data = DataSettings(["text"], held_out_fraction=0.5)
     settings = EvaluationSettings("model", data=data, scoring=ScoringSettings(None, 0, 9, PROMPT, NEW))
     rows = load_prompts(settings, tokenizer, teacher)
-    first = load_held_out_rows(replace(data, row_length=PROMPT + NEW, evaluation_rows=9), tokenizer, teacher)
     tales = [{tale for tale in range(8) if str(tale) in tokenizer.decode(row["input_ids"])} for row in rows]
     assert len(rows) == 9 and all(len(row["input_ids"]) == PROMPT + NEW for row in rows)
-    assert len(set().union(*tales)) > 2 and [[*row["input_ids"]] for row in first] != [
-        row["input_ids"] for row in rows
-    ]
+    assert len(set().union(*tales)) > 2
     assert load_prompts(settings, tokenizer, teacher) == rows
 
 

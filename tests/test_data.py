@@ -6,8 +6,10 @@ import pickle
 import shutil
 import sysconfig
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -23,10 +25,17 @@ from echoatt_hf.distillation.stored_teacher import write_stored_teacher
 from echoatt_hf.evaluation.zero_shot import read_zero_shot_tasks
 from echoatt_hf.pipeline import steps
 from echoatt_hf.pipeline.preparation import load_calibration_rows, load_held_out_rows, load_rows
-from echoatt_hf.settings import CalibrationSettings, CompressionSettings, DataSettings, DataSource, StudentSettings
+from echoatt_hf.settings import (
+    CalibrationSettings,
+    CompressionSettings,
+    DataSettings,
+    DataSource,
+    ScoringSettings,
+    StudentSettings,
+)
 from echoatt_hf.text import rows as rows_module
 from echoatt_hf.text.documents import STDLIB, load_documents, split_documents
-from echoatt_hf.text.rows import collate_rows, draw_rows, mix_rows, pack_rows, shuffle_rows, stack_rows
+from echoatt_hf.text.rows import collate_rows, draw_rows, mix_rows, pack_rows, sample_rows, shuffle_rows, stack_rows
 
 
 pytestmark = [pytest.mark.once, pytest.mark.usefixtures("own_datasets_cache")]
@@ -577,10 +586,17 @@ def model(tokenizer):
     return make_teacher(vocab_size=len(tokenizer), max_position_embeddings=64)
 
 
-def first_texts(settings: DataSettings, tokenizer, model) -> tuple[str, str]:
+def words_of(rows, tokenizer) -> set[str]:
+    """The words of rows, but those at their ends, which may be cut."""
+    return {
+        word for row in rows for word in tokenizer.decode(row["input_ids"]).replace(EOS, " ").split(" ")[1:-1] if word
+    }
+
+
+def find_words(settings: DataSettings, tokenizer, model) -> tuple[set[str], set[str]]:
     rows, held_out = load_rows(settings, tokenizer, model)
     assert load_held_out_rows(settings, tokenizer, model) == held_out
-    return tuple(tokenizer.decode(next(iter(part))["input_ids"])[:5] for part in (rows, held_out))
+    return words_of(rows, tokenizer), words_of(held_out, tokenizer)
 
 
 def two_splits(folder: Path) -> str:
@@ -600,12 +616,11 @@ def test_a_split_of_the_data_is_held_out(streaming, tmp_path, tokenizer, model):
         DataSettings(data=[repository], held_out_data=[repository], held_out_split="test", **options),
         DataSettings(data=[repository], held_out_data=[test_file], **options),
     ):
-        assert first_texts(data, tokenizer, model) == ("train", "exam ")
+        assert find_words(data, tokenizer, model) == ({"train"}, {"exam"})
     swapped = DataSettings(
         data=[repository], data_split="test", held_out_split="train", held_out_text_column="body", **options
     )
-    assert first_texts(swapped, tokenizer, model) == ("exam ", "train")
-    assert tokenizer.decode(load_held_out_rows(swapped, tokenizer, model)[0]["input_ids"]).startswith("train!")
+    assert find_words(swapped, tokenizer, model) == ({"exam"}, {"train!"})
 
 
 def test_held_out_text_is_described_as_the_data_is():
@@ -668,12 +683,48 @@ def test_rows_are_drawn_by_weight(streaming, tmp_path, tokenizer, model):
         assert 0.6 < share < 0.9
 
 
-def test_mixed_rows_end_or_repeat():
+def test_mixed_rows_repeat():
     parts = [Dataset.from_dict({"input_ids": [[number]] * count}) for number, count in ((0, 2), (1, 20))]
     assert mix_rows(parts[:1], [2.0]) is parts[0]
-    repeated, ended = (mix_rows(parts, [1, 1], repeat=repeat)["input_ids"][:] for repeat in (True, False))
+    repeated = mix_rows(parts, [1, 1])["input_ids"][:]
     assert repeated.count([1]) >= 20 and repeated.count([0]) > 2
-    assert ended.count([0]) == 2
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["loaded", "streamed"])
+@pytest.mark.parametrize("stride", [None, 4])
+def test_rows_to_evaluate_on_are_of_many_documents(stride, streaming, tmp_path, tokenizer, model):
+    """The first ones are of one document, where documents are long."""
+    for number in range(12):
+        (tmp_path / f"{number}.txt").write_text(f"tale{number} " * 200)
+    data = DataSettings([str(tmp_path)], held_out_fraction=0.5, row_length=16, streaming=streaming, evaluation_rows=24)
+    scoring = ScoringSettings(stride=stride)
+    rows = load_held_out_rows(data, tokenizer, model, scoring)
+    held_out = {f"tale{number}" for number in range(12)} & words_of(
+        load_held_out_rows(replace(data, evaluation_rows=5000), tokenizer, model), tokenizer
+    )
+    assert len(rows) == 24 and 3 < len(held_out) < 12
+    assert len(held_out & words_of(rows, tokenizer)) > 3
+    again = load_held_out_rows(data, tokenizer, model, scoring)
+    assert [[*row["input_ids"]] for row in again] == [[*row["input_ids"]] for row in rows]
+    for row in rows if stride else []:
+        assert 0 < sum(row["scored"]) <= 16
+
+
+def test_rows_drawn_have_their_masks(tokenizer):
+    """With few of many rows, of which only parts of the text are tokenized, as with all."""
+    texts = [f"text {number} " * 40 for number in range(400)]
+    documents = make_documents(texts)
+    few = draw_rows(documents, tokenizer, 16, 8, document_masks=True, assistant_only=True)
+    assert {tuple(row) for row in few} == {("input_ids", "position_ids", "assistant_masks")}
+    assert all(sum(row["assistant_masks"]) == 16 for row in few)
+
+
+def test_a_sample_is_of_all_rows():
+    rows = [{"number": number} for number in range(40)]
+    seen = [row["number"] for seed in range(400) for row in sample_rows(iter(rows), 10, seed)]
+    counts = np.bincount(seen, minlength=40)
+    assert len(seen) == 4000 and counts.min() > 60 and counts.max() < 140
+    assert sample_rows(rows, 50) == rows and sample_rows([], 3) == []
 
 
 # Tokens

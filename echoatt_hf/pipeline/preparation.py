@@ -34,7 +34,7 @@ from ..settings import (
     ScoringSettings,
 )
 from ..text.documents import check_held_out, holds_chats, load_documents, split_documents
-from ..text.rows import draw_rows, mix_rows, pack_rows, slide_rows
+from ..text.rows import draw_rows, mix_rows, pack_rows, sample_rows, slide_rows
 
 
 __all__ = [
@@ -69,7 +69,8 @@ def load_rows(
     settings: DataSettings, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel | ServedTeacher
 ) -> tuple[Dataset | IterableDataset, list[dict]]:
     """
-    Rows to train on and rows to evaluate on.
+    Rows to train on and rows to evaluate on, these at random places of what is held out. The places are the same for all
+    models with one tokenizer. Of streamed text they are drawn from its first `shuffle_buffer` rows.
 
     Args:
         settings ([`DataSettings`]): which text, and how long a row is.
@@ -88,7 +89,9 @@ def load_rows(
     groups, held_out = _load_both(settings)
     settings = _settle_masks(settings, [*groups, *held_out], model)
     parts = [_pack(settings, group.documents, tokenizer) for group in groups]
-    return mix_rows(parts, [group.weight for group in groups]), _first_rows(settings, held_out, tokenizer)
+    return mix_rows(parts, [group.weight for group in groups]), _draw_rows(
+        settings, held_out, tokenizer, settings.evaluation_rows
+    )
 
 
 def load_held_out_rows(
@@ -98,20 +101,22 @@ def load_held_out_rows(
     scoring: ScoringSettings | None = None,
 ) -> list[dict]:
     """
-    Rows to evaluate on: those of [`load_rows`], without reading more than they need.
+    Rows to evaluate on: those of [`load_rows`], without packing rows to train on.
 
     Args:
         settings ([`DataSettings`]): which text, and how long a row is.
         tokenizer (`PreTrainedTokenizerBase`): the model's tokenizer.
         model (`PreTrainedModel`): the model the rows are for, whose context they must fit.
-        scoring ([`ScoringSettings`], *optional*): with a stride, rows are those of [`slide_rows`].
+        scoring ([`ScoringSettings`], *optional*): with a stride, rows are drawn of those of [`slide_rows`], for which
+            all the text is tokenized.
 
     Raises:
         `ValueError`: as [`load_rows`].
     """
     groups = _load_held_out(settings, model)
     settings = _settle_masks(settings, groups, model)
-    return _first_rows(settings, groups, tokenizer, scoring.stride if scoring is not None else None)
+    stride = scoring.stride if scoring is not None else None
+    return _draw_rows(settings, groups, tokenizer, settings.evaluation_rows, stride=stride)
 
 
 def _load_held_out(settings: DataSettings, model: PreTrainedModel) -> list[_Documents]:
@@ -127,7 +132,7 @@ def load_prompts(
 ) -> list[dict]:
     """
     Rows at random places of the held-out text for [`evaluate_continuations`], of a prompt and as many tokens as are to be
-    written: the first ones would all be of one long document. The places are the same for all models with one tokenizer.
+    written. The places are the same for all models with one tokenizer.
 
     Args:
         settings ([`EvaluationSettings`]): which text, and how many prompts of which length.
@@ -141,12 +146,7 @@ def load_prompts(
     length = scoring.prompt_tokens + scoring.new_tokens
     _check_context("prompt_tokens + new_tokens", length, model)
     data = replace(settings.data, row_length=length, assistant_only=False, document_masks=False)
-    groups = _load_held_out(data, model)
-    counts = _divide(scoring.continuations, [group.weight for group in groups])
-    parts = [
-        _draw(data, group.documents, tokenizer, count, 0) for group, count in zip(groups, counts, strict=True) if count
-    ]
-    return [row for part in parts for row in part]
+    return _draw_rows(data, _load_held_out(data, model), tokenizer, scoring.continuations)
 
 
 def load_calibration_rows(
@@ -169,28 +169,39 @@ def load_calibration_rows(
     _check_rows(data, teacher)
     groups, _ = _load_both(data)
     data = _settle_masks(replace(data, assistant_only=False), groups, teacher)
-    generator = np.random.default_rng(calibration.calibration_seed)
-    weights = np.asarray([group.weight for group in groups])
-    counts = generator.multinomial(calibration.calibration_rows, weights / weights.sum())
-    rows = []
-    for group, count in zip(groups, counts.tolist(), strict=True):
-        rows += _draw(data, group.documents, tokenizer, count, calibration.calibration_seed) if count else []
+    rows = _draw_rows(data, groups, tokenizer, calibration.calibration_rows, calibration.calibration_seed)
     _check_calibration(rows, teacher)
-    return [rows[index] for index in generator.permutation(len(rows))]
+    return rows
 
 
-def _draw(
+def _draw_rows(
     settings: DataSettings,
-    documents: Dataset | IterableDataset,
+    groups: list[_Documents],
     tokenizer: PreTrainedTokenizerBase,
     count: int,
-    seed: int,
+    seed: int = 0,
+    stride: int | None = None,
 ) -> list[dict]:
-    if isinstance(documents, IterableDataset):
-        rows = _pack(settings, documents, tokenizer).shuffle(seed=seed, buffer_size=settings.shuffle_buffer)
-        return list(rows.take(count))
-    options = {"row_start": settings.row_start, "document_masks": settings.document_masks}
-    return draw_rows(documents, tokenizer, settings.row_length, count, seed=seed, **options)
+    """Rows at random places of documents, in random order: the first ones would all be of one long document."""
+    generator = np.random.default_rng(seed)
+    weights = np.asarray([group.weight for group in groups])
+    counts = generator.multinomial(count, weights / weights.sum()).tolist()
+    options = {"assistant_only": settings.assistant_only}
+    rows = []
+    for documents, number in (
+        (group.documents, number) for group, number in zip(groups, counts, strict=True) if number
+    ):
+        is_streamed = isinstance(documents, IterableDataset)
+        if stride is not None:
+            slides = slide_rows(documents, tokenizer, settings.row_length, stride, **options)
+            rows += sample_rows(islice(slides, settings.shuffle_buffer if is_streamed else None), number, seed)
+        elif is_streamed:
+            packed = _pack(settings, documents, tokenizer)
+            rows += packed.shuffle(seed=seed, buffer_size=settings.shuffle_buffer).take(number)
+        else:
+            masks = {"row_start": settings.row_start, "document_masks": settings.document_masks}
+            rows += draw_rows(documents, tokenizer, settings.row_length, number, seed=seed, **masks, **options)
+    return [rows[index] for index in generator.permutation(len(rows))]
 
 
 def _check_calibration(rows: list[dict], teacher: PreTrainedModel) -> None:
@@ -260,29 +271,6 @@ def _pack(
         assistant_only=settings.assistant_only,
         num_proc=settings.num_proc,
     )
-
-
-def _first_rows(
-    settings: DataSettings, groups: list[_Documents], tokenizer: PreTrainedTokenizerBase, stride: int | None = None
-) -> list[dict]:
-    """The first rows of documents, of which no more are read than that needs."""
-    streams = [
-        group.documents if isinstance(group.documents, IterableDataset) else group.documents.to_iterable_dataset()
-        for group in groups
-    ]
-    if stride is not None:
-        counts = _divide(settings.evaluation_rows, [group.weight for group in groups])
-        options = {"stride": stride, "assistant_only": settings.assistant_only}
-        slides = [slide_rows(stream, tokenizer, settings.row_length, **options) for stream in streams]
-        return [row for slide, count in zip(slides, counts, strict=True) for row in islice(slide, count)]
-    parts = [_pack(settings, stream, tokenizer) for stream in streams]
-    return list(mix_rows(parts, [group.weight for group in groups], repeat=False).take(settings.evaluation_rows))
-
-
-def _divide(count: int, weights: list[float]) -> list[int]:
-    """Numbers in the ratio of weights, that add up to `count`."""
-    ends = np.round(np.cumsum(weights) / np.sum(weights) * count).astype(int)
-    return np.diff(ends, prepend=0).tolist()
 
 
 def _check_rows(settings: DataSettings, model: PreTrainedModel) -> None:

@@ -20,7 +20,7 @@ from .chats import ChatTokenizer, count_common
 from .packing import ANSWERS, PACKING_VERSION, Dropped, Packer, Part
 
 
-__all__ = ["collate_rows", "draw_rows", "mix_rows", "pack_rows", "slide_rows"]
+__all__ = ["collate_rows", "draw_rows", "mix_rows", "pack_rows", "sample_rows", "slide_rows"]
 
 ROW_COLUMNS = ("input_ids", "position_ids")
 """What a packed row may hold for the model, T numbers each. Other columns are not the model's."""
@@ -184,6 +184,7 @@ def draw_rows(
     seed: int = 0,
     row_start: str = "bos",
     document_masks: bool = False,
+    assistant_only: bool = False,
 ) -> list[dict]:
     """
     Rows at random places of the documents. No more of them is tokenized than that needs.
@@ -195,7 +196,7 @@ def draw_rows(
             Rows to draw; there are fewer if the text does not fill so many.
         seed (`int`, *optional*, defaults to 0):
             Seed of the places.
-        tokenizer, row_length, row_start, document_masks:
+        tokenizer, row_length, row_start, document_masks, assistant_only:
             See [`pack_rows`].
 
     Returns:
@@ -205,7 +206,6 @@ def draw_rows(
         `ValueError`: as [`pack_rows`].
     """
     generator = np.random.default_rng(seed)
-    options = {"row_start": row_start, "document_masks": document_masks}
     lengths = [
         length
         for batch in documents.select_columns(["text"]).with_format("arrow").iter(batch_size=64)
@@ -214,15 +214,16 @@ def draw_rows(
     ends, window = np.cumsum(lengths), 16 * row_length  # bytes: about four rows
     rows = []
     if len(ends) and ends[-1] > 4 * count * window:
-        tokenize = _Tokenize(tokenizer)
+        tokenize = _Tokenize(tokenizer, assistant_only)
         for place in generator.permutation(ends[-1] // window):
-            packer = Packer(row_length, row_start, tokenize.prefix, document_masks, False)
+            packer = Packer(row_length, row_start, tokenize.prefix, document_masks, assistant_only)
             found = packer.pack(_parts_between(documents, tokenize, ends, place * window, (place + 1) * window))
             if size := len(found["input_ids"]):
                 chosen = generator.integers(size)
                 rows.append({name: values[chosen].tolist() for name, values in found.items()})
             if len(rows) == count:
                 return rows
+    options = {"row_start": row_start, "document_masks": document_masks, "assistant_only": assistant_only}
     packed = pack_rows(documents, tokenizer, row_length, **options)
     return [packed[int(index)] for index in generator.permutation(len(packed))[:count]]
 
@@ -237,12 +238,14 @@ def _parts_between(documents: Dataset, tokenize: "_Tokenize", ends: np.ndarray, 
         is_first, is_last = start == first, stop >= ends[index]
         if place := document.get("chat"):
             if is_first:
-                parts.append(Part(tokenize.documents([document["text"]], [place])["input_ids"][0], is_chat=True))
+                found = tokenize.documents([document["text"]], [place])
+                parts.append(Part(found["input_ids"][0], found[ANSWERS][0], is_chat=True))
         else:
             text = document["text"].encode()[start - first : stop - first].decode(errors="ignore")
             if not is_first and (found := _LINE_BREAK.search(text) or _SPACE.search(text)):
                 text = text[found.end() :]
-            parts.append(Part(tokenize.whole([text], is_first, is_last)[0], is_first=is_first))
+            tokens = tokenize.whole([text], is_first, is_last)[0]
+            parts.append(Part(tokens, np.ones(len(tokens), np.int8), is_first=is_first))
         start, index = int(ends[index]), index + 1
     return parts
 
@@ -301,29 +304,32 @@ def _slide(
                 scored_until = stop
 
 
+def sample_rows(rows: Iterable[dict], count: int, seed: int = 0) -> list[dict]:
+    """At most `count` of the rows, each with the same chance, without keeping more."""
+    generator, sample = np.random.default_rng(seed), []
+    for number, row in enumerate(rows, start=1):
+        if number <= count:
+            sample.append(row)
+        elif (place := generator.integers(number)) < count:
+            sample[place] = row
+    return sample
+
+
 def mix_rows(
-    parts: list[Dataset] | list[IterableDataset], weights: list[float], seed: int = 0, *, repeat: bool = True
+    parts: list[Dataset] | list[IterableDataset], weights: list[float], seed: int = 0
 ) -> Dataset | IterableDataset:
     """
-    Rows of several sources, each by its share.
+    Rows of several sources, each by its share, until all rows of all sources were there, with those of the smaller ones again.
 
     Args:
         parts (`list` of `Dataset` or of `IterableDataset`): rows of each source.
         weights (`list[float]`): shares, up to a factor.
         seed (`int`, *optional*, defaults to 0): seed of the order.
-        repeat (`bool`, *optional*, defaults to `True`):
-            Go on until all rows of all sources were there, with those of the smaller ones again; otherwise end with the
-            first source that ends.
     """
     if len(parts) == 1:
         return parts[0]
     shares = (np.asarray(weights) / np.sum(weights)).tolist()
-    return interleave_datasets(
-        parts,
-        probabilities=shares,
-        seed=seed,
-        stopping_strategy="all_exhausted" if repeat else "first_exhausted",
-    )
+    return interleave_datasets(parts, probabilities=shares, seed=seed, stopping_strategy="all_exhausted")
 
 
 def shuffle_rows(rows: Dataset | IterableDataset, seed: int, buffer_size: int) -> Dataset | IterableDataset:
