@@ -82,7 +82,7 @@ def measure(arguments: argparse.Namespace, folder: Path) -> tuple[list[list[str]
     teacher = load_model(arguments.teacher).to(default_device())
     tokenizer = load_tokenizer(arguments.teacher, teacher)
     rows, held_out_rows = load_rows(data, tokenizer, teacher)
-    similarity = measure_on_rows(teacher, list(rows.take(48)), progress=True)
+    similarity = measure_on_rows(teacher, list(rows.shuffle(seed=0).take(48)), progress=True)
     plan = make_plan(PlanSettings(plan="similarity", ratio=arguments.ratio), teacher.config, similarity)
     rows = list(rows.shuffle(seed=0).take(arguments.steps * arguments.batch_size))
 

@@ -89,12 +89,13 @@ from echoatt_hf.models.loading import load_config, load_model, load_tokenizer
 from echoatt_hf.outputs.files import whole_folder, write_whole
 from echoatt_hf.outputs.provenance import describe_environment
 from echoatt_hf.pipeline.neighbours import make_by_method
-from echoatt_hf.pipeline.preparation import choose_plan, load_rows
+from echoatt_hf.pipeline.preparation import choose_plan, load_calibration_rows, load_rows
 from echoatt_hf.pipeline.steps import SIDE_BY_SIDE
 from echoatt_hf.planning.from_settings import make_plan, needs_similarity
 from echoatt_hf.settings import (
     MOVES,
     CalibrationSettings,
+    CompressionSettings,
     DataSettings,
     DistillationSettings,
     MethodSettings,
@@ -364,7 +365,8 @@ class Study:
 
     @cached_property
     def calibration_rows(self) -> list[dict]:
-        return list(self.rows[0].take(self._calibration.calibration_rows))
+        settings = CompressionSettings(self._arguments.teacher, data=self._data, calibration=self._calibration)
+        return load_calibration_rows(settings, self.tokenizer, self.teacher)
 
     @cached_property
     def similarity(self) -> AttentionSimilarity:
