@@ -208,12 +208,18 @@ def differing_settings(kept: dict, now: dict) -> dict[str, tuple[Any, Any]]:
     The runs may be of two versions of this package: a setting that only one of them has counts as its default in the other.
 
     Args:
-        kept, now (`dict`): of [`describe_settings`]. What is kept may be the values alone, as up to version 0.2.0; then it is not
-            known what was at its default, and settings that are no more differ.
+        kept, now (`dict`): of [`describe_settings`]; what is kept may be of any version, see [`upgrade_settings`].
     """
-    if "given" not in kept:
-        kept = {"settings": kept, "given": list(kept)}
+    kept = upgrade_settings(kept)
     return _compare(kept["settings"], now["settings"], kept["given"], now["given"])
+
+
+def upgrade_settings(kept: dict) -> dict[str, Any]:
+    """
+    What [`describe_settings`] of any version has written, in today's form. Up to version 0.2.0 that was the values alone: then it is
+    not known what was at its default, and all counts as given.
+    """
+    return kept if "given" in kept else {"settings": kept, "given": list(kept)}
 
 
 def read_settings(kind: type, kept: dict) -> Any:

@@ -84,6 +84,24 @@ def compressed(workplace):
     return workplace / "student", result
 
 
+WORSE = "The student is worse than before its training"
+
+
+@pytest.mark.parametrize("rate, is_worse", [("3", True), ("3e-3", False)])
+def test_training_that_makes_a_student_worse_is_said(rate, is_worse, workplace, tmp_path):
+    result = echoatt(
+        "compress", "teacher", "--data", "text", "--steps", 8, "--learning-rate", rate, "--ratio", 0.34, "--plan", "spread", *FAST,
+        "--output", tmp_path / "student", cwd=workplace,
+    )  # fmt: skip
+    results = json.loads((tmp_path / "student" / "report.json").read_text())["results"]
+    assert (results[-1]["kl"] > results[1]["kl"]) is (results[-1]["loss"] > results[1]["loss"]) is is_worse
+    assert result.stderr.count(WORSE) == is_worse
+    if is_worse:
+        assert f"than 8 (--steps), or a lower learning rate than {rate} (--learning-rate)" in " ".join(
+            result.stderr.split()
+        )
+
+
 def test_compress_writes_a_whole_student(compressed):
     folder, result = compressed
     expected = {

@@ -4,6 +4,7 @@ publish. Each takes settings and where to write, and returns what it found as JS
 """
 
 import json
+import logging
 import shlex
 import shutil
 import tempfile
@@ -63,6 +64,7 @@ from ..settings import (
     ZeroShotSettings,
     options_of,
     read_settings,
+    upgrade_settings,
 )
 from ..text.rows import shuffle_rows
 from .preparation import (
@@ -92,6 +94,9 @@ __all__ = [
     "write_student",
     "zero_shot",
 ]
+
+
+logger = logging.getLogger(__name__)
 
 
 def analyze(settings: CompressionSettings, output: str | Path, *, overwrite: bool = False) -> dict:
@@ -397,9 +402,8 @@ def _fill_in(
     """
     rate, begun = settings.distillation.learning_rate, work_folder(output) / "settings.json"
     if rate is None and resume and begun.exists():
-        kept = json.loads(begun.read_text())
-        values = kept.get("settings", kept)  # up to version 0.2.0 the values alone
-        rate = values.get("distillation", {}).get("learning_rate")
+        kept = upgrade_settings(json.loads(begun.read_text()))
+        rate = kept["settings"].get("distillation", {}).get("learning_rate")
     if rate is not None:
         return replace(settings, distillation=replace(settings.distillation, learning_rate=rate))
     config = load_config(model)
@@ -633,6 +637,7 @@ def _train_and_write(
         held_out_rows=held_out_rows,
         evaluate=evaluations.run,
     )
+    _warn_if_worse(evaluations.results(), distillation)
     report = {
         "settings": without_paths(asdict(settings)),
         "teacher": describe_teacher(models.teacher) if models.teacher is not None else {},
@@ -652,6 +657,19 @@ def _train_and_write(
         if (work / "checkpoints" / "runs").exists():  # of TensorBoard
             shutil.move(work / "checkpoints" / "runs", work / "student" / "runs")
     return report
+
+
+def _warn_if_worse(results: list[dict], distillation: DistillationSettings) -> None:
+    """Say so if training took the student away from the text and from its teacher, and what may help."""
+    after, before = results[-1], next(result for result in results if result["name"] == "converted")
+    names = [name for name in ("perplexity", "kl") if name in after]
+    if processes().is_main_process and all(after[name] > before[name] for name in names):
+        changes = " and ".join(f"{name} is {after[name]:.4g} and was {before[name]:.4g}" for name in names)
+        logger.warning(
+            f"The student is worse than before its training: on held-out text {changes}. A student that starts this close needs "
+            f"more steps than {distillation.steps} (--steps), or a lower learning rate than {distillation.learning_rate:g} "
+            "(--learning-rate)."
+        )
 
 
 def write_student(
