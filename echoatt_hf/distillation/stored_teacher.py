@@ -203,72 +203,27 @@ def write_stored_teacher(
     first = next(iterator, None)
     if first is None:
         raise ValueError("There are no rows to store: give text that fills at least one row.")
-    if others := [name for name in ("labels", "attention_mask", *TARGET_MASKS) if name in first and name != ANSWERS]:
-        raise ValueError(
-            f"The rows bring {' and '.join(others)}, which a store does not keep: its rows are packed, and what to learn from "
-            f"is in {ANSWERS}, if not all. Leave the columns out, or distil from the teacher itself."
-        )
-    vocab_size = teacher.config.get_text_config().vocab_size
-    if not 1 <= top_k < vocab_size:
-        raise ValueError(f"top_k is {top_k}; it must be from 1 to {vocab_size - 1}, one less than the vocabulary has.")
-    if isinstance(teacher, ServedTeacher):
-        teacher.check_answers(tokenizer, first, top_k)
-        described = {"server": teacher.about}
-    else:
-        check_no_nan(teacher, "teacher")
-        described = {
-            "teacher_sha256": hash_weights(teacher),
-            "teacher_dtype": str(teacher.dtype).removeprefix("torch."),
-        }
-    id_dtype = np.dtype(np.uint16 if vocab_size <= 2**16 else np.int32)
-    dtypes = {"input_ids": id_dtype, "position_ids": np.dtype(np.int32), ANSWERS: np.dtype(np.uint8)}
-    dtypes = {name: dtype for name, dtype in dtypes.items() if name in first}
-    header = {
-        "format": FORMAT,
-        **(about or {}),
-        **described,
-        "tokenizer_sha256": hash_tokenizer(tokenizer),
-        "vocab_size": vocab_size,
-        "row_length": len(first["input_ids"]),
-        "columns": list(dtypes),
-        "shard_rows": shard_rows,
-        "top_k": top_k,
-        "temperature": 1.0,
-        "missing_mass": MISSING_MASS,
-        "logprob_dtype": "float16",
-        "id_dtype": id_dtype.name,
-        # k + 1 log-probabilities and k ids, and what the row itself has
-        "bytes_per_token": (top_k + 1) * 2
-        + top_k * id_dtype.itemsize
-        + sum(dtype.itemsize for dtype in dtypes.values()),
-    }
-    # What else the manifest says is of settings, which another version has more or fewer of. Kept rows are compared themselves.
-    fixed = {name: value for name, value in header.items() if name not in (about or {})}
-    shards, data_hash = _finished_shards(folder, fixed), hashlib.sha256()
+    _check_storable(teacher, first, top_k)
+    dtypes = _find_dtypes(teacher, first)
+    described = _describe_store(teacher, tokenizer, first, dtypes, top_k, shard_rows)
+    # `about` is of settings, which another version has more or fewer of. Kept rows are compared themselves.
+    shards, data_hash = _finished_shards(folder, described), hashlib.sha256()
+    header = (about or {}) | described
     total = len(rows) if isinstance(rows, Sized) else None
     bar = tqdm(total=total, unit=" rows", desc="store the teacher", disable=not progress, leave=False)
     with bar, _answering(teacher, top_k, batch_size) as ask:
         for number, columns in enumerate(_stack_shards(chain([first], iterator), dtypes, shard_rows)):
-            input_ids = columns["input_ids"]
             for values in columns.values():
                 data_hash.update(values.astype("<i4").tobytes())
             file = folder / f"shard-{number:05}.safetensors"
             if number < len(shards) and file.exists():
                 _check_kept(folder, shards[number], columns)
-                bar.update(len(input_ids))
+                bar.update(len(columns["input_ids"]))
                 continue
-            answers = []
-            for answer in ask(columns):
-                answers.append(answer)
-                bar.update(len(answers[-1][0]))
-            logprobs, ids = (np.concatenate(parts) for parts in zip(*answers, strict=True))
-            if np.isnan(logprobs).any():
-                row = number * shard_rows + int(np.isnan(logprobs).any((1, 2)).argmax())
-                raise ValueError(
-                    f"The teacher gives NaN for row {row}, which begins with the tokens {input_ids[row % shard_rows, :8]}: "
-                    "load it in float32 or another dtype, or leave the text out."
-                )
-            entry = _write_arrays(file, **columns, teacher_ids=ids.astype(id_dtype), teacher_logprobs=logprobs)
+            ids, logprobs = _answer_shard(ask, columns, number * shard_rows, bar)
+            entry = _write_arrays(
+                file, **columns, teacher_ids=ids.astype(header["id_dtype"]), teacher_logprobs=logprobs
+            )
             entry["rest_mass"] = round(float(np.exp(logprobs[..., -1], dtype=np.float64).mean()), 6)
             shards[number : number + 1] = [entry]
             _write_manifest(folder, header | {"shards": shards})
@@ -290,11 +245,87 @@ def write_stored_teacher(
     return manifest
 
 
+def _check_storable(teacher: PreTrainedModel | ServedTeacher, row: dict, top_k: int) -> None:
+    """Raise `ValueError` if a store cannot keep such rows, or so many tokens of such a teacher."""
+    if others := [name for name in ("labels", "attention_mask", *TARGET_MASKS) if name in row and name != ANSWERS]:
+        raise ValueError(
+            f"The rows bring {' and '.join(others)}, which a store does not keep: its rows are packed, and what to learn from "
+            f"is in {ANSWERS}, if not all. Leave the columns out, or distil from the teacher itself."
+        )
+    vocab_size = teacher.config.get_text_config().vocab_size
+    if not 1 <= top_k < vocab_size:
+        raise ValueError(f"top_k is {top_k}; it must be from 1 to {vocab_size - 1}, one less than the vocabulary has.")
+
+
+def _find_dtypes(teacher: PreTrainedModel | ServedTeacher, row: dict) -> dict[str, np.dtype]:
+    """The columns of such rows that are kept, with the smallest types that hold them."""
+    id_dtype = np.uint16 if teacher.config.get_text_config().vocab_size <= 2**16 else np.int32
+    dtypes = {"input_ids": id_dtype, "position_ids": np.int32, ANSWERS: np.uint8}
+    return {name: np.dtype(dtype) for name, dtype in dtypes.items() if name in row}
+
+
+def _describe_store(
+    teacher: PreTrainedModel | ServedTeacher,
+    tokenizer: PreTrainedTokenizerBase,
+    row: dict,
+    dtypes: dict[str, np.dtype],
+    top_k: int,
+    shard_rows: int,
+) -> dict:
+    """What the manifest says before anything is stored. Raises `ValueError` if the teacher's answers cannot be right."""
+    if isinstance(teacher, ServedTeacher):
+        teacher.check_answers(tokenizer, row, top_k)
+        described = {"server": teacher.about}
+    else:
+        check_no_nan(teacher, "teacher")
+        described = {
+            "teacher_sha256": hash_weights(teacher),
+            "teacher_dtype": str(teacher.dtype).removeprefix("torch."),
+        }
+    id_dtype, sizes = dtypes["input_ids"], [dtype.itemsize for dtype in dtypes.values()]
+    return {
+        "format": FORMAT,
+        **described,
+        "tokenizer_sha256": hash_tokenizer(tokenizer),
+        "vocab_size": teacher.config.get_text_config().vocab_size,
+        "row_length": len(row["input_ids"]),
+        "columns": list(dtypes),
+        "shard_rows": shard_rows,
+        "top_k": top_k,
+        "temperature": 1.0,
+        "missing_mass": MISSING_MASS,
+        "logprob_dtype": "float16",
+        "id_dtype": id_dtype.name,
+        # k + 1 log-probabilities and k ids, and what the row itself has
+        "bytes_per_token": (top_k + 1) * 2 + top_k * id_dtype.itemsize + sum(sizes),
+    }
+
+
+_Answers = Callable[[dict[str, np.ndarray]], Iterator[tuple[np.ndarray, np.ndarray]]]
+"""From the columns `(R, T)` of rows to what a teacher says of them, part by part, see `_ask`."""
+
+
+def _answer_shard(
+    ask: _Answers, columns: dict[str, np.ndarray], first_row: int, bar: tqdm
+) -> tuple[np.ndarray, np.ndarray]:
+    """Token ids `(R, T, k)` and log-probabilities `(R, T, k + 1)`. Raises `ValueError` with the row where one is NaN."""
+    answers = []
+    for answer in ask(columns):
+        answers.append(answer)
+        bar.update(len(answer[0]))
+    logprobs, ids = (np.concatenate(parts) for parts in zip(*answers, strict=True))
+    if np.isnan(logprobs).any():
+        row = int(np.isnan(logprobs).any((1, 2)).argmax())
+        raise ValueError(
+            f"The teacher gives NaN for row {first_row + row}, which begins with the tokens {columns['input_ids'][row, :8]}: "
+            "load it in float32 or another dtype, or leave the text out."
+        )
+    return ids, logprobs
+
+
 @contextmanager
-def _answering(
-    teacher: PreTrainedModel | ServedTeacher, top_k: int, batch_size: int
-) -> Iterator[Callable[[dict[str, np.ndarray]], Iterator[tuple[np.ndarray, np.ndarray]]]]:
-    """A function from the columns of rows to what the teacher says of them, part by part, see `_ask`."""
+def _answering(teacher: PreTrainedModel | ServedTeacher, top_k: int, batch_size: int) -> Iterator[_Answers]:
+    """A function that asks the teacher."""
     if isinstance(teacher, ServedTeacher):
         with teacher.answering(top_k, batch_size) as ask:
             yield ask
