@@ -30,7 +30,7 @@ from echoatt_hf.distillation.checkpoints import train_from_last_checkpoint, whol
 from echoatt_hf.models import heads
 from echoatt_hf.models.heads import OutputHead
 from echoatt_hf.models.loading import load_tokenizer
-from echoatt_hf.pipeline import steps
+from echoatt_hf.pipeline import training
 from echoatt_hf.settings import DataSettings
 from echoatt_hf.text.rows import collate_rows
 
@@ -194,16 +194,16 @@ def run_together(folder: Path) -> dict:
 
         setattr(module, name, count)
 
-    counted(steps, "load_rows", "text")
+    counted(training, "load_rows", "text")
     model = load_model("builtin")
-    models = steps._Models(None, model, load_tokenizer("builtin", model), model.dtype)
+    models = training.RunModels(None, model, load_tokenizer("builtin", model), model.dtype)
     text = folder / "text.txt"
     if dist.get_rank() == 0:
         text.write_text("\n<|endoftext|>\n".join(f"Story {n} of some words, and some more." for n in range(99)))
         write_stored_teacher(folder / "store", teacher, models.tokenizer, rows_of_ids()[:4], top_k=3)
     dist.barrier()
     settings = DataSettings([str(text)], row_length=16, evaluation_rows=2, held_out_fraction=0.2)
-    train, held_out = steps._load_rows_once(folder / "rows", settings, models)
+    train, held_out = training.load_rows_once(folder / "rows", settings, models)
     counted(stored_teacher, "hash_file", "files")
     assert len(StoredTeacher(folder / "store")) == 4
     return {"evaluated": evaluated, "written": written, "reads": reads, "text": [list(train["input_ids"]), held_out]}

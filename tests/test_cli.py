@@ -168,14 +168,14 @@ def test_distill_with_two_gpus(echoatt, workplace, two_gpus):
 
 @pytest.mark.parametrize("error", [ValueError, RuntimeError, OSError])
 def test_an_error_does_not_delete_what_was_measured(echoatt, workplace, monkeypatch, error):
-    from echoatt_hf.pipeline import steps
+    from echoatt_hf.pipeline import steps, training
 
     def fail(*_, **__):
         raise error("no")
 
     run = ["compress", "teacher", *COPY, *DATA, *CALIBRATION, *TRAIN, "--output", "kept"]
     with monkeypatch.context() as patch:
-        patch.setattr(steps, "train_two_stages", fail)
+        patch.setattr(training, "train_two_stages", fail)
         assert echoatt(*run).exit_code in (1, 2)
     work = workplace / "kept.partial"
     assert {"similarity.json", "conversion.json"} <= {path.name for path in work.iterdir()}
@@ -286,15 +286,15 @@ def test_results_are_those_of_the_student_that_is_saved(echoatt, tmp_path, optio
 
 @pytest.mark.parametrize("options", [[], ["--bf16"], ["--dtype", "bfloat16"]], ids=" ".join)
 def test_what_is_trained_is_in_float32(echoatt, tmp_path, monkeypatch, options):
-    from echoatt_hf.pipeline import steps
+    from echoatt_hf.pipeline import training
 
-    train, seen = steps.train_two_stages, []
+    train, seen = training.train_two_stages, []
 
     def look(student, teacher, *rest, **kwargs):
         seen.append((student.dtype, teacher.dtype))
         return train(student, teacher, *rest, **kwargs)
 
-    monkeypatch.setattr(steps, "train_two_stages", look)
+    monkeypatch.setattr(training, "train_two_stages", look)
     result = echoatt("compress", "half", *COPY, *DATA, *CALIBRATION, *TRAIN, *options, "--output", tmp_path / "out")
     assert result.exit_code == 0, result.output
     teacher = torch.bfloat16 if "--dtype" in options else torch.float32  # with which a CPU computes
@@ -415,16 +415,16 @@ def test_every_argument_of_the_trainer_is_a_setting_or_decided_or_passed():
 
 
 def test_tensorboard_logs_are_kept(echoatt, workplace, tmp_path, monkeypatch):
-    from echoatt_hf.pipeline import steps
+    from echoatt_hf.pipeline import training
 
-    train = steps.train_two_stages
+    train = training.train_two_stages
 
     def log(*rest, **kwargs):
         trainer = train(*rest, **kwargs)
         (Path(trainer.args.output_dir) / "runs" / "now").mkdir(parents=True)
         return trainer
 
-    monkeypatch.setattr(steps, "train_two_stages", log)
+    monkeypatch.setattr(training, "train_two_stages", log)
     result = echoatt("distill", "teacher-student", "--teacher", "teacher", *DATA, *TRAIN, "--output", tmp_path / "out")
     assert result.exit_code == 0 and (tmp_path / "out" / "runs" / "now").is_dir()
 

@@ -259,7 +259,7 @@ def test_stopped_run_resumes_to_the_same_student(workplace, tmp_path, how):
 
 
 def test_full_disk_at_the_end_keeps_the_old_student_and_the_run(workplace, tmp_path, monkeypatch, run_in_process):
-    from echoatt_hf.pipeline import steps as pipeline
+    from echoatt_hf.pipeline import training
 
     output = tmp_path / "out"
     arguments = [
@@ -275,7 +275,7 @@ def test_full_disk_at_the_end_keeps_the_old_student_and_the_run(workplace, tmp_p
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "write_student", full)
+        patch.setattr(training, "write_student", full)
         assert_one_line_error(run_in_process(*arguments, "--overwrite"), "No space left on device")
     assert files_of(output) == {"old": b"old"}
     assert run_in_process(*arguments, "--resume").returncode == 0
@@ -372,7 +372,7 @@ def test_rows_in_a_forward_pass_of_an_evaluation(workplace, tmp_path, run_in_pro
             file.write(f"{options['batch_size']} ")
         return evaluate_model(*args, **options)
 
-    monkeypatch.setattr("echoatt_hf.pipeline.steps.evaluate_model", remember)
+    monkeypatch.setattr("echoatt_hf.pipeline.training.evaluate_model", remember)
     convert = ["convert", workplace / "teacher", "--plan", "0,1,1,1,1,5", "--no-align", "--no-refit"]
     assert run_in_process(*convert, "--output", tmp_path / "converted").returncode == 0
     distill = ["distill", tmp_path / "converted", "--teacher", workplace / "teacher", "--data", workplace / "text"]

@@ -17,7 +17,7 @@ from ..outputs.provenance import describe_data, describe_environment, describe_t
 from ..planning.sharing import SharingPlan, check_ratio
 from ..settings import CalibrationSettings, CompressionSettings, PlanSettings, options_of
 from .preparation import load_calibration_rows, load_held_out_rows
-from .steps import write_student
+from .training import write_student
 
 
 __all__ = ["convert_student"]

@@ -8,42 +8,31 @@ import logging
 import shlex
 import shutil
 import tempfile
-import time
-from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
-import torch
-from accelerate.utils import broadcast_object_list
-from datasets import Dataset, IterableDataset, load_from_disk
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..analysis.similarity import AttentionSimilarity, measure_on_rows
-from ..configuration_echoatt import EchoAttConfig, check_base_family
 from ..conversion.alignment import get_parameters, replace_parameter
 from ..conversion.convert import ConversionReport
 from ..conversion.tuning import find_tuned
 from ..distillation.adapters import share_weights
-from ..distillation.checkpoints import whole_state
 from ..distillation.served_teacher import ServedTeacher
 from ..distillation.stored_teacher import StoredTeacher, write_stored_teacher
-from ..distillation.trainer import EchoAttTrainingArguments
-from ..distillation.two_stages import make_training_arguments, train_two_stages
+from ..distillation.two_stages import make_training_arguments
 from ..evaluation.continuations import evaluate_continuations, format_side_by_side
 from ..evaluation.held_out import evaluate_model
 from ..evaluation.zero_shot import evaluate_zero_shot, read_zero_shot_tasks
 from ..modeling_echoatt import EchoAttForCausalLM
 from ..models.checks import check_same_tokenizer
 from ..models.devices import check_one_process, default_device, processes
-from ..models.dtypes import as_saved, cast_weights
 from ..models.loading import load_config, load_folder, load_placed, load_tokenizer, load_typed
-from ..models.sizes import count_kv_bytes_per_token
 from ..outputs.files import check_output_file, check_output_folder, whole_folder, write_whole
 from ..outputs.provenance import (
     describe_conversion,
     describe_data,
-    describe_environment,
     describe_teacher,
     without_paths,
 )
@@ -64,7 +53,6 @@ from ..settings import (
     ZeroShotSettings,
     options_of,
     read_settings,
-    upgrade_settings,
 )
 from ..text.rows import shuffle_rows
 from .preparation import (
@@ -79,7 +67,8 @@ from .preparation import (
     load_rows,
     plan_teacher,
 )
-from .unfinished import resumable_search, unfinished_run, work_folder
+from .training import RunModels, check_losses, check_one_gpu, fill_in_rate, load_rows_once, train_and_write
+from .unfinished import resumable_search, unfinished_run
 
 
 __all__ = [
@@ -91,7 +80,6 @@ __all__ = [
     "export",
     "plan",
     "store_teacher",
-    "write_student",
     "zero_shot",
 ]
 
@@ -367,14 +355,14 @@ def compress(
     """
     two_commands = f"in place of `compress` run: {_describe_two_commands(settings, output)}"
     check_one_process("planning and conversion are", two_commands)
-    settings = _fill_in(settings, settings.teacher, Path(output), resume)
+    settings = fill_in_rate(settings, settings.teacher, Path(output), resume)
     with unfinished_run(Path(output), settings, overwrite, resume) as work:
         # Whatever can be wrong is said before anything is measured.
         arguments = make_training_arguments(settings.distillation, work / "checkpoints")
-        _check_one_gpu(arguments, two_commands)
+        check_one_gpu(arguments, two_commands)
         made = check_plan(settings.plan, load_config(settings.teacher))
         if made is not None:
-            _check_losses(settings.distillation, made)
+            check_losses(settings.distillation, made)
         teacher, dtype = load_placed(settings.teacher, settings.dtype)
         tokenizer = load_tokenizer(settings.teacher, teacher)
         train_rows, held_out_rows = load_rows(settings.data, tokenizer, teacher)
@@ -386,38 +374,11 @@ def compress(
         similarity = AttentionSimilarity.from_json(similarity_file)
         student, facts = _convert_once(work, settings, teacher, rows, similarity)
         plan = SharingPlan(facts["conversion"]["layer_plan"])
-        models = _Models(teacher, student, tokenizer, dtype)
-        report = _train_and_write(work, models, train_rows, held_out_rows, settings, facts)
+        models = RunModels(teacher, student, tokenizer, dtype)
+        report = train_and_write(work, models, train_rows, held_out_rows, settings, facts)
         write_whole(work / "student" / "similarity.json", similarity.to_json())
         similarity.plot(work / "student" / "similarity.png", plan)
     return report
-
-
-def _fill_in(
-    settings: "CompressionSettings | StudentSettings", model: str, output: Path, resume: bool
-) -> "CompressionSettings | StudentSettings":
-    """
-    The settings with the learning rate that is used, where none is given: that of the run that is resumed, which may have
-    begun with another version and so with another default, or the default for the model.
-    """
-    rate, begun = settings.distillation.learning_rate, work_folder(output) / "settings.json"
-    if rate is None and resume and begun.exists():
-        kept = upgrade_settings(json.loads(begun.read_text()))
-        rate = kept["settings"].get("distillation", {}).get("learning_rate")
-    if rate is not None:
-        return replace(settings, distillation=replace(settings.distillation, learning_rate=rate))
-    config = load_config(model)
-    if not isinstance(config, EchoAttConfig):
-        check_base_family(config)  # others may have no hidden size
-    return replace(settings, distillation=settings.distillation.for_width(config.get_text_config().hidden_size))
-
-
-def _check_one_gpu(arguments: EchoAttTrainingArguments, remedy: str) -> None:
-    if arguments.n_gpu > 1:
-        raise ValueError(
-            f"{arguments.n_gpu} GPUs are visible to one process, which trains on one. Make one visible "
-            f"(CUDA_VISIBLE_DEVICES=0), or, to train on all of them, {remedy}."
-        )
 
 
 def _describe_two_commands(settings: CompressionSettings, output: str | Path) -> str:
@@ -434,14 +395,6 @@ def _describe_two_commands(settings: CompressionSettings, output: str | Path) ->
     return (
         f"`{shlex.join(first)}` and then `{shlex.join([*second, *training, *data, *dtype, '--output', str(output)])}`"
     )
-
-
-def _check_losses(settings: DistillationSettings, plan: SharingPlan) -> None:
-    if settings.attention_weight > 0 and not plan.echo_layers:
-        raise ValueError(
-            f"attention_weight is {settings.attention_weight}, but the plan has no echo layers, whose attention outputs it "
-            "compares: set it to 0, or give a plan that has some."
-        )
 
 
 def _convert_once(
@@ -560,10 +513,10 @@ def distill(settings: StudentSettings, output: str | Path, *, overwrite: bool = 
         about = {"folder": settings.stored_teacher, **about}
         settings = replace(settings, data=read_settings(DataSettings, stored.manifest["data"]), stored_teacher=about)
         facts = {"teacher": stored.manifest["teacher"], "data": stored.manifest["text"]}
-    settings = _fill_in(settings, settings.student, Path(output), resume)
+    settings = fill_in_rate(settings, settings.student, Path(output), resume)
     with unfinished_run(Path(output), settings, overwrite, resume) as work:
         arguments = make_training_arguments(settings.distillation, work / "checkpoints")
-        _check_one_gpu(arguments, "start the same command with `accelerate launch -m echoatt_hf.cli distill ...`")
+        check_one_gpu(arguments, "start the same command with `accelerate launch -m echoatt_hf.cli distill ...`")
         model, dtype = load_typed(settings.student, settings.dtype)
         if not isinstance(model, EchoAttForCausalLM):
             raise ValueError(
@@ -572,175 +525,15 @@ def distill(settings: StudentSettings, output: str | Path, *, overwrite: bool = 
         original = load_placed(settings.teacher, settings.dtype)[0] if settings.teacher is not None else None
         if settings.distillation.lora_rank and original is not None:
             share_weights(model, original)
-        models = _Models(original, model.to(default_device()), load_tokenizer(settings.student, model), dtype)
+        models = RunModels(original, model.to(default_device()), load_tokenizer(settings.student, model), dtype)
         if original is not None:
             check_same_tokenizer(model, original, models.tokenizer)
         if stored is None:
-            train_rows, held_out_rows = _load_rows_once(work / "rows", settings.data, models)
+            train_rows, held_out_rows = load_rows_once(work / "rows", settings.data, models)
         else:
             stored.check_student(model, models.tokenizer)
             if original is not None and processes().is_local_main_process:
                 stored.check_teacher(original)
             train_rows, held_out_rows = stored, stored.held_out_rows
         facts["conversion"] = describe_conversion(settings.student)
-        return _train_and_write(work, models, train_rows, held_out_rows, settings, facts)
-
-
-def _load_rows_once(
-    folder: Path, settings: DataSettings, models: "_Models"
-) -> tuple[Dataset | IterableDataset, list[dict]]:
-    """[`load_rows`]; of several processes the main one reads the text, and the others read its rows from `folder`."""
-    together = processes()
-    if together.num_processes == 1:
-        return load_rows(settings, models.tokenizer, models.student)
-    found = [None, None]
-    if together.is_main_process:
-        rows, held_out_rows = load_rows(settings, models.tokenizer, models.student)
-        shutil.rmtree(folder, ignore_errors=True)
-        if isinstance(rows, Dataset):
-            rows.save_to_disk(folder)
-        found = [isinstance(rows, Dataset), held_out_rows]
-    is_on_disk, held_out_rows = broadcast_object_list(found)
-    if is_on_disk:
-        rows = load_from_disk(str(folder))
-    elif not together.is_main_process:  # streamed: `Trainer` lets the main process alone read them
-        rows, _ = load_rows(replace(settings, evaluation_rows=1), models.tokenizer, models.student)
-    return rows, held_out_rows
-
-
-def _train_and_write(
-    work: Path,
-    models: "_Models",
-    train_rows: Dataset | IterableDataset | StoredTeacher,
-    held_out_rows: list[dict],
-    settings: "CompressionSettings | StudentSettings",
-    facts: dict,
-) -> dict:
-    """Distil and evaluate, and write the student to `work / "student"`."""
-    start, distillation = time.time(), settings.distillation
-    evaluations = _Evaluations(work / "evaluations.json", models, held_out_rows, distillation.evaluation_batch_size)
-    processes().wait_for_everyone()  # all have read the same evaluations
-    if models.teacher is not None:
-        evaluations.run("teacher", models.teacher)
-    evaluations.run("converted", models.student)
-    if not distillation.lora_rank:
-        cast_weights(models.student, torch.float32)  # smaller steps than other types can hold
-    if isinstance(train_rows, IterableDataset):
-        # Without an end: `Trainer` skips the rows of a resumed run within one pass only. Each pass has another order.
-        train_rows = shuffle_rows(train_rows.repeat(None), distillation.seed, settings.data.shuffle_buffer)
-    trainer = train_two_stages(
-        models.student,
-        models.teacher,
-        train_rows,
-        distillation,
-        work / "checkpoints",
-        held_out_rows=held_out_rows,
-        evaluate=evaluations.run,
-    )
-    _warn_if_worse(evaluations.results(), distillation)
-    report = {
-        "settings": without_paths(asdict(settings)),
-        "teacher": describe_teacher(models.teacher) if models.teacher is not None else {},
-        "data": describe_data(settings.data),
-        "plan": SharingPlan(models.student.config.plan).to_dict(),
-        **facts,
-        "results": evaluations.results(),
-        "tokens_per_step": distillation.batch_size * settings.data.row_length,
-        "training_log": [entry for entry in trainer.state.log_history if {"loss", "eval_loss"} & set(entry)],
-        "environment": describe_environment(),
-        "last_session_s": round(time.time() - start, 1),
-    }
-    state_dict = whole_state(trainer)
-    if processes().is_main_process:
-        shutil.rmtree(work / "student", ignore_errors=True)
-        write_student(work / "student", models.student, models.tokenizer, report, models.dtype, state_dict)
-        if (work / "checkpoints" / "runs").exists():  # of TensorBoard
-            shutil.move(work / "checkpoints" / "runs", work / "student" / "runs")
-    return report
-
-
-def _warn_if_worse(results: list[dict], distillation: DistillationSettings) -> None:
-    """Say so if training took the student away from the text and from its teacher, and what may help."""
-    after, before = results[-1], next(result for result in results if result["name"] == "converted")
-    names = [name for name in ("perplexity", "kl") if name in after]
-    if processes().is_main_process and all(after[name] > before[name] for name in names):
-        changes = " and ".join(f"{name} is {after[name]:.4g} and was {before[name]:.4g}" for name in names)
-        logger.warning(
-            f"The student is worse than before its training: on held-out text {changes}. A student that starts this close needs "
-            f"more steps than {distillation.steps} (--steps), or a lower learning rate than {distillation.learning_rate:g} "
-            "(--learning-rate)."
-        )
-
-
-def write_student(
-    folder: Path,
-    student: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    report: dict,
-    dtype: torch.dtype,
-    state_dict: dict | None = None,
-    name: str | None = None,
-) -> None:
-    """
-    Write a student in a type of its weights, with its tokenizer, report, plan and model card. Where the model has parts of
-    the weights only, `state_dict` are all of them. `name` is what the folder will be called, if it is not called so yet.
-    """
-    if state_dict is None:
-        cast_weights(student, dtype)
-        student.save_pretrained(folder)
-    else:
-        state_dict = {
-            name: value.to(dtype) if value.is_floating_point() else value for name, value in state_dict.items()
-        }
-        student.save_pretrained(folder, state_dict=state_dict)
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        config["dtype"] = str(dtype).removeprefix("torch.")  # where the model's own type has been written
-        write_whole(folder / "config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
-    tokenizer.save_pretrained(folder)
-    write_whole(folder / "sharing_plan.json", json.dumps(report["plan"], indent=2) + "\n")
-    write_whole(folder / "report.json", json.dumps(report, indent=2) + "\n")
-    write_model_card(folder, name=name)
-
-
-@dataclass(frozen=True)
-class _Models:
-    teacher: PreTrainedModel | None
-    student: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
-    dtype: torch.dtype  # that the student is saved in
-
-
-class _Evaluations:
-    """Evaluations of the models of a run, kept in a file so that a resumed run does not repeat them."""
-
-    def __init__(self, file: Path, models: _Models, rows: list[dict], batch_size: int):
-        self._file, self._models, self._rows, self._batch_size = file, models, rows, batch_size
-        self._computed = models.student.dtype
-        self._done: dict[str, dict] = json.loads(file.read_text()) if file.exists() else {}
-        # Before training, while the student has no adapters, which will be merged.
-        self._sizes = {
-            role: {"parameters": model.num_parameters(), "kv_bytes_per_token": count_kv_bytes_per_token(model)}
-            for role, model in (("teacher", models.teacher), ("student", models.student))
-            if model is not None
-        }
-
-    def run(self, name: str, model: PreTrainedModel) -> None:
-        if name in self._done:
-            return
-        is_teacher = model is self._models.teacher
-        with nullcontext() if is_teacher else as_saved(model, self._models.dtype, self._computed):
-            result = evaluate_model(
-                model,
-                self._rows,
-                teacher=self._models.teacher,
-                tokenizer=self._models.tokenizer,
-                batch_size=self._batch_size,
-                description=f"evaluate {name}" if processes().is_main_process else None,
-                among_processes=True,
-            )
-        self._done[name] = result | self._sizes["teacher" if is_teacher else "student"]
-        if processes().is_main_process:
-            write_whole(self._file, json.dumps(self._done))
-
-    def results(self) -> list[dict]:
-        return [{"name": name, **result} for name, result in self._done.items()]
+        return train_and_write(work, models, train_rows, held_out_rows, settings, facts)
