@@ -87,19 +87,21 @@ def compressed(workplace):
 WORSE = "The student is worse than before its training"
 
 
-@pytest.mark.parametrize("rate, is_worse", [("3", True), ("3e-3", False)])
-def test_training_that_makes_a_student_worse_is_said(rate, is_worse, workplace, tmp_path):
+@pytest.mark.parametrize(
+    "recipe, rate, is_worse", [("default", "3", True), ("paper", "3", True), ("default", "3e-3", False)]
+)
+def test_training_that_makes_a_student_worse_is_said(recipe, rate, is_worse, workplace, tmp_path):
     result = echoatt(
         "compress", "teacher", "--data", "text", "--steps", 8, "--learning-rate", rate, "--ratio", 0.34, "--plan", "spread", *FAST,
-        "--output", tmp_path / "student", cwd=workplace,
+        "--recipe", recipe, "--output", tmp_path / "student", cwd=workplace,
     )  # fmt: skip
     results = json.loads((tmp_path / "student" / "report.json").read_text())["results"]
     assert (results[-1]["kl"] > results[1]["kl"]) is (results[-1]["loss"] > results[1]["loss"]) is is_worse
     assert result.stderr.count(WORSE) == is_worse
     if is_worse:
-        assert f"than 8 (--steps), or a lower learning rate than {rate} (--learning-rate)" in " ".join(
-            result.stderr.split()
-        )
+        said = " ".join(result.stderr.split())
+        assert "more steps than 8 (--steps)" in said and f"lower learning rate than {rate} (--learning-rate)" in said
+        assert ("less weight of hard labels than 0.5" in said) is (recipe == "paper")
 
 
 def test_compress_writes_a_whole_student(compressed):

@@ -179,10 +179,17 @@ def _warn_if_worse(results: list[dict], distillation: DistillationSettings) -> N
     names = [name for name in ("perplexity", "kl") if name in after]
     if processes().is_main_process and all(after[name] > before[name] for name in names):
         changes = " and ".join(f"{name} is {after[name]:.4g} and was {before[name]:.4g}" for name in names)
+        remedies = [
+            f"more steps than {distillation.steps} (--steps)",
+            f"a lower learning rate than {distillation.learning_rate:g} (--learning-rate)",
+        ]
+        if distillation.hard_label_weight:  # learning the teacher's likeliest token makes a student too sure of it
+            remedies.append(
+                f"less weight of hard labels than {distillation.hard_label_weight:g} (--hard-label-weight)"
+            )
         logger.warning(
-            f"The student is worse than before its training: on held-out text {changes}. A student that starts this close needs "
-            f"more steps than {distillation.steps} (--steps), or a lower learning rate than {distillation.learning_rate:g} "
-            "(--learning-rate)."
+            f"The student is worse than before its training: on held-out text {changes}. What may help: "
+            f"{', '.join(remedies[:-1])} or {remedies[-1]}."
         )
 
 
