@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -208,6 +209,12 @@ def test_stopped_search_resumes_to_the_same_plan(workplace, tmp_path, monkeypatc
     with monkeypatch.context() as patch:
         patch.setattr(search._Measure, "_measure", stop)
         stopped = run_in_process(*command, "--output", output)
+        converted = run_in_process("convert", *command[1:], "--output", tmp_path / "student")
+    assert converted.returncode == 130 and "--resume" in converted.stderr
+    resumed = run_in_process("convert", *command[1:], "--output", tmp_path / "student", "--resume")
+    assert resumed.returncode == 0 and not (tmp_path / "student.partial").exists(), resumed.stderr
+    of_student = json.loads((tmp_path / "student" / "sharing_plan.json").read_text())["echo_sources"]
+    shutil.rmtree(tmp_path / "student")
     assert stopped.returncode == 130 and "--resume" in stopped.stderr
     assert not output.exists() and (tmp_path / "plan.json.partial").exists()
     assert_one_line_error(run_in_process(*command, "--output", output), "continue it with --resume")
@@ -220,6 +227,7 @@ def test_stopped_search_resumes_to_the_same_plan(workplace, tmp_path, monkeypatc
     assert (
         json.loads(output.read_text())["echo_sources"]
         == json.loads(whole.stdout[whole.stdout.index("{") :])["echo_sources"]
+        == of_student
     )
     assert {path.name for path in tmp_path.iterdir()} == {"plan.json", "plan.search.json", "plan.search.png"}
 

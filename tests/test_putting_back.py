@@ -19,6 +19,7 @@ from test_pipeline import (  # noqa: F401
 from transformers import AutoModelForCausalLM
 
 from echoatt_hf import EchoAttConfig, EchoAttForCausalLM, StudentSize, find_sizes, permute_heads, put_back
+from echoatt_hf.conversion import putting_back
 from echoatt_hf.conversion.alignment import find_changed
 from echoatt_hf.models.predictions import compare_predictions
 from echoatt_hf.publishing.card import find_gaps
@@ -132,6 +133,30 @@ def test_each_time_the_best_layer_comes_back(tiny_teacher):
     assert json.loads(json.dumps(sizes[1].to_dict()))["layers"] == sizes[1].layers
 
 
+def test_a_search_that_was_stopped_goes_on(tiny_teacher, tmp_path, monkeypatch):
+    student, rows, state = distilled(tiny_teacher, PLAN, noise=0.4), rows_of(), tmp_path / "measured.json"
+    expected = find_sizes(student, tiny_teacher, rows)
+    measure, left = putting_back._Measure._measure, [2, 1000]
+
+    def measure_some(*arguments):
+        left[0] -= 1
+        if left[0] < 0:
+            raise KeyboardInterrupt
+        return measure(*arguments)
+
+    monkeypatch.setattr(putting_back._Measure, "_measure", measure_some)
+    with pytest.raises(KeyboardInterrupt):
+        find_sizes(student, tiny_teacher, rows, state=state)
+    assert len(json.loads(state.read_text())["kl"]) == 2
+    left[0] = 1000
+    assert find_sizes(student, tiny_teacher, rows, state=state) == expected
+    measured = len(json.loads(state.read_text())["kl"])
+    assert left[0] == 1000 - (measured - 2)
+    assert find_sizes(student, tiny_teacher, rows, state=state) == expected and left[0] == 1000 - (measured - 2)
+    with pytest.raises(ValueError, match=r"measured.json' holds was measured with another rows_sha256: delete it"):
+        find_sizes(student, tiny_teacher, rows_of(5), state=state)
+
+
 def test_models_are_as_before_after_a_search(tiny_teacher):
     student = distilled(tiny_teacher, PLAN).train()
     before, of_teacher = weights_of(student), weights_of(tiny_teacher)
@@ -239,6 +264,41 @@ def test_command_writes_the_student_of_the_ratio(workplace, student, tmp_path): 
     distill = ["distill", tmp_path / "larger", "--teacher", teacher, *text[:-2], "--batch-size", 4, "--steps", 2]
     echoatt(*distill, "--warmup-steps", 1, "--output", tmp_path / "distilled")
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "distilled").config.echo_sources == sizes[1]["layer_plan"]
+
+
+def test_command_that_was_stopped_goes_on(workplace, student, tmp_path, monkeypatch, run_in_process):  # noqa: F811
+    from echoatt_hf.pipeline import sizes
+
+    evaluate, calls = sizes._evaluate, tmp_path / "calls"
+
+    def evaluate_some(*arguments):
+        with calls.open("a") as file:
+            file.write(".")
+        if calls.stat().st_size == 2:
+            raise OSError("No space left on device")
+        return evaluate(*arguments)
+
+    monkeypatch.setattr(sizes, "_evaluate", evaluate_some)
+    command = [
+        "convert",
+        workplace / "teacher",
+        "--from-student",
+        student,
+        "--ratio",
+        0.33,
+        "--data",
+        workplace / "text",
+    ]
+    command += [*FAST[:6], "--output", tmp_path / "larger"]
+    assert run_in_process(*command).returncode == 2
+    kept = tmp_path / "larger.partial"
+    assert {"evaluations.json", "measured.json"} <= {path.name for path in kept.iterdir()}
+    assert_one_line_error(run_in_process(*command), "holds an unfinished run: continue it with --resume")
+    assert_one_line_error(run_in_process(*command, "--search-rows", 2, "--resume"), "search_rows was 8 and is 2")
+    assert run_in_process(*command, "--resume").returncode == 0
+    assert calls.stat().st_size == 4 and not kept.exists()  # the first of three sizes once, the second twice
+    report = json.loads((tmp_path / "larger" / "report.json").read_text())
+    assert [size["ratio"] for size in report["put_back"]["sizes"]] == [pytest.approx(n / LAYERS) for n in (3, 2, 1)]
 
 
 @pytest.mark.parametrize(

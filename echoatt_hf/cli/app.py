@@ -266,6 +266,7 @@ def convert(
         ),
     ] = None,
     overwrite: Overwrite = False,
+    resume: Resume = False,
 ) -> None:
     """Make a student that inherits the teacher's weights, tuned to it but not trained; or a larger one of a distilled one."""
     from ..conversion.convert import ConversionReport
@@ -278,7 +279,7 @@ def convert(
     teacher = name_gguf_file(teacher, gguf_file)
     settings = CompressionSettings(teacher=teacher, plan=plan, calibration=calibration, data=data, dtype=dtype)
     if method.method is not None:
-        for name, value in (("similarity", similarity), ("from_student", from_student)):
+        for name, value in (("similarity", similarity), ("from_student", from_student), ("resume", resume or None)):
             if value is not None:
                 raise ValueError(f"{name} is given, but the method {method.method!r} has no use for it: leave it out.")
         report = convert_by_method(settings, method, output, overwrite=overwrite)
@@ -287,11 +288,11 @@ def convert(
     if from_student is not None:
         if similarity is not None:
             raise ValueError("similarity is given, but the student has its plan: leave it out.")
-        report = convert_student(settings, from_student, output, overwrite=overwrite)
+        report = convert_student(settings, from_student, output, overwrite=overwrite, resume=resume)
         print(f"{SharingPlan.from_dict(report['plan'])}\n")
         print(f"{format_table(report['put_back']['sizes'])}\n\nwritten to {output}")
         return
-    report = convert(settings, output, similarity=similarity, overwrite=overwrite)
+    report = convert(settings, output, similarity=similarity, overwrite=overwrite, resume=resume)
     print(f"{ConversionReport.from_dict(report)}\n\nwritten to {output}")
 
 

@@ -5,8 +5,11 @@ Source: "Boomerang distillation", arXiv 2510.05064. There the whole layers of th
 echo layers leave, the weights that made up for them are drawn back to the teacher's too.
 """
 
+import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -18,6 +21,7 @@ from ..models.heads import OutputHead, predict
 from ..models.inference import inference
 from ..models.layerwise import find_layers
 from ..models.predictions import sum_predictions
+from ..outputs.files import write_whole
 from ..planning.sharing import SharingPlan
 from ..text.rows import batch_rows
 from .alignment import find_changed
@@ -99,6 +103,7 @@ def find_sizes(
     rows: Sequence[dict],
     *,
     batch_size: int = 8,
+    state: Path | None = None,
     progress: bool = False,
 ) -> list[StudentSize]:
     """
@@ -115,6 +120,8 @@ def find_sizes(
             Rows to measure on, with `input_ids` of T tokens, as returned by [`pack_rows`].
         batch_size (`int`, *optional*, defaults to 8):
             Rows in a forward pass.
+        state (`Path`, *optional*):
+            JSON file that keeps what was measured, from which a search that was stopped goes on.
         progress (`bool`, *optional*, defaults to `False`):
             Show a progress bar.
 
@@ -122,7 +129,8 @@ def find_sizes(
         `list` of [`StudentSize`]: from the student itself to that with one changed layer.
 
     Raises:
-        `ValueError`: there are no rows, the student has adapters, or it was made from another teacher.
+        `ValueError`: there are no rows, the student has adapters, it was made from another teacher, or what `state` holds was
+            measured on something else.
     """
     _check_student(student, teacher)
     if not rows:
@@ -130,7 +138,7 @@ def find_sizes(
     echoes = SharingPlan(student.config.plan).changed_layers
     total = len(echoes) * (len(echoes) + 1) // 2
     with inference(student, teacher), tqdm(total=total, desc="put back", disable=not progress, leave=False) as bar:
-        measure = _Measure(student, teacher, list(batch_rows(rows, batch_size)))
+        measure = _Measure(student, teacher, list(batch_rows(rows, batch_size)), state)
         layers, share, kl = [], 0.0, measure([], 0.0)
         sizes = [StudentSize(student.config.plan, [], share, kl)]
         bar.update()
@@ -148,14 +156,34 @@ def find_sizes(
 
 
 class _Measure:
-    """KL(teacher || student) of the students that [`put_back`] makes, in nats per token."""
+    """KL(teacher || student) of the students that [`put_back`] makes, in nats per token, each measured once."""
 
-    def __init__(self, student: EchoAttForCausalLM, teacher: PreTrainedModel, batches: list):
-        self._student, self._teacher, self._batches = student, teacher, batches
+    def __init__(self, student: EchoAttForCausalLM, teacher: PreTrainedModel, batches: list, state: Path | None):
+        self._student, self._teacher, self._batches, self._state = student, teacher, batches, state
+        texts = [batch["input_ids"].tolist() for batch in batches]
+        measured_on = {
+            "plan": student.config.plan,
+            "rows_sha256": hashlib.sha256(json.dumps(texts).encode()).hexdigest(),
+        }
+        self._known = {**measured_on, "kl": {}}
+        if state is not None and state.exists():
+            self._known = json.loads(state.read_text())
+            if differing := [name for name, value in measured_on.items() if self._known.get(name) != value]:
+                raise ValueError(
+                    f"What {str(state)!r} holds was measured with another {' and '.join(differing)}: delete it, or give another file."
+                )
         head = OutputHead.find(teacher, among_processes=False)
         self._logits = [predict(teacher, head, batch) for batch in batches]
 
     def __call__(self, layers: Sequence[int], teacher_share: float) -> float:
+        known, key = self._known["kl"], f"{sorted(layers)} {teacher_share}"
+        if key not in known:
+            known[key] = self._measure(layers, teacher_share)
+            if self._state is not None:
+                write_whole(self._state, json.dumps(self._known))
+        return known[key]
+
+    def _measure(self, layers: Sequence[int], teacher_share: float) -> float:
         model = _put_back(self._student, self._teacher, layers, teacher_share)
         head = OutputHead.find(model, among_processes=False)
         total = tokens = 0

@@ -326,7 +326,7 @@ def plan_teacher(
 
 
 def convert_teacher(
-    settings: CompressionSettings, similarity: Path | None = None
+    settings: CompressionSettings, similarity: Path | None = None, state: Path | None = None
 ) -> tuple[EchoAttForCausalLM, ConversionReport, PreTrainedTokenizerBase]:
     """
     The student that [`compress`] would distil, with weights of the type it is to be saved in.
@@ -334,6 +334,7 @@ def convert_teacher(
     Args:
         settings ([`CompressionSettings`]): what to make; the distillation does not matter.
         similarity (`Path`, *optional*): `similarity.json` of the teacher, measured anew if it is needed and not given.
+        state (`Path`, *optional*): file that keeps what a search has measured.
 
     Returns:
         `tuple`: the student, [`ConversionReport`], and the tokenizer.
@@ -350,7 +351,7 @@ def convert_teacher(
         check_calibration(settings, rows)
     if measured is None and (calibration.align or needs_text):
         measured = measure_on_rows(teacher, rows, progress=True)
-    plan, _ = choose_plan(settings.plan, calibration, teacher, rows, measured, progress=True)
+    plan, _ = choose_plan(settings.plan, calibration, teacher, rows, measured, state, progress=True)
     student, report = convert_tuned(teacher, plan, rows, measured, calibration)
     cast_weights(student, dtype)
     return student, report, tokenizer

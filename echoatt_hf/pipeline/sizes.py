@@ -1,5 +1,6 @@
 """One distillation, several sizes: a distilled student with layers of its teacher put back, evaluated and written."""
 
+import json
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -12,19 +13,25 @@ from ..modeling_echoatt import EchoAttForCausalLM
 from ..models.checks import check_same_tokenizer
 from ..models.loading import load_config, load_json, load_placed, load_tokenizer
 from ..models.sizes import count_kv_bytes_per_token
-from ..outputs.files import check_output_folder, whole_folder
+from ..outputs.files import check_output_folder, whole_folder, write_whole
 from ..outputs.provenance import describe_data, describe_environment, describe_teacher, without_paths
 from ..planning.sharing import SharingPlan, check_ratio
 from ..settings import CalibrationSettings, CompressionSettings, PlanSettings, options_of
 from .preparation import load_calibration_rows, load_held_out_rows
 from .training import write_student
+from .unfinished import resumable
 
 
 __all__ = ["convert_student"]
 
 
 def convert_student(
-    settings: CompressionSettings, student: str, output: str | Path, *, overwrite: bool = False
+    settings: CompressionSettings,
+    student: str,
+    output: str | Path,
+    *,
+    overwrite: bool = False,
+    resume: bool = False,
 ) -> dict:
     """
     Put layers of the teacher back into a distilled student, see [`find_sizes`], and write the student of the ratio that is
@@ -37,8 +44,8 @@ def convert_student(
             Folder or repository of the distilled student.
         output (`str` or `Path`):
             Folder to write.
-        overwrite:
-            See [`compress`].
+        overwrite, resume:
+            See [`compress`]. What was measured is kept in the folder `<output>.partial` until the student is written.
 
     Returns:
         `dict`: the content of `report.json`; `put_back` has the sizes.
@@ -47,37 +54,43 @@ def convert_student(
         `ValueError`: it is no student, not one of this teacher, the ratio is not below its own, or a setting is given that
             the student has already.
     """
-    check_output_folder(Path(output), overwrite)
+    check_output_folder(Path(output), overwrite or resume)
     _check_settings(settings)
     count = _count_changed_layers(settings, student)
-    (teacher, _), (smallest, dtype) = (load_placed(name, settings.dtype) for name in (settings.teacher, student))
-    tokenizer = load_tokenizer(student, smallest)
-    check_same_tokenizer(smallest, teacher, tokenizer)
-    rows = load_calibration_rows(settings, tokenizer, teacher)[: settings.plan.search_rows]
-    held_out_rows = load_held_out_rows(settings.data, tokenizer, teacher)
-    sizes = find_sizes(smallest, teacher, rows, progress=True)
-    results = [_evaluate(size, smallest, teacher, held_out_rows, tokenizer) for size in sizes]
-    chosen = next(
-        index for index, size in enumerate(sizes) if len(SharingPlan(size.layer_plan).changed_layers) == count
-    )
-    size = sizes[chosen]
-    larger = put_back(smallest, teacher, size.layers, size.teacher_share)
-    report = {
-        "teacher": describe_teacher(teacher),
-        "data": describe_data(settings.data),
-        "plan": SharingPlan(size.layer_plan).to_dict(),
-        "put_back": {
-            "settings": without_paths(_used_settings(settings, student)),
-            "layers": size.layers,
-            "teacher_share": size.teacher_share,
-            "sizes": results,
-        },
-        **_describe_distillation(student),
-        "results": results[: chosen + 1],
-        "environment": describe_environment(),
-    }
-    with whole_folder(Path(output), overwrite) as folder:
-        write_student(folder, larger, tokenizer, report, dtype, name=Path(output).resolve().name)
+    used = _used_settings(settings, student)
+    with resumable(used, Path(output), overwrite, resume, check_output_folder) as state:
+        (teacher, _), (smallest, dtype) = (load_placed(name, settings.dtype) for name in (settings.teacher, student))
+        tokenizer = load_tokenizer(student, smallest)
+        check_same_tokenizer(smallest, teacher, tokenizer)
+        rows = load_calibration_rows(settings, tokenizer, teacher)[: settings.plan.search_rows]
+        held_out_rows = load_held_out_rows(settings.data, tokenizer, teacher)
+        sizes = find_sizes(smallest, teacher, rows, state=state, progress=True)
+        evaluations = state.with_name("evaluations.json")
+        results = json.loads(evaluations.read_text()) if evaluations.exists() else []
+        for size in sizes[len(results) :]:
+            results.append(_evaluate(size, smallest, teacher, held_out_rows, tokenizer))
+            write_whole(evaluations, json.dumps(results))
+        chosen = next(
+            index for index, size in enumerate(sizes) if len(SharingPlan(size.layer_plan).changed_layers) == count
+        )
+        size = sizes[chosen]
+        larger = put_back(smallest, teacher, size.layers, size.teacher_share)
+        report = {
+            "teacher": describe_teacher(teacher),
+            "data": describe_data(settings.data),
+            "plan": SharingPlan(size.layer_plan).to_dict(),
+            "put_back": {
+                "settings": without_paths(used),
+                "layers": size.layers,
+                "teacher_share": size.teacher_share,
+                "sizes": results,
+            },
+            **_describe_distillation(student),
+            "results": results[: chosen + 1],
+            "environment": describe_environment(),
+        }
+        with whole_folder(Path(output), overwrite or resume) as folder:
+            write_student(folder, larger, tokenizer, report, dtype, name=Path(output).resolve().name)
     return report
 
 

@@ -157,6 +157,7 @@ def convert(
     *,
     similarity: Path | None = None,
     overwrite: bool = False,
+    resume: bool = False,
 ) -> dict:
     """
     Write the student that [`compress`] would distil, with its tokenizer, `sharing_plan.json`, `conversion.json`
@@ -169,16 +170,17 @@ def convert(
             Folder for the student.
         similarity (`Path`, *optional*):
             See [`plan`].
-        overwrite:
-            See [`compress`].
+        overwrite, resume:
+            See [`compress`]. What a search has measured is kept in the folder `<output>.partial` until the student is written.
 
     Returns:
         `dict`: the content of `conversion.json`, of a [`ConversionReport`].
     """
-    check_output_folder(Path(output), overwrite)
-    student, report, tokenizer = convert_teacher(settings, similarity)
-    more = {"sharing_plan.json": SharingPlan(report.layer_plan).to_json()}
-    write_converted(output, student, tokenizer, report, more, overwrite)
+    check_output_folder(Path(output), overwrite or resume)
+    with resumable_search(settings, Path(output), overwrite, resume, check_output_folder) as state:
+        student, report, tokenizer = convert_teacher(settings, similarity, state)
+        more = {"sharing_plan.json": SharingPlan(report.layer_plan).to_json()}
+        write_converted(output, student, tokenizer, report, more, overwrite or resume)
     return report.to_dict()
 
 

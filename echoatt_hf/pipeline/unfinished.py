@@ -13,7 +13,7 @@ from ..planning.from_settings import is_searched
 from ..settings import MAY_CHANGE_ON_RESUME, CompressionSettings, describe_settings, differing_settings
 
 
-__all__ = ["resumable_search", "unfinished_run", "work_folder"]
+__all__ = ["resumable", "resumable_search", "unfinished_run", "work_folder"]
 
 # What a resumed run goes on from.
 WORTH_KEEPING = ("checkpoints", "store/manifest.json", "similarity.json", "measured.json", "conversion.json")
@@ -21,13 +21,26 @@ WORTH_KEEPING = ("checkpoints", "store/manifest.json", "similarity.json", "measu
 
 @contextmanager
 def resumable_search(
-    settings: CompressionSettings, output: Path | None, overwrite: bool, resume: bool
+    settings: CompressionSettings,
+    output: Path | None,
+    overwrite: bool,
+    resume: bool,
+    check_output: Callable[[Path, bool], None] = check_output_file,
 ) -> Iterator[Path | None]:
-    """The file beside `output` in which a search keeps what it has measured; it goes when the block ends well."""
+    """[`resumable`] of the search for a plan, if there is one."""
     if output is None or not is_searched(settings.plan):
         yield None
         return
-    work = _open_work_folder(output, settings, overwrite, resume, check_output_file)
+    with resumable(settings, output, overwrite, resume, check_output) as state:
+        yield state
+
+
+@contextmanager
+def resumable(
+    settings: Any, output: Path, overwrite: bool, resume: bool, check_output: Callable[[Path, bool], None]
+) -> Iterator[Path]:
+    """The file beside `output` in which a run keeps what it has measured; it goes when the block ends well."""
+    work = _open_work_folder(output, settings, overwrite, resume, check_output)
     state = work / "measured.json"
     try:
         yield state
