@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerFast, TrainerCallback
 from echoatt_hf import EchoAttTrainer, EchoAttTrainingArguments, compute_perplexity, convert
 from echoatt_hf.distillation.stored_teacher import write_stored_teacher
 from echoatt_hf.evaluation.zero_shot import read_zero_shot_tasks
-from echoatt_hf.pipeline import steps
+from echoatt_hf.pipeline import steps, training
 from echoatt_hf.pipeline.preparation import load_calibration_rows, load_held_out_rows, load_rows
 from echoatt_hf.settings import (
     CalibrationSettings,
@@ -1002,7 +1002,7 @@ def test_streamed_rows_are_shuffled_in_each_pass(tmp_path, tokenizer, model, mon
         given.extend(row["input_ids"] for row in rows.take(2 * len(expected)))
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(steps, "train_two_stages", train)
+    monkeypatch.setattr(training, "train_two_stages", train)
     with pytest.raises(KeyboardInterrupt):
         settings = StudentSettings(str(tmp_path / "student"), str(tmp_path / "teacher"), data=data)
         steps.distill(settings, tmp_path / "output")
