@@ -155,6 +155,11 @@ def test_a_search_that_was_stopped_goes_on(tiny_teacher, tmp_path, monkeypatch):
     assert find_sizes(student, tiny_teacher, rows, state=state) == expected and left[0] == 1000 - (measured - 2)
     with pytest.raises(ValueError, match=r"measured.json' holds was measured with another rows_sha256: delete it"):
         find_sizes(student, tiny_teacher, rows_of(5), state=state)
+    with pytest.raises(ValueError, match=r"measured.json' holds was measured with another student: delete it"):
+        find_sizes(distilled(tiny_teacher, PLAN, noise=0.3), tiny_teacher, rows, state=state)
+    state.write_text("{}")
+    with pytest.raises(ValueError, match=r"measured.json' does not hold what a search has measured"):
+        find_sizes(student, tiny_teacher, rows, state=state)
 
 
 def test_models_are_as_before_after_a_search(tiny_teacher):

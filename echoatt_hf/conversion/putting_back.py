@@ -5,8 +5,6 @@ Source: "Boomerang distillation", arXiv 2510.05064. There the whole layers of th
 echo layers leave, the weights that made up for them are drawn back to the teacher's too.
 """
 
-import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,13 +15,14 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from ..modeling_echoatt import EchoAttForCausalLM
+from ..models.checks import hash_weights
 from ..models.heads import OutputHead, predict
 from ..models.inference import inference
 from ..models.layerwise import find_layers
 from ..models.predictions import sum_predictions
-from ..outputs.files import write_whole
+from ..outputs.measured import Measured
 from ..planning.sharing import SharingPlan
-from ..text.rows import batch_rows
+from ..text.rows import batch_rows, hash_rows
 from .alignment import find_changed
 from .student import _check_teacher, _make_student
 
@@ -137,8 +136,9 @@ def find_sizes(
         raise ValueError("There are no rows to measure on: give text that fills at least one.")
     echoes = SharingPlan(student.config.plan).changed_layers
     total = len(echoes) * (len(echoes) + 1) // 2
+    kept = Measured(state, lambda: _describe(student, teacher, rows), "delete it, or give another file")
     with inference(student, teacher), tqdm(total=total, desc="put back", disable=not progress, leave=False) as bar:
-        measure = _Measure(student, teacher, list(batch_rows(rows, batch_size)), state)
+        measure = _Measure(student, teacher, list(batch_rows(rows, batch_size)), kept)
         layers, share, kl = [], 0.0, measure([], 0.0)
         sizes = [StudentSize(student.config.plan, [], share, kl)]
         bar.update()
@@ -155,33 +155,28 @@ def find_sizes(
     return sizes
 
 
+def _describe(student: EchoAttForCausalLM, teacher: PreTrainedModel, rows: Sequence[dict]) -> dict:
+    """What the KL of a size depends on."""
+    models = {"student": student, "teacher": teacher}
+    return {name: f"{hash_weights(model)} {model.dtype}" for name, model in models.items()} | {
+        "plan": str(student.config.plan),
+        "rows_sha256": hash_rows(rows),
+    }
+
+
 class _Measure:
     """KL(teacher || student) of the students that [`put_back`] makes, in nats per token, each measured once."""
 
-    def __init__(self, student: EchoAttForCausalLM, teacher: PreTrainedModel, batches: list, state: Path | None):
+    def __init__(self, student: EchoAttForCausalLM, teacher: PreTrainedModel, batches: list, state: Measured):
         self._student, self._teacher, self._batches, self._state = student, teacher, batches, state
-        texts = [batch["input_ids"].tolist() for batch in batches]
-        measured_on = {
-            "plan": student.config.plan,
-            "rows_sha256": hashlib.sha256(json.dumps(texts).encode()).hexdigest(),
-        }
-        self._known = {**measured_on, "kl": {}}
-        if state is not None and state.exists():
-            self._known = json.loads(state.read_text())
-            if differing := [name for name, value in measured_on.items() if self._known.get(name) != value]:
-                raise ValueError(
-                    f"What {str(state)!r} holds was measured with another {' and '.join(differing)}: delete it, or give another file."
-                )
         head = OutputHead.find(teacher, among_processes=False)
         self._logits = [predict(teacher, head, batch) for batch in batches]
 
     def __call__(self, layers: Sequence[int], teacher_share: float) -> float:
-        known, key = self._known["kl"], f"{sorted(layers)} {teacher_share}"
-        if key not in known:
-            known[key] = self._measure(layers, teacher_share)
-            if self._state is not None:
-                write_whole(self._state, json.dumps(self._known))
-        return known[key]
+        key = f"{sorted(layers)} {teacher_share}"
+        if key not in self._state:
+            self._state[key] = self._measure(layers, teacher_share)
+        return self._state[key]
 
     def _measure(self, layers: Sequence[int], teacher_share: float) -> float:
         model = _put_back(self._student, self._teacher, layers, teacher_share)

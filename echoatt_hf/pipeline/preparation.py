@@ -188,9 +188,9 @@ def _draw_rows(
     counts = generator.multinomial(count, weights / weights.sum()).tolist()
     options = {"assistant_only": settings.assistant_only}
     rows = []
-    for documents, number in (
-        (group.documents, number) for group, number in zip(groups, counts, strict=True) if number
-    ):
+    for documents, number in zip((group.documents for group in groups), counts, strict=True):
+        if not number:
+            continue
         is_streamed = isinstance(documents, IterableDataset)
         if stride is not None:
             slides = slide_rows(documents, tokenizer, settings.row_length, stride, **options)

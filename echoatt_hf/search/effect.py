@@ -1,14 +1,11 @@
 """Plan search by effect: what is done to which layer, by what it does to the model's predictions and what it saves."""
 
-import hashlib
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from inspect import signature
 from operator import itemgetter
 from pathlib import Path
 
-import numpy as np
 from tqdm.auto import tqdm
 from transformers import BatchEncoding, PreTrainedConfig, PreTrainedModel
 
@@ -23,12 +20,12 @@ from ..models.heads import OutputHead, predict
 from ..models.inference import inference
 from ..models.layerwise import find_layers, keep_layer_outputs, starting_at
 from ..models.predictions import sum_predictions
-from ..outputs.files import write_whole
+from ..outputs.measured import Measured
 from ..planning.paper import plan_like_paper, published_plan
 from ..planning.rules import plan_from_similarity
 from ..planning.sharing import SharingPlan, check_block_size, count_echo_layers, inner_groups
 from ..settings import MOVES, Target
-from ..text.rows import ROW_COLUMNS, batch_rows
+from ..text.rows import batch_rows, hash_rows
 from .budget import Budget, PlanCosts, PlanCounter, are_met
 
 
@@ -413,16 +410,17 @@ class _Measure:
     def start(self, plan: list[int | str], candidates: Sequence[list[int | str]]) -> None:
         """Keep what the layers of a plan give, to start from in the measurements of `candidates`, which are tuned together."""
         self._plan, self._kept = plan, []
-        if unknown := [candidate for candidate in candidates if candidate not in self._state]:
+        if unknown := [candidate for candidate in candidates if _key(candidate) not in self._state]:
             pairs = dict.fromkeys(pair for each in (plan, *unknown) for pair in pairs_of(each))
             self._tuned.tune(sorted(pairs, key=itemgetter(0)))
 
     def __call__(self, plan: list[int | str]) -> float:
-        if plan not in self._state:
-            self._state[plan] = self._measure(plan)
+        key = _key(plan)
+        if key not in self._state:
+            self._state[key] = self._measure(plan)
         self._bar.update()
-        self.all.append((plan, self._state[plan]))
-        return self._state[plan]
+        self.all.append((plan, self._state[key]))
+        return self._state[key]
 
     def _measure(self, plan: list[int]) -> float:
         if self._layers is not None and not self._kept:
@@ -453,57 +451,27 @@ class _Measure:
         return records, outputs
 
 
-class _State:
-    """
-    KL of the plans that were measured, by plan, and what is expected of changes; in a file too, if there is one, with what they
-    were measured on.
-    """
+class _State(Measured):
+    """KL of the plans that were measured, by plan, and what is expected of changes."""
 
     def __init__(self, file: Path | None, describe: Callable[[], dict]):
-        self._file, self._measured_on, self.known = file, None, {}
         self.expected: dict[Pair, float] = {}
-        if file is None:
-            return
-        self._measured_on = describe()
-        if not file.exists():
-            return
-        try:
-            content = json.loads(file.read_text())
-            # A setting that the version before did not have counts as its default.
-            settings = {name: each.default for name, each in signature(search_plan).parameters.items()}
-            measured_on, self.known = settings | content["measured_on"], content["kl"]
-            self.expected = {(layer, entry): value for layer, entry, value in content.get("expected", [])}
-            differing = [
-                name for name, value in self._measured_on.items() if not _is_same(measured_on.get(name), value)
-            ]
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise ValueError(f"{str(file)!r} does not hold what a search has measured: give another file.") from None
-        if differing:
-            raise ValueError(
-                f"What {str(file)!r} holds was measured with another {', '.join(differing)}: give a file of its own to each "
-                "search of another teacher, text or tuning."
-            )
-
-    def __contains__(self, plan: list[int]) -> bool:
-        return _key(plan) in self.known
-
-    def __getitem__(self, plan: list[int]) -> float:
-        return self.known[_key(plan)]
-
-    def __setitem__(self, plan: list[int], value: float) -> None:
-        self.known[_key(plan)] = value
-        self._write()
+        remedy = "give a file of its own to each search of another teacher, text or tuning"
+        # A setting that the version before did not have counts as its default.
+        defaults = {name: each.default for name, each in signature(search_plan).parameters.items()}
+        super().__init__(file, describe, remedy, defaults)
 
     def expect(self, effects: dict[Pair, float]) -> None:
         """Keep what is expected of some more changes."""
         self.expected |= effects
         self._write()
 
-    def _write(self) -> None:
-        if self._file is not None:
-            expected = [[*pair, value] for pair, value in self.expected.items()]
-            content = {"measured_on": self._measured_on, "expected": expected, "kl": self.known}
-            write_whole(self._file, json.dumps(content))
+    def _read(self, content: dict) -> None:
+        super()._read(content)
+        self.expected = {(layer, entry): value for layer, entry, value in content.get("expected", [])}
+
+    def _content(self) -> dict:
+        return {"expected": [[*pair, value] for pair, value in self.expected.items()], **super()._content()}
 
 
 def _describe(
@@ -515,24 +483,15 @@ def _describe(
     refit: bool,
 ) -> dict:
     """What the KL of a plan depends on."""
-    columns = [{name: np.asarray(row[name]).tolist() for name in ROW_COLUMNS if name in row} for row in rows]
     return {
         "teacher": hash_weights(teacher),
         "dtype": str(teacher.dtype),
-        "rows": hashlib.sha256(json.dumps(columns).encode()).hexdigest(),
+        "rows": hash_rows(rows),
         "search_rows": search_rows,
         "similarity": [[round(value, 4) for value in row] for row in similarity.layers.tolist()],
         "align": align,
         "refit": refit,
     }
-
-
-def _is_same(one: object, other: object) -> bool:
-    """Whether two values of a description are equal; of numbers that may have been measured again, nearly."""
-    if isinstance(one, list) and isinstance(other, list):
-        one, other = np.asarray(one), np.asarray(other)
-        return one.shape == other.shape and np.allclose(one, other, atol=1e-3)
-    return one == other
 
 
 def _key(plan: list[int]) -> str:

@@ -1,6 +1,7 @@
 """Documents to packed rows of tokens, and rows to batches."""
 
 import copy
+import hashlib
 import json
 import re
 from collections.abc import Iterable, Iterator
@@ -397,6 +398,12 @@ def _pad(rows: list[dict], name: str, dtype: type, filling: int) -> torch.Tensor
             )
         padded[index, : len(row[name])] = row[name]
     return torch.from_numpy(padded)
+
+
+def hash_rows(rows: Iterable[dict]) -> str:
+    """SHA-256 of what a model takes of packed rows, in their order."""
+    columns = [{name: np.asarray(row[name]).tolist() for name in ROW_COLUMNS if name in row} for row in rows]
+    return hashlib.sha256(json.dumps(columns).encode()).hexdigest()
 
 
 def stack_rows(rows: list[dict]) -> BatchEncoding:
