@@ -268,6 +268,25 @@ def test_stopped_run_resumes_to_the_same_student(workplace, tmp_path, how):
         assert str(workplace).encode() not in file.read_bytes(), file.name
 
 
+@pytest.mark.parametrize("plan", ["spread", "effect"])
+def test_resuming_nothing_replaces_no_student(workplace, tmp_path, run_in_process, plan):
+    command = [
+        "convert",
+        workplace / "teacher",
+        "--data",
+        workplace / "text",
+        *FAST[:6],
+        "--ratio",
+        0.5,
+        "--plan",
+        plan,
+    ]
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine").write_text("mine")
+    assert_one_line_error(run_in_process(*command, "--output", tmp_path / "out", "--resume"), "--overwrite")
+    assert files_of(tmp_path / "out") == {"mine": b"mine"}
+
+
 def test_full_disk_at_the_end_keeps_the_old_student_and_the_run(workplace, tmp_path, monkeypatch, run_in_process):
     from echoatt_hf.pipeline import training
 

@@ -54,7 +54,7 @@ def convert_student(
         `ValueError`: it is no student, not one of this teacher, the ratio is not below its own, or a setting is given that
             the student has already.
     """
-    check_output_folder(Path(output), overwrite or resume)
+    check_output_folder(Path(output), overwrite)
     _check_settings(settings)
     count = _count_changed_layers(settings, student)
     used = _used_settings(settings, student)
@@ -89,7 +89,7 @@ def convert_student(
             "results": results[: chosen + 1],
             "environment": describe_environment(),
         }
-        with whole_folder(Path(output), overwrite or resume) as folder:
+        with whole_folder(Path(output), overwrite) as folder:
             write_student(folder, larger, tokenizer, report, dtype, name=Path(output).resolve().name)
     return report
 

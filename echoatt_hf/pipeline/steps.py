@@ -176,11 +176,11 @@ def convert(
     Returns:
         `dict`: the content of `conversion.json`, of a [`ConversionReport`].
     """
-    check_output_folder(Path(output), overwrite or resume)
+    check_output_folder(Path(output), overwrite)
     with resumable_search(settings, Path(output), overwrite, resume, check_output_folder) as state:
         student, report, tokenizer = convert_teacher(settings, similarity, state)
         more = {"sharing_plan.json": SharingPlan(report.layer_plan).to_json()}
-        write_converted(output, student, tokenizer, report, more, overwrite or resume)
+        write_converted(output, student, tokenizer, report, more, overwrite)
     return report.to_dict()
 
 
