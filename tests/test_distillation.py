@@ -30,6 +30,7 @@ from transformers import (
     Trainer,
     TrainerCallback,
     TrainingArguments,
+    default_data_collator,
 )
 from transformers.pytorch_utils import Conv1D
 
@@ -671,6 +672,34 @@ def test_eval_loss_is_the_cross_entropy_in_stage_one(teacher, student, tmp_path)
     assert metrics["eval_loss"] == pytest.approx(expected.item(), rel=1e-5)
 
 
+@pytest.mark.parametrize("batch_size", [1, 2, 4])
+@pytest.mark.parametrize("loss_only", [True, False], ids=["loss only", "with logits"])
+def test_eval_loss_is_the_mean_over_targets_whatever_the_batch_size(teacher, student, tmp_path, batch_size, loss_only):
+    """Answers have different lengths, and a row may have none."""
+    rows, lengths = make_rows(4, seed=5), [10, 1, 0, 0]
+    batch = collate_rows(list(rows))
+    labels = batch["labels"].clone()
+    for row, length in enumerate(lengths):
+        labels[row, : labels.shape[1] - length] = -100
+    rows = [{"input_ids": row["input_ids"], "labels": label.tolist()} for row, label in zip(rows, labels, strict=True)]
+    trainer = EchoAttTrainer(
+        model=student,
+        teacher=teacher,
+        args=make_arguments(tmp_path, per_device_eval_batch_size=batch_size),
+        train_dataset=make_rows(),
+        eval_dataset=rows,
+        data_collator=default_data_collator,
+        compute_metrics=None if loss_only else lambda prediction: {"rows": len(prediction.predictions)},
+    )
+    metrics = trainer.evaluate()
+    with torch.no_grad():
+        logits = student(batch["input_ids"]).logits
+    expected, _ = plain_losses(logits, logits, labels)
+    assert metrics["eval_loss"] == pytest.approx(expected.item(), rel=1e-5)
+    assert trainer.predict(rows).metrics["test_loss"] == pytest.approx(expected.item(), rel=1e-5)
+    assert loss_only or metrics["eval_rows"] == 4
+
+
 @pytest.mark.parametrize("stop", [2, 4, 5], ids=["in stage 1", "between the stages", "in stage 2"])
 def test_resumed_run_ends_with_the_same_weights(teacher, tmp_path, stop):
     def run(folder, resume=None):
@@ -739,19 +768,24 @@ def test_bad_arguments(tmp_path, changes, message):
         make_arguments(tmp_path, **changes)
 
 
-def test_scheduler_that_is_no_function_of_the_step_is_refused(teacher, student, tmp_path):
-    trainer = EchoAttTrainer(
-        model=student,
-        teacher=teacher,
-        args=make_arguments(
-            tmp_path, lr_scheduler_type="reduce_lr_on_plateau", eval_strategy="steps", metric_for_best_model="loss"
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "steps", "metric_for_best_model": "loss"},
+            "lr_scheduler_type is '.*', which is not a function of the step",
         ),
-        train_dataset=make_rows(),
-        eval_dataset=make_rows(),
-        data_collator=collate_rows,
-    )
-    with pytest.raises(ValueError, match="lr_scheduler_type"):
-        trainer.create_optimizer_and_scheduler(4)
+        ({"lr_scheduler_type": "cosine_with_min_lr"}, "min_lr"),
+        (
+            {"lr_scheduler_kwargs": {"foo": 1}},
+            "lr_scheduler_kwargs is {'foo': 1}, which lr_scheduler_type .* not take: .*foo",
+        ),
+    ],
+    ids=["no function of the step", "without its minimum", "unknown"],
+)
+def test_a_schedule_that_cannot_be_made_is_refused_at_once(tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        make_arguments(tmp_path, **changes)
 
 
 def test_stage_one_needs_a_teacher_and_stage_two_none(student, tmp_path):

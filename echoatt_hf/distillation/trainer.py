@@ -1,7 +1,7 @@
 """Two-stage distillation of a student from its teacher, as a `Trainer`."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -105,7 +105,7 @@ class EchoAttTrainingArguments(TrainingArguments):
         hidden_weight (`float`, *optional*, defaults to 0.0):
             Weight of the distance between the hidden states of matching layers.
         hidden_layers (`str` or sequence of `int`, *optional*, defaults to `"all"`):
-            Whose outputs are compared: those of `"all"` layers, of the last layer of each of the `"blocks"` of layers
+            Whose outputs are compared, the last layer's after the final norm: those of `"all"` layers, of the last layer of each of the `"blocks"` of layers
             that share, or of layers such as `[3, 7]` or `"3,7"`.
         hidden_distance (`str`, *optional*, defaults to `"relative"`):
             Which one: `"relative"`, the squared distance over the squared length of the teacher's state, or `"squared"`,
@@ -201,6 +201,8 @@ class EchoAttTrainingArguments(TrainingArguments):
         if self.stage2_learning_rate is None:
             self.stage2_learning_rate = self.learning_rate / 10
         super().__post_init__()
+        for steps in (self.stage1_steps, self.stage2_steps):
+            _stage_factor(self, torch.optim.SGD([torch.zeros(1)], lr=self.learning_rate), steps)
 
 
 class EchoAttTrainer(Trainer):
@@ -210,7 +212,7 @@ class EchoAttTrainer(Trainer):
     Stage 1 minimises `kl_weight` · divergence from the teacher + `hard_label_weight` · cross-entropy of its likeliest token
     + `ce_weight` · cross-entropy of the text + `hidden_weight` · distance of hidden states + `attention_weight` · distance of
     the attention outputs of echo layers; stage 2 minimises the cross-entropy of the text alone. Each part is logged. Losses are divided by the number of target tokens of the whole
-    batch, over all accumulation steps and processes. `eval_loss` is the cross-entropy in both stages. The teacher is
+    batch, over all accumulation steps and processes. `eval_loss` is the cross-entropy in both stages, the mean over all target tokens. The teacher is
     kept frozen, in evaluation mode, and out of every checkpoint; FSDP2 and ZeRO-3 divide its weights among processes, in
     place, as they do the student's.
 
@@ -294,6 +296,8 @@ class EchoAttTrainer(Trainer):
             self.teacher = self._prepare_teacher(teacher.requires_grad_(False).eval())
             _restore_forward(teacher)
         self._stored_vocab_size = stored.manifest["vocab_size"] if stored is not None else None
+        # While evaluating, the sum of the loss over target tokens, and their number.
+        self._evaluated: torch.Tensor | None = None
         # Sum of each loss part since the last log, and the steps it was part of.
         self._parts: dict[str, tuple[torch.Tensor, set[int]]] = {}
 
@@ -407,11 +411,32 @@ class EchoAttTrainer(Trainer):
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """As that of `Trainer`. Where the loss alone is asked for, the logits of the whole batch are not made."""
-        if not prediction_loss_only:
-            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys=ignore_keys)
         inputs = self._prepare_inputs(inputs)
-        with torch.no_grad(), self.compute_loss_context_manager():
-            return self.compute_loss(model, inputs).detach(), None, None
+        if prediction_loss_only:
+            with torch.no_grad(), self.compute_loss_context_manager():
+                found = self.compute_loss(model, inputs).detach(), None, None
+        else:
+            found = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys=ignore_keys)
+        if self._evaluated is not None and found[0] is not None:
+            tokens = target_mask(inputs["labels"]).sum()
+            self._evaluated = self._evaluated + torch.stack([found[0].float() * tokens, tokens])
+        return found
+
+    def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
+        """
+        As that of `Trainer`, but the loss is the mean over all target tokens. That of `Trainer` is a mean over rows of the
+        means of their batches: with answers of different lengths it changes with the batch size.
+        """
+        self._evaluated = torch.zeros(2, device=self.args.device)
+        try:
+            output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+            total, tokens = self.accelerator.reduce(self._evaluated).tolist()
+        finally:
+            self._evaluated = None
+        name = f"{metric_key_prefix}_loss"
+        if name in output.metrics:
+            output.metrics[name] = total / max(tokens, 1)
+        return output
 
     def _stage1_loss(
         self, model: nn.Module, inputs: dict, stored: dict, labels: torch.Tensor, num_tokens: torch.Tensor, whole: bool
@@ -503,8 +528,10 @@ class EchoAttTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log, with the loss parts beside the loss, such as `kl_loss`, and the stage."""
         if "loss" in logs and self._parts:
+            # Divided by the tokens of all processes, or each by its own.
+            how = "sum" if self.args.average_tokens_across_devices else "mean"
             for name, (total, steps) in self._parts.items():
-                logs[f"{name}_loss"] = self.accelerator.gather(total).sum().item() / len(steps)
+                logs[f"{name}_loss"] = self.accelerator.reduce(total, how).item() / len(steps)
             logs["stage"] = 1 if self.state.global_step <= self.args.stage1_steps else 2
             self._parts = {}
         super().log(logs, start_time)
@@ -528,7 +555,7 @@ class EchoAttTrainer(Trainer):
         """One schedule for each stage, the second scaled to `stage2_learning_rate`."""
         if self.lr_scheduler is None:
             args, optimizer = self.args, self.optimizer if optimizer is None else optimizer
-            first, second = (self._stage_factor(optimizer, steps) for steps in (args.stage1_steps, args.stage2_steps))
+            first, second = (_stage_factor(args, optimizer, steps) for steps in (args.stage1_steps, args.stage2_steps))
             scale = args.stage2_learning_rate / args.learning_rate if args.learning_rate else 0.0
 
             def factor(step: int) -> float:
@@ -540,21 +567,30 @@ class EchoAttTrainer(Trainer):
             self._created_lr_scheduler = True
         return self.lr_scheduler
 
-    def _stage_factor(self, optimizer: torch.optim.Optimizer, steps: int):
-        """Factor of the learning rate by step, of the schedule the arguments name."""
+
+def _stage_factor(
+    args: EchoAttTrainingArguments, optimizer: torch.optim.Optimizer, steps: int
+) -> Callable[[int], float]:
+    """Factor of the learning rate by step, of the schedule the arguments name."""
+    options = dict(args.lr_scheduler_kwargs or {})
+    try:
         scheduler = get_scheduler(
-            self.args.lr_scheduler_type,
+            args.lr_scheduler_type,
             optimizer=optimizer,
-            num_warmup_steps=self.args.get_warmup_steps(steps),
+            num_warmup_steps=args.get_warmup_steps(steps),
             num_training_steps=max(steps, 1),
-            scheduler_specific_kwargs=dict(self.args.lr_scheduler_kwargs or {}),
+            scheduler_specific_kwargs=options,
         )
-        if not isinstance(scheduler, LambdaLR):
-            raise ValueError(
-                f"lr_scheduler_type is {str(self.args.lr_scheduler_type)!r}, which is not a function of the step and "
-                "cannot be used for two stages: use linear, cosine, constant or another of that kind."
-            )
-        return scheduler.lr_lambdas[0]
+    except TypeError as error:
+        raise ValueError(
+            f"lr_scheduler_kwargs is {options}, which lr_scheduler_type {str(args.lr_scheduler_type)!r} does not take: {error}."
+        ) from error
+    if not isinstance(scheduler, LambdaLR):
+        raise ValueError(
+            f"lr_scheduler_type is {str(args.lr_scheduler_type)!r}, which is not a function of the step and "
+            "cannot be used for two stages: use linear, cosine, constant or another of that kind."
+        )
+    return scheduler.lr_lambdas[0]
 
 
 @contextmanager
