@@ -186,6 +186,18 @@ def test_type_of_the_student_stays(tiny_teacher):
     assert larger.dtype == larger.config.dtype == torch.bfloat16
 
 
+def test_tensors_that_a_family_keeps_in_float32_stay_so(tmp_path):
+    make_teacher("glm4_moe").save_pretrained(tmp_path / "teacher")
+    teacher = AutoModelForCausalLM.from_pretrained(tmp_path / "teacher", dtype=torch.bfloat16)
+    distilled(teacher, plan_of("glm4_moe")).save_pretrained(tmp_path / "student")
+    student = AutoModelForCausalLM.from_pretrained(tmp_path / "student", dtype=torch.bfloat16)
+    kept = {name for name, value in student.language_model.state_dict().items() if value.dtype == torch.float32}
+    assert kept
+    size = find_sizes(student, teacher, rows_of())[1]
+    larger = put_back(student, teacher, size.layers, 0.5).language_model.state_dict()
+    assert {name for name, value in larger.items() if value.dtype == torch.float32} == kept
+
+
 def test_bad_input_is_refused(tiny_teacher):
     student, rows = distilled(tiny_teacher, PLAN), rows_of(2)
     with pytest.raises(ValueError, match=r"does not change layers \[1, 7\]: put back some of \[2, 3, 4\]"):

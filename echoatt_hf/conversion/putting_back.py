@@ -200,7 +200,9 @@ def _put_back(
     from_student = tuple(names[attention] for attention in find_changed(larger).values())
     state = {}
     for name, value in model.state_dict().items():
-        value = value.to(student.device, student.dtype if value.is_floating_point() else None)
+        # Families keep some tensors in float32, whatever the dtype of the model.
+        dtype = own[name].dtype if name in own else student.dtype if value.dtype == teacher.dtype else value.dtype
+        value = value.to(student.device, dtype)
         if not name.startswith(from_teacher):
             is_drawn = teacher_share > 0 and value.is_floating_point() and not name.startswith(from_student)
             value = own[name].lerp(value, teacher_share) if is_drawn else own[name]
