@@ -14,6 +14,7 @@ from echoatt_hf.conversion.alignment import find_changed, get_parameters, permut
 from echoatt_hf.conversion.dropping import drop_layers
 from echoatt_hf.conversion.putting_back import find_sizes, put_back
 from echoatt_hf.conversion.regression import RIDGES
+from echoatt_hf.conversion.student import make_student
 from echoatt_hf.conversion.taking_up import find_takers
 from echoatt_hf.conversion.tuning import find_tuned
 from echoatt_hf.evaluation.held_out import evaluate_model
@@ -350,3 +351,16 @@ def test_taking_up_is_the_ridge_of_what_is_missing():
 def test_only_what_is_added_to_the_hidden_states_takes_up(family, takes):
     """Not a norm after the MLP, and not one of several experts."""
     assert (find_takers(make_teacher(family), [2]) != {}) == takes
+
+
+def test_dropping_from_a_family_whose_layers_compute_by_their_index_is_refused():
+    """The weights fit, but attention is divided by the number of the layer."""
+    teacher = make_teacher("gpt2", num_hidden_layers=5, scale_attn_by_inverse_layer_idx=True)
+    with torch.no_grad():
+        for block in teacher.transformer.h:
+            block.attn.c_attn.weight.mul_(30)
+            block.attn.c_proj.weight.mul_(30)
+    with pytest.raises(
+        ValueError, match="cannot be dropped from the family 'gpt2': its configuration gives other layers"
+    ):
+        make_student(teacher, [0, DROP, 2, 3, 4])

@@ -2,6 +2,7 @@
 
 import copy
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -275,3 +276,48 @@ def test_the_search_keeps_no_logits_of_rows(llama, rows, monkeypatch):
     search_plan(teacher, rows, similarity, ratio=0.29, width=2, **UNTUNED)
     hook.remove()
     assert 1 in made and max(made) <= 4 < 16, "a conversion is checked on four tokens"
+
+
+def test_layers_that_do_nothing_are_echoes_first(rows):
+    """Nothing is expected of them, and nothing comes of them: the ratio of the two is 0 / 0."""
+    teacher = make_teacher("llama", num_hidden_layers=12)
+    with torch.no_grad():
+        teacher.model.layers[9].self_attn.o_proj.weight.zero_()
+    found = search_plan(teacher, rows, ratio=0.3, width=8, **UNTUNED)
+    assert found.rounds[0]["layer"] == 9 and found.rounds[0]["kl"] == pytest.approx(0, abs=1e-6)
+    assert len(found.plan.echo_layers) == 4
+
+
+def test_a_family_that_cannot_drop_layers_is_refused_before_the_search(rows, monkeypatch):
+    """Every second layer of it has experts, by index. So the configuration of fewer layers gives others."""
+    monkeypatch.setattr(search_module, "measure_on_rows", None)
+    teacher = make_teacher("qwen3_moe", num_hidden_layers=6, decoder_sparse_step=2)
+    options = {"targets": [parse_target("parameters=-5%")], **UNTUNED}
+    with pytest.raises(
+        ValueError, match="cannot be dropped from the family 'qwen3_moe'.*Leave `drop` out of the moves"
+    ):
+        search_plan(teacher, rows, moves=("echo", "drop"), **options)
+
+
+def test_bytes_read_are_not_counted_of_experts(rows, monkeypatch):
+    monkeypatch.setattr(search_module, "measure_on_rows", None)
+    teacher = make_teacher("qwen3_moe", num_hidden_layers=6)
+    with pytest.raises(ValueError, match="of the experts of this model a token reads a few"):
+        search_plan(teacher, rows, targets=[parse_target("decode=1.1x")], **UNTUNED)
+
+
+def test_a_similarity_without_heads_is_refused_at_once(llama, rows, monkeypatch):
+    teacher, similarity = llama
+    monkeypatch.setattr(search_module, "TunedPairs", None)
+    without = replace(similarity, heads=None)
+    with pytest.raises(ValueError, match="The similarity of heads is not known"):
+        search_plan(teacher, rows, without, ratio=0.3)
+
+
+def test_memory_that_runs_out_while_changes_are_estimated_is_explained(llama, rows, monkeypatch):
+    def run_out(*arguments):
+        raise torch.OutOfMemoryError("no")
+
+    monkeypatch.setattr(search_module, "sample_gradients", run_out)
+    with pytest.raises(MemoryError, match="gradients of each layer for each token of search_rows 8"):
+        search_plan(*llama[:1], rows, llama[1], ratio=0.3, **UNTUNED)

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from ..models.layerwise import find_layers
 
 
-__all__ = ["check_same_model", "copy_model", "drop_layers", "list_layers"]
+__all__ = ["cannot_drop", "check_layers_of_config", "check_same_model", "copy_model", "drop_layers", "list_layers"]
 
 
 def copy_model(model: PreTrainedModel, share_weights: bool = False) -> PreTrainedModel:
@@ -70,13 +70,32 @@ def drop_layers(model: PreTrainedModel, dropped: Sequence[int], share_weights: b
     return smaller
 
 
+def cannot_drop(model: PreTrainedModel) -> ValueError:
+    """The error for a family whose configuration says by the index of a layer what is in it."""
+    return ValueError(
+        f"Layers cannot be dropped from the family {model.config.get_text_config().model_type!r}: its configuration gives "
+        "other layers than those that are left. Leave `drop` out of the moves."
+    )
+
+
+def check_layers_of_config(model: PreTrainedModel) -> None:
+    """
+    Check that the configuration of a model without some layers gives the layers that are left.
+
+    Raises:
+        `ValueError`: its weights have other names or shapes.
+    """
+    with torch.device("meta"):
+        expected = type(model)(copy.deepcopy(model.config))
+    shapes = [{name: value.shape for name, value in each.state_dict().items()} for each in (model, expected)]
+    if shapes[0] != shapes[1]:
+        raise cannot_drop(model)
+
+
 @torch.no_grad()
 def check_same_model(model: PreTrainedModel, loaded: PreTrainedModel) -> None:
     """Check that a model without some layers is the same after it was saved and loaded: its family may say no."""
     tokens = torch.arange(8, device=model.device)[None]
     logits = [each.eval()(input_ids=tokens, use_cache=False).logits for each in (model, loaded)]
     if not torch.allclose(*logits, rtol=1e-3, atol=1e-3):
-        raise ValueError(
-            f"Layers cannot be dropped from the family {model.config.model_type!r}: its configuration gives other "
-            "layers."
-        )
+        raise cannot_drop(model)

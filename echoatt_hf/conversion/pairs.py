@@ -136,7 +136,7 @@ class TunedPairs:
                         tunings[layer, entry] = TakingUp(self._takers[layer])
                         continue
                     module = self._become(layer, entry, self._original[move, layer])
-                    heads = self._similarity.heads[source, layer] if self._align and source is not None else None
+                    heads = self._similarity.between(source, layer) if self._align and source is not None else None
                     tunings[layer, entry] = make_tuning(module, heads, self._refit)
                 for part, batch in batches:
                     calls, expected, added = self._record(batch, {layer for layer, e in group if e != "drop"}, dropped)

@@ -33,7 +33,7 @@ from ..models.inference import inference
 from ..models.loading import load_model
 from ..models.recording import recording
 from ..planning.sharing import SharingPlan
-from .dropping import drop_layers
+from .dropping import cannot_drop, check_layers_of_config, drop_layers
 
 
 __all__ = ["make_student"]
@@ -69,10 +69,12 @@ def make_student(
         teacher = load_model(teacher)
     _check_teacher(teacher)
     plan = SharingPlan(plan)
-    if plan.dropped_layers:
+    has_all_layers = not plan.dropped_layers
+    if not has_all_layers:
         teacher, plan = drop_layers(teacher, plan.dropped_layers, share_weights=True), plan.without_dropped()
+        check_layers_of_config(teacher)
     student = _make_student(teacher, plan, share_weights)
-    _check_conversion(student, teacher)
+    _check_conversion(student, teacher, has_all_layers)
     return student
 
 
@@ -181,7 +183,7 @@ def _check_initialization(student: EchoAttForCausalLM) -> None:
         ) from error
 
 
-def _check_conversion(student: EchoAttForCausalLM, teacher: PreTrainedModel) -> None:
+def _check_conversion(student: EchoAttForCausalLM, teacher: PreTrainedModel, has_all_layers: bool = True) -> None:
     """
     Check on a few random tokens that the student does what the family does, whatever that is.
 
@@ -205,6 +207,8 @@ def _check_conversion(student: EchoAttForCausalLM, teacher: PreTrainedModel) -> 
                 f"EchoAtt does not support the family {family!r} yet: its converted model fails "
                 f"({type(exception).__name__}: {reason[0] if reason else 'no reason given'})."
             ) from exception
+    if error > tolerance and not has_all_layers:
+        raise cannot_drop(teacher)
     if error > tolerance:
         raise ValueError(
             f"The teacher is more than the family {family!r} and its weights: a student without echo layers has other "

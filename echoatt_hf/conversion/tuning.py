@@ -251,7 +251,7 @@ def tune_student(
     def tune(layer: int) -> TunedLayer:
         source, heads = moves[layer][1], None
         if similarity is not None and source is not None:
-            heads = similarity.heads[teacher_layers[source], teacher_layers[layer]]
+            heads = similarity.between(teacher_layers[source], teacher_layers[layer])
         tuning = make_tuning(changed[layer], heads, refit)
         for state in states:
             expected, expected_before = state.advance_teacher(teacher, teacher_layers[layer])

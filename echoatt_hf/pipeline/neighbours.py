@@ -19,7 +19,7 @@ from ..models.loading import load_placed, load_tokenizer
 from ..models.sizes import count_kv_bytes_per_token
 from ..outputs.files import check_output_folder
 from ..outputs.provenance import describe_teacher
-from ..search.budget import PlanCosts, are_met, find_limits
+from ..search.budget import PlanCosts, are_met, check_targets, find_limits
 from ..settings import CompressionSettings, MethodSettings, PlanSettings, Target, options_of
 from .preparation import load_calibration_rows
 from .steps import write_converted
@@ -113,6 +113,7 @@ def make_by_method(
     found, goal = _METHODS[method.method], None
     if targets:
         context = decode_context if any(target.quantity == "decode" for target in targets) else None
+        check_targets(teacher, targets)
         goal = _Goal(find_limits(_count_costs(teacher, context), targets), context)
     rows = [{"input_ids": row["input_ids"][: found.tokens]} for row in rows[: found.rows]]
     student, report, tried = found.make(teacher, rows, goal, **method.options())

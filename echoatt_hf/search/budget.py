@@ -12,7 +12,7 @@ from ..models.layerwise import find_layers
 from ..settings import Target
 
 
-__all__ = ["Budget", "PlanCosts", "PlanCounter", "are_met", "find_limits"]
+__all__ = ["Budget", "PlanCosts", "PlanCounter", "are_met", "check_targets", "find_limits"]
 
 # Of the keys and values of a layer: how many of the two are in a cache, and how many are read for each new token.
 _CACHED = {"plain": 2, "echo": 1, "kv": 0, "skip attention": 0, "drop": 0}
@@ -27,7 +27,8 @@ class PlanCosts:
     Args:
         parameters (`int`): number of parameters, tied ones counted once.
         kv_bytes_per_token (`int`): bytes of KV cache for each token, in the dtype of the teacher.
-        decode_bytes (`int`): bytes that are read for each new token: weights, and the cache at the context that was asked for.
+        decode_bytes (`int`): bytes that are read for each new token: weights, and the cache at the context that was asked for,
+            within sliding windows too. Of a mixture of experts all are counted, though a token reads a few.
     """
 
     parameters: int
@@ -73,6 +74,24 @@ class PlanCounter:
 
 def _count(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
+
+
+def check_targets(teacher: PreTrainedModel, targets: Sequence[Target]) -> None:
+    """
+    Check that what targets name can be counted.
+
+    Raises:
+        `ValueError`: a target is of decoding, and the teacher is a mixture of experts.
+    """
+    if any(target.field == "decode_bytes" for target in targets) and _has_experts(teacher):
+        raise ValueError(
+            "A target of decoding counts the bytes that are read for a token, but of the experts of this model a token reads a few, "
+            "which are not counted: give a target of parameters or of kv-bytes."
+        )
+
+
+def _has_experts(model: PreTrainedModel) -> bool:
+    return any("experts" in name for name, _ in model.named_parameters())
 
 
 def find_limits(teacher: PlanCosts, targets: Sequence[Target]) -> dict[str, int]:

@@ -12,6 +12,7 @@ from transformers import BatchEncoding, PreTrainedConfig, PreTrainedModel
 from ..analysis.similarity import AttentionSimilarity, measure_on_rows
 from ..configuration_echoatt import read_entry
 from ..conversion.pairs import Pair, TunedPairs, sample_gradients
+from ..conversion.student import make_student
 from ..conversion.tuning import hold_out
 from ..modeling_echoatt import EchoRecords
 from ..models.checks import hash_weights
@@ -26,7 +27,7 @@ from ..planning.rules import plan_from_similarity
 from ..planning.sharing import SharingPlan, check_block_size, count_echo_layers, inner_groups
 from ..settings import MOVES, Target
 from ..text.rows import batch_rows, hash_rows
-from .budget import Budget, PlanCosts, PlanCounter, are_met
+from .budget import Budget, PlanCosts, PlanCounter, are_met, check_targets
 
 
 __all__ = ["PlanSearch", "search_plan"]
@@ -140,8 +141,9 @@ def search_plan(
         block_size (`int`, *optional*):
             Most layers in a block, its source included.
         search_rows (`int`, *optional*, defaults to 8):
-            Most rows to measure plans on. What the teacher predicts on them is kept in memory: its last hidden states, or its
-            logits where its head cannot be called alone. 8 rows of 256 tokens tell pairs apart.
+            Most rows to measure plans on. In memory are kept for each of their tokens what the teacher predicts, its last hidden
+            states, or its logits where its head cannot be called alone, and four gradients of the hidden size for each layer,
+            eight if layers may be dropped. 8 rows of 256 tokens tell pairs apart.
         width (`int`, *optional*, defaults to 8):
             Pairs measured in each round.
         align, refit (`bool`, *optional*, defaults to `True`):
@@ -156,35 +158,48 @@ def search_plan(
         [`PlanSearch`]
 
     Raises:
-        `ValueError`: the family is not supported, a number is out of range, or the ratio is impossible for the model.
+        `ValueError`: the family is not supported, a number is out of range, the ratio or a move is impossible for the model, or
+            a target cannot be counted.
     """
     for name, value in (("search_rows", search_rows), ("width", width)):
         if value < 1:
             raise ValueError(f"{name} is {value}; it must be at least 1.")
     train, held_out = hold_out(rows)
     space, count = make_space(teacher.config, ratio, protected_layers, block_size, moves if targets else ("echo",))
-    pairs = space.pairs(list(range(space.num_layers)))
+    unchanged = list(range(space.num_layers))
+    pairs = space.pairs(unchanged)
+    check_targets(teacher, targets)
+    if dropped := next((pair for pair in pairs if pair[1] == "drop"), None):
+        make_student(teacher, with_pair(unchanged, dropped), share_weights=True)  # refuses a family that cannot
+    if similarity is not None and align:
+        similarity.between(0, 0)
     if similarity is None:
         similarity = measure_on_rows(teacher, rows, progress=progress)
     kept = _State(state, lambda: _describe(teacher, rows, search_rows, similarity, align, refit))
     tuned = TunedPairs(teacher, similarity, pairs, train, held_out, align=align, refit=refit)
     counter = PlanCounter(teacher, tuned.count_parameters, decode_context)
-    teacher_costs = counter(range(space.num_layers))
+    teacher_costs = counter(unchanged)
     budget = Budget(counter, teacher_costs, count, targets)
     batches = [batch.to(teacher.device) for batch in batch_rows(held_out[:search_rows], 8)]
     others = space.other_plans(similarity, ratio, teacher.config) if count is not None else {}
-    _estimate(teacher, tuned, pairs, batches, kept, [list(plan) for plan in others.values()], progress)
+    remedy = (
+        f"changes are estimated by gradients of each layer for each token of search_rows {search_rows}, and the weights of "
+        f"{KEPT_SOURCES} tuned sources of each layer and move are kept. Give fewer moves, and fewer or shorter rows"
+    )
+    with explained_memory_errors(remedy):
+        _estimate(teacher, tuned, pairs, batches, kept, [list(plan) for plan in others.values()], progress)
     expected = {pair: kept.expected[pair] for pair in pairs}
     total = (count or space.num_layers) * width + len(others)
     bar = tqdm(total=total, desc="search", disable=not progress, leave=False)
     remedy = f"plans are measured on search_rows {search_rows}, of which the layer outputs are kept. Give fewer, or shorter rows"
     with bar, explained_memory_errors(remedy), inference(teacher):
         measure = _Measure(teacher, batches, tuned, kept, bar)
-        plan, rounds, current, left = list(range(space.num_layers)), [], 0.0, budget.left(range(space.num_layers))
+        plan, rounds, current, left = unchanged, [], 0.0, budget.left(unchanged)
         measured: dict[Pair, float] = {}  # increase of KL by each change, when last measured
         while left > 0:
             # What was expected of changes is scaled by what came out of those that were measured.
-            scale = sum(measured.values()) / sum(map(expected.get, measured)) if measured else 1.0
+            foreseen = sum(map(expected.get, measured))  # 0 where layers that do nothing were measured
+            scale = max(sum(measured.values()), 0.0) / foreseen if foreseen > 0 else 1.0
             prices = {}
             for pair in space.pairs(plan):
                 gain = left - budget.left(with_pair(plan, pair))
