@@ -357,6 +357,7 @@ def compress(
     """
     two_commands = f"in place of `compress` run: {_describe_two_commands(settings, output)}"
     check_one_process("planning and conversion are", two_commands)
+    check_output_folder(Path(output), overwrite or resume)
     settings = fill_in_rate(settings, settings.teacher, Path(output), resume)
     with unfinished_run(Path(output), settings, overwrite, resume) as work:
         # Whatever can be wrong is said before anything is measured.
@@ -508,6 +509,8 @@ def distill(settings: StudentSettings, output: str | Path, *, overwrite: bool = 
         `ValueError`: the student is not an EchoAtt model, or does not fit the teacher, see [`check_same_tokenizer`].
         `DistillationInterrupted`: see [`compress`]; several processes stop at once, without a checkpoint.
     """
+    if processes().is_main_process:
+        check_output_folder(Path(output), overwrite or resume)
     stored, facts = None, {}
     if settings.stored_teacher is not None:
         stored = StoredTeacher(settings.stored_teacher, progress=True)
