@@ -17,7 +17,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from echoatt_hf import EchoAttTrainer
 from echoatt_hf.distillation.two_stages import make_training_arguments
 from echoatt_hf.evaluation.held_out import evaluate_model
-from echoatt_hf.outputs.files import check_output_file, check_output_folder, replace_folder, whole_folder, write_whole
+from echoatt_hf.outputs.files import (
+    beside,
+    check_output_file,
+    check_output_folder,
+    replace_folder,
+    whole_folder,
+    write_whole,
+)
 from echoatt_hf.publishing.card import find_gaps
 from echoatt_hf.settings import DistillationSettings
 
@@ -230,6 +237,47 @@ def test_stopped_search_resumes_to_the_same_plan(workplace, tmp_path, monkeypatc
         == of_student
     )
     assert {path.name for path in tmp_path.iterdir()} == {"plan.json", "plan.search.json", "plan.search.png"}
+
+
+def test_a_search_is_kept_until_its_plan_is_written(workplace, tmp_path, monkeypatch, run_in_process):
+    from echoatt_hf.search import effect as search
+
+    output = tmp_path / "plan.json"
+    command = ["plan", workplace / "teacher", "--data", workplace / "text", *FAST[:6], "--ratio", 0.5]
+    command += ["--search-rows", 1, "--search-width", 1, "--output", output]
+
+    def fail(*_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(search.PlanSearch, "plot", fail)
+        assert_one_line_error(run_in_process(*command), "No space left on device")
+    assert {path.name for path in tmp_path.iterdir()} == {"plan.json.partial", "plan.search.json"}
+    assert_one_line_error(run_in_process(*command), "continue it with --resume")
+    with monkeypatch.context() as patch:
+        patch.setattr(search._Measure, "_measure", lambda *_: pytest.fail("measured again"))
+        resumed = run_in_process(*command, "--resume")
+    assert resumed.returncode == 0, resumed.stderr
+    assert {path.name for path in tmp_path.iterdir()} == {"plan.json", "plan.search.json", "plan.search.png"}
+
+
+@pytest.mark.parametrize("suffix", [".search.json", ".search.png"])
+def test_a_search_replaces_nothing_beside_its_plan(workplace, tmp_path, monkeypatch, run_in_process, suffix):
+    from echoatt_hf.pipeline import steps
+
+    monkeypatch.setattr(steps, "plan_teacher", lambda *_: pytest.fail("searched"))
+    command = ["plan", workplace / "teacher", "--data", workplace / "text", "--output"]
+    for output, name in (("plan.json", "plan"), ("plan-0.41", "plan-0.41")):
+        (tmp_path / (name + suffix)).write_text("mine")
+        for resume in ([], ["--resume"]):
+            result = run_in_process(*command, tmp_path / output, *resume)
+            assert_one_line_error(result, f"{name}{suffix}' exists: choose another file")
+    assert files_of(tmp_path) == {f"{name}{suffix}": b"mine" for name in ("plan", "plan-0.41")}
+
+
+def test_files_beside_another():
+    assert beside(Path("a/plan.json"), ".search.json") == Path("a/plan.search.json")
+    assert beside(Path("plan-0.41"), ".search.json") == Path("plan-0.41.search.json")
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL], ids=["Ctrl-C", "kill"])
@@ -616,6 +664,14 @@ def test_outputs_that_cannot_be_renamed_are_refused_before_the_work(tmp_path, mo
     monkeypatch.setattr(os.path, "ismount", lambda path: path == file)
     with pytest.raises(ValueError, match="is a mount point, which cannot be replaced: choose another file"):
         check_output_file(file, overwrite=True)
+
+
+@pytest.mark.parametrize("command", ["compress", "analyze", "convert", "store-teacher", "export"])
+def test_every_folder_needs_a_name(bad_workplace, monkeypatch, run_in_process, command):
+    monkeypatch.chdir(bad_workplace)
+    for name in (".", ".."):
+        result = run_in_process(command, "teacher", "--output", name, "--overwrite")
+        assert_one_line_error(result, f"'{name}' has no name of its own")
 
 
 def test_a_distillation_checks_its_output_before_it_reads_a_stored_teacher(tmp_path, monkeypatch, run_in_process):

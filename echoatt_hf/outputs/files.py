@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 
 
 __all__ = [
+    "beside",
     "check_output_file",
     "check_output_folder",
     "explained_disk_errors",
@@ -52,6 +53,11 @@ def check_output_file(output: Path | None, overwrite: bool) -> None:
             "choose another file."
         )
     _check_writable(output.parent)
+
+
+def beside(output: Path, suffix: str) -> Path:
+    """The file beside a JSON file that has `suffix` in place of its `.json`, and after the name of a file without it."""
+    return output.with_name(output.name.removesuffix(".json") + suffix)
 
 
 def check_output_folder(output: Path, overwrite: bool) -> None:
