@@ -516,13 +516,15 @@ class PlanSettings:
     decode_context: int = setting(2048, "Tokens in the cache for the target decode.")
     from_search: str | None = setting(
         None,
-        "The .search.json that `echoatt plan` wrote: the best of what it measured that reaches the target, at no cost.",
+        "The .search.json that `echoatt plan` wrote: the best of what it measured that reaches the target, with these moves and "
+        "protected layers, at no cost.",
     )
     search_rows: int = setting(8, "With 'effect' and from a student: rows on which a plan is measured.")
-    search_width: int = setting(8, "With 'effect': candidates measured for each echo layer but the first.")
+    search_width: int = setting(8, "With 'effect': changes measured in each round, of which the best is kept.")
 
     def __post_init__(self):
         _check_at_least_one(self, "search_rows", "search_width", "decode_context")
+        _check_not_negative(self, "protected_layers")
         if (self.target or self.moves or self.from_search) and self.plan != "effect":
             raise ValueError(f"plan is {self.plan!r}; target, moves and from_search are for the plan 'effect' alone.")
         if self.from_search is not None and not self.target:

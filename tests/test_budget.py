@@ -17,7 +17,7 @@ from echoatt_hf.models.families import find_attention_modules, find_output_proje
 from echoatt_hf.models.inference import inference
 from echoatt_hf.planning.from_settings import choose_from_frontier, make_plan, parse_entries
 from echoatt_hf.search.budget import PlanCounter
-from echoatt_hf.search.effect import find_frontier, with_pair
+from echoatt_hf.search.effect import PlanSearch, find_frontier, with_pair
 from echoatt_hf.settings import PlanSettings, Target, parse_target
 
 
@@ -261,10 +261,89 @@ def test_another_target_from_a_search_costs_nothing(tmp_path):
     assert result.exit_code == 2 and "does not hold what a search has found" in " ".join(result.output.split())
 
 
+TEACHER_COSTS = {"parameters": 100, "kv_bytes_per_token": 100, "decode_bytes": 100}
+FRONTIER = [  # the smallest KL first
+    {"layer_plan": plan, "kl": index / 10, "parameters": 90, "kv_bytes_per_token": costs, "decode_bytes": costs}
+    for index, (plan, costs) in enumerate(
+        [
+            ([0, 1, 2, 3, 4, "kv 0"], 90),
+            ([0, 1, 2, DROP, 4, 5], 80),
+            ([0, 1, 2, 3, "kv 0", 5], 70),
+            ([0, 1, 1, "kv 1", 4, 5], 60),
+        ]
+    )
+]
+
+
+def from_search(folder, content, **settings):
+    """The plan that settings take from the file of a search, for a model of six layers."""
+    (folder / "search.json").write_text(json.dumps(content))
+    settings = {"target": ["kv-bytes=-10%"], "from_search": str(folder / "search.json")} | settings
+    return list(make_plan(PlanSettings(**settings), make_teacher().config))
+
+
+@pytest.mark.parametrize(
+    ("settings", "index"),
+    [
+        ({"protected_layers": 0}, 0),
+        ({}, 1),
+        ({"moves": "kv,echo"}, 2),
+        ({"protected_layers": 2}, 1),
+        ({"target": ["kv-bytes=-40%"], "moves": "echo,kv"}, 3),
+    ],
+)
+def test_moves_and_protected_layers_hold_for_a_search_that_was_made(tmp_path, settings, index):
+    content = {"teacher": TEACHER_COSTS, "frontier": FRONTIER}
+    assert from_search(tmp_path, content, **settings) == FRONTIER[index]["layer_plan"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"moves": "skip"},
+            "measured with moves of skip attention alone and 1 protected layers at either end is there",
+        ),
+        ({"protected_layers": 3}, "and 3 protected layers at either end is there: allow more of --moves, fewer of"),
+        (
+            {"moves": "kv", "target": ["kv-bytes=-40%"]},
+            "with moves of kv alone and 1 protected .* reaches the target; it came to kv_bytes_per_token -30.0%",
+        ),
+        ({"protected_layers": -1}, "protected_layers is -1; it must be 0 or more"),
+    ],
+)
+def test_what_a_search_has_not_measured_is_said(tmp_path, settings, message):
+    with pytest.raises(ValueError, match=message):
+        from_search(tmp_path, {"teacher": TEACHER_COSTS, "frontier": FRONTIER}, **settings)
+
+
+def test_a_search_says_of_what_model_and_context_it_is(llama, rows, tmp_path):
+    target = Target("decode", 1 / 1.01)
+    search = search_plan(llama[0], rows, llama[1], targets=[target], decode_context=64, search_rows=1, width=1)
+    found = search.to_dict()
+    assert PlanSearch(search.plan, **found) == search
+    settings = {"target": ["decode=1.01x"], "decode_context": 64}
+    assert from_search(tmp_path, found, **settings) == list(search.plan)
+    with pytest.raises(
+        ValueError, match="decode_context is 2048, but the search .* with 64 tokens.*--decode-context 64"
+    ):
+        from_search(tmp_path, found, target=["decode=1.01x"])
+    from_search(tmp_path, found, target=["parameters=-0.1%"])  # which no context changes
+    with pytest.raises(ValueError, match="is of a model with hidden_size 99; this one has 32"):
+        from_search(tmp_path, found | {"model": found["model"] | {"hidden_size": 99}}, **settings)
+    earlier = {name: value for name, value in found.items() if name not in ("model", "decode_context")}
+    assert from_search(tmp_path, earlier, target=["decode=1.01x"]) == list(search.plan)
+
+
 def test_search_of_another_model_is_refused(tmp_path):
-    teacher = {"parameters": 10, "kv_bytes_per_token": 10, "decode_bytes": 10}
-    content = {"teacher": teacher, "frontier": [{"layer_plan": [0, 1, "kv 1"], "kl": 0.1, "kv_bytes_per_token": 5}]}
-    (tmp_path / "search.json").write_text(json.dumps(content))
-    settings = PlanSettings(from_search=str(tmp_path / "search.json"), target=["kv-bytes=-10%"])
-    with pytest.raises(ValueError, match="is of a model of 3 layers; this one has 6"):
-        make_plan(settings, make_teacher().config)
+    content = {"teacher": TEACHER_COSTS, "frontier": [FRONTIER[0] | {"layer_plan": [0, 1, "kv 1"]}]}
+    with pytest.raises(ValueError, match="is of a model with num_hidden_layers 3; this one has 6"):
+        from_search(tmp_path, content)
+
+
+@pytest.mark.parametrize(
+    "content", [[], {"teacher": TEACHER_COSTS, "frontier": []}, {"teacher": {}, "frontier": FRONTIER}]
+)
+def test_what_is_no_search_is_refused(tmp_path, content):
+    with pytest.raises(ValueError, match="does not hold what a search has found"):
+        from_search(tmp_path, content)

@@ -20,6 +20,7 @@ from typer.testing import CliRunner
 
 import echoatt_hf
 from echoatt_hf import EchoAttForCausalLM
+from echoatt_hf.analysis.similarity import AttentionSimilarity
 from echoatt_hf.cli.app import app
 from echoatt_hf.distillation.trainer_args import parse_trainer_args
 from echoatt_hf.distillation.two_stages import make_training_arguments
@@ -551,6 +552,45 @@ def test_a_file_needs_a_folder_to_lie_in(echoatt, command):
     assert_one_line(echoatt(*command), "there is no folder 'missing'")
     command[-1] = "text"
     assert_one_line(echoatt(*command, "--overwrite"), "is a folder")
+
+
+@pytest.mark.parametrize("layers", [3, 8])
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["plan", "--plan", "similarity"],
+        ["plan", "--plan", "paper"],
+        ["plan", "--plan", "effect"],
+        ["convert", "--plan", "similarity"],
+        ["convert", "--plan", PLAN],
+    ],
+    ids=" ".join,
+)
+def test_a_similarity_of_another_depth_is_refused(echoatt, tmp_path, monkeypatch, command, layers):
+    from echoatt_hf.pipeline import preparation
+
+    monkeypatch.setattr(preparation, "load_placed", lambda *_: pytest.fail("loaded"))
+    alike = torch.ones(layers, layers)
+    AttentionSimilarity(None, 1, alike, alike).save(tmp_path / "similarity.json")
+    name, *plan = command
+    given = ["--similarity", tmp_path / "similarity.json", "--output", tmp_path / "out.json"]
+    result = echoatt(name, "teacher", *plan, *DATA, *CALIBRATION, *given)
+    assert_one_line(result, f"similarity.json' is of a model of {layers} layers; this one has 6: give that of")
+    assert [path.name for path in tmp_path.iterdir()] == ["similarity.json"]
+
+
+@pytest.mark.parametrize(("options", "is_said"), [(["--method", "laco"], False), (COPY, True)], ids=["method", "plan"])
+def test_resume_is_said_where_it_goes_on(echoatt, tmp_path, monkeypatch, options, is_said):
+    from echoatt_hf.pipeline import neighbours, preparation
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    for module in (neighbours, preparation):
+        monkeypatch.setattr(module, "load_placed", stop)
+    result = echoatt("convert", "teacher", *options, *DATA, "--output", tmp_path / "out")
+    assert result.exit_code == 130 and "echoatt: stopped" in result.stderr, result.output
+    assert ("--resume" in result.stderr) == is_said
 
 
 @pytest.mark.parametrize("size", ["0", "-1"])

@@ -17,7 +17,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from echoatt_hf import EchoAttTrainer
 from echoatt_hf.distillation.two_stages import make_training_arguments
 from echoatt_hf.evaluation.held_out import evaluate_model
-from echoatt_hf.outputs.files import replace_folder, whole_folder, write_whole
+from echoatt_hf.outputs.files import (
+    beside,
+    check_output_file,
+    check_output_folder,
+    replace_folder,
+    whole_folder,
+    write_whole,
+)
 from echoatt_hf.publishing.card import find_gaps
 from echoatt_hf.settings import DistillationSettings
 
@@ -230,6 +237,47 @@ def test_stopped_search_resumes_to_the_same_plan(workplace, tmp_path, monkeypatc
         == of_student
     )
     assert {path.name for path in tmp_path.iterdir()} == {"plan.json", "plan.search.json", "plan.search.png"}
+
+
+def test_a_search_is_kept_until_its_plan_is_written(workplace, tmp_path, monkeypatch, run_in_process):
+    from echoatt_hf.search import effect as search
+
+    output = tmp_path / "plan.json"
+    command = ["plan", workplace / "teacher", "--data", workplace / "text", *FAST[:6], "--ratio", 0.5]
+    command += ["--search-rows", 1, "--search-width", 1, "--output", output]
+
+    def fail(*_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(search.PlanSearch, "plot", fail)
+        assert_one_line_error(run_in_process(*command), "No space left on device")
+    assert {path.name for path in tmp_path.iterdir()} == {"plan.json.partial", "plan.search.json"}
+    assert_one_line_error(run_in_process(*command), "continue it with --resume")
+    with monkeypatch.context() as patch:
+        patch.setattr(search._Measure, "_measure", lambda *_: pytest.fail("measured again"))
+        resumed = run_in_process(*command, "--resume")
+    assert resumed.returncode == 0, resumed.stderr
+    assert {path.name for path in tmp_path.iterdir()} == {"plan.json", "plan.search.json", "plan.search.png"}
+
+
+@pytest.mark.parametrize("suffix", [".search.json", ".search.png"])
+def test_a_search_replaces_nothing_beside_its_plan(workplace, tmp_path, monkeypatch, run_in_process, suffix):
+    from echoatt_hf.pipeline import steps
+
+    monkeypatch.setattr(steps, "plan_teacher", lambda *_: pytest.fail("searched"))
+    command = ["plan", workplace / "teacher", "--data", workplace / "text", "--output"]
+    for output, name in (("plan.json", "plan"), ("plan-0.41", "plan-0.41")):
+        (tmp_path / (name + suffix)).write_text("mine")
+        for resume in ([], ["--resume"]):
+            result = run_in_process(*command, tmp_path / output, *resume)
+            assert_one_line_error(result, f"{name}{suffix}' exists: choose another file")
+    assert files_of(tmp_path) == {f"{name}{suffix}": b"mine" for name in ("plan", "plan-0.41")}
+
+
+def test_files_beside_another():
+    assert beside(Path("a/plan.json"), ".search.json") == Path("a/plan.search.json")
+    assert beside(Path("plan-0.41"), ".search.json") == Path("plan-0.41.search.json")
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL], ids=["Ctrl-C", "kill"])
@@ -447,6 +495,8 @@ BAD_INPUT = {
     "rank below 0": (["--lora-rank", "-1"], "lora_rank is -1"),
     "output not empty": (["--output", "text"], "--overwrite"),
     "output is a file": (["--output", "empty.txt"], "is a file"),
+    "output without a name": (["--output", "."], "give a folder in it, such as 'out'"),
+    "output above": (["--output", "..", "--overwrite"], "'..' has no name of its own"),
 }
 
 
@@ -574,6 +624,63 @@ def test_failed_replacement_puts_the_old_folder_back(tmp_path):
         replace_folder(tmp_path / "missing", output)
     assert files_of(output) == {"old": b"old"}
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("busy", ["old folder", "finished folder"])
+def test_what_is_finished_stays_if_it_cannot_be_put_in_its_place(tmp_path, monkeypatch, busy):
+    output, replace = tmp_path / "out", os.replace
+    output.mkdir()
+    (output / "old").write_text("old")
+
+    def fail(source, target):
+        if (source == output) == (busy == "old folder") and ".old." not in str(source):
+            raise OSError(16, "Device or resource busy", str(source))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", fail)
+    said = "Device or resource busy.*cannot be replaced. What was made is whole"
+    with pytest.raises(OSError, match=said) as error, whole_folder(output, overwrite=True) as folder:
+        (folder / "new").write_text("new")
+    assert files_of(folder) == {"new": b"new"} and repr(str(folder)) in str(error.value)
+    assert files_of(output) == {"old": b"old"}
+    assert {*tmp_path.iterdir()} == {output, folder}
+
+
+def test_outputs_that_cannot_be_renamed_are_refused_before_the_work(tmp_path, monkeypatch):
+    monkeypatch.setattr(os.path, "ismount", lambda path: path == tmp_path)
+    with pytest.raises(
+        ValueError, match="is a mount point, so that no finished folder.*give a folder in it, such as .*out'"
+    ):
+        check_output_folder(tmp_path, overwrite=True)
+    check_output_folder(tmp_path / "out", overwrite=False)
+    for name in (".", "..", "a/.."):
+        with pytest.raises(ValueError, match="has no name of its own"):
+            check_output_folder(Path(name), overwrite=True)
+    (tmp_path / "link").symlink_to("nowhere")
+    with pytest.raises(FileExistsError, match="link' is a file"):
+        check_output_folder(tmp_path / "link", overwrite=True)
+    file = tmp_path / "file.json"
+    file.write_text("mounted")
+    monkeypatch.setattr(os.path, "ismount", lambda path: path == file)
+    with pytest.raises(ValueError, match="is a mount point, which cannot be replaced: choose another file"):
+        check_output_file(file, overwrite=True)
+
+
+@pytest.mark.parametrize("command", ["compress", "analyze", "convert", "store-teacher", "export"])
+def test_every_folder_needs_a_name(bad_workplace, monkeypatch, run_in_process, command):
+    monkeypatch.chdir(bad_workplace)
+    for name in (".", ".."):
+        result = run_in_process(command, "teacher", "--output", name, "--overwrite")
+        assert_one_line_error(result, f"'{name}' has no name of its own")
+
+
+def test_a_distillation_checks_its_output_before_it_reads_a_stored_teacher(tmp_path, monkeypatch, run_in_process):
+    from echoatt_hf.pipeline import steps
+
+    monkeypatch.setattr(steps, "StoredTeacher", lambda *_, **__: pytest.fail("read"))
+    distill = ["distill", tmp_path / "student", "--stored-teacher", tmp_path / "store", "--output"]
+    assert_one_line_error(run_in_process(*distill, "."), "has no name of its own")
+    assert_one_line_error(run_in_process(*distill, tmp_path.parent), "is not empty")
 
 
 def test_failed_write_leaves_the_old_file(tmp_path, monkeypatch):

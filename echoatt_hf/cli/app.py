@@ -119,7 +119,9 @@ def with_settings(**groups: type) -> Callable:
 
         @functools.wraps(command)
         def run(**values):
-            with one_line_errors(can_resume="resume" in values and values["output"] is not None):
+            # Methods of others keep nothing to go on from.
+            keeps = "resume" in values and values["output"] is not None and values.get("method") is None
+            with one_line_errors(can_resume=keeps):
                 _quiet_libraries()
                 if command.__name__ not in DIVIDED_COMMANDS:
                     _check_one_process(command.__name__)

@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 
 
 __all__ = [
+    "beside",
     "check_output_file",
     "check_output_folder",
     "explained_disk_errors",
@@ -34,11 +35,16 @@ def check_output_file(output: Path | None, overwrite: bool) -> None:
     Raises:
         `FileExistsError`: it exists and `overwrite` is not given, or it is a folder.
         `FileNotFoundError`: there is no folder to write it into.
+        `ValueError`: it is a mount point, which cannot be replaced.
     """
     if output is None:
         return
     if output.is_dir():
         raise FileExistsError(f"The output {str(output)!r} is a folder: choose a file.")
+    if os.path.ismount(output):
+        raise ValueError(
+            f"The output {str(output)!r} is a mount point, which cannot be replaced: choose another file."
+        )
     if output.exists() and not overwrite:
         raise FileExistsError(f"{str(output)!r} exists: choose another file, or replace it with --overwrite.")
     if not output.parent.is_dir():
@@ -49,15 +55,27 @@ def check_output_file(output: Path | None, overwrite: bool) -> None:
     _check_writable(output.parent)
 
 
+def beside(output: Path, suffix: str) -> Path:
+    """The file beside a JSON file that has `suffix` in place of its `.json`, and after the name of a file without it."""
+    return output.with_name(output.name.removesuffix(".json") + suffix)
+
+
 def check_output_folder(output: Path, overwrite: bool) -> None:
     """
-    Check that a folder can be written to.
+    Check that a folder can be written, and put in its place when it is finished. Before the work, as that would be lost.
 
     Raises:
         `FileExistsError`: it is not empty and `overwrite` is not given, or it is a file.
         `NotADirectoryError`: it would lie in a file.
+        `ValueError`: it cannot be renamed: it is a mount point, or has no name of its own, as `.` and `..`.
     """
-    if output.exists() and not output.is_dir():
+    if output.name in ("", "..") or os.path.ismount(output):
+        what = "is a mount point" if output.name not in ("", "..") else "has no name of its own"
+        raise ValueError(
+            f"The output {str(output)!r} {what}, so that no finished folder can take its place: give a folder in it, such as "
+            f"{str(output / 'out')!r}."
+        )
+    if os.path.lexists(output) and not output.is_dir():  # a link to nothing, too
         raise FileExistsError(f"The output {str(output)!r} is a file: choose a folder.")
     if output.is_dir() and any(output.iterdir()) and not overwrite:
         raise FileExistsError(
@@ -119,8 +137,8 @@ def whole_folder(output: Path, overwrite: bool = False) -> Iterator[Path]:
     """
     Write a folder whole or not at all.
 
-    Yields an empty folder beside `output` to write into. When the block ends well it takes the place of `output`; when
-    it fails it is removed, and what was in `output` before stays as it was.
+    Yields an empty folder beside `output` to write into. When the block ends well it takes the place of `output`, see
+    [`replace_folder`]; when it fails it is removed, and what was in `output` before stays as it was.
 
     Args:
         output (`Path`): the folder to make.
@@ -136,25 +154,37 @@ def whole_folder(output: Path, overwrite: bool = False) -> Iterator[Path]:
         folder.chmod(0o777 & ~_umask())
         with explained_disk_errors(output):
             yield folder
-        replace_folder(folder, output)
-    finally:
+    except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
+        raise
+    replace_folder(folder, output)
 
 
 def replace_folder(folder: Path, output: Path) -> None:
-    """Put `folder` in the place of `output`. If that fails, what was in `output` is put back."""
-    if not output.exists():
-        os.replace(folder, output)
-        return
-    aside = Path(tempfile.mkdtemp(prefix=f".{output.name}.old.", dir=output.parent))
-    os.replace(output, aside / output.name)
+    """
+    Put a finished folder in the place of `output`.
+
+    Raises:
+        `OSError`: that fails. What was in `output` is put back, and `folder` stays where it is; the message says where.
+    """
+    aside = None
     try:
+        if output.exists():
+            aside = Path(tempfile.mkdtemp(prefix=f".{output.name}.old.", dir=output.parent))
+            os.replace(output, aside / output.name)
         os.replace(folder, output)
-    except OSError:
-        os.replace(aside / output.name, output)
-        aside.rmdir()
-        raise
-    shutil.rmtree(aside, ignore_errors=True)
+    except OSError as error:
+        if aside is not None:
+            if os.path.lexists(aside / output.name):
+                os.replace(aside / output.name, output)
+            aside.rmdir()
+        raise OSError(
+            error.errno,
+            f"{error.strerror}: {str(output)!r} cannot be replaced. What was made is whole, in {str(folder)!r}: move it from "
+            "there to where it is to be",
+        ) from error
+    if aside is not None:
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def write_whole(path: Path, content: str | bytes) -> None:

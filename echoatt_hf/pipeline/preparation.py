@@ -313,8 +313,8 @@ def plan_teacher(
     Returns:
         `tuple`: [`SharingPlan`], and [`PlanSearch`] if there was a search.
     """
-    measured = AttentionSimilarity.from_json(similarity) if similarity is not None else None
     config = load_config(settings.teacher)
+    measured = _read_similarity(similarity, config)
     if not _needs_text(settings.plan, config, measured):
         return make_plan(settings.plan, config, measured), None
     check_plan(settings.plan, config)
@@ -342,7 +342,7 @@ def convert_teacher(
     calibration = settings.calibration
     config = load_config(settings.teacher)
     check_plan(settings.plan, config)
-    measured = AttentionSimilarity.from_json(similarity) if similarity is not None else None
+    measured = _read_similarity(similarity, config)
     needs_text = _needs_text(settings.plan, config, measured)
     teacher, dtype = load_placed(settings.teacher, settings.dtype)
     tokenizer, rows = load_tokenizer(settings.teacher, teacher), None
@@ -355,6 +355,19 @@ def convert_teacher(
     student, report = convert_tuned(teacher, plan, rows, measured, calibration)
     cast_weights(student, dtype)
     return student, report, tokenizer
+
+
+def _read_similarity(file: Path | None, config: PreTrainedConfig) -> AttentionSimilarity | None:
+    """The similarity in a file, if one is given. Raises `ValueError` if it is of a model with more layers or fewer."""
+    if file is None:
+        return None
+    similarity, num_layers = AttentionSimilarity.from_json(file), config.get_text_config().num_hidden_layers
+    if len(similarity.layers) != num_layers:
+        raise ValueError(
+            f"The similarity {str(file)!r} is of a model of {len(similarity.layers)} layers; this one has {num_layers}: give "
+            "that of `echoatt analyze` for this model."
+        )
+    return similarity
 
 
 def _needs_text(settings: PlanSettings, config: PreTrainedConfig, measured: AttentionSimilarity | None) -> bool:

@@ -29,7 +29,7 @@ from ..modeling_echoatt import EchoAttForCausalLM
 from ..models.checks import check_same_tokenizer
 from ..models.devices import check_one_process, default_device, processes
 from ..models.loading import load_config, load_folder, load_placed, load_tokenizer, load_typed
-from ..outputs.files import check_output_file, check_output_folder, whole_folder, write_whole
+from ..outputs.files import beside, check_output_file, check_output_folder, whole_folder, write_whole
 from ..outputs.provenance import (
     describe_conversion,
     describe_data,
@@ -129,8 +129,8 @@ def plan(
         settings ([`CompressionSettings`]):
             What to make; the distillation does not matter.
         output (`str` or `Path`, *optional*):
-            JSON file to write the plan to. Beside it, what a search has found: all plans worth to have, with suffix
-            `.search.json`, from which another target takes another one, and a plot of them, `.search.png`.
+            JSON file to write the plan to. Beside it, what a search has found: all plans worth to have, with `.search.json` in
+            place of its suffix `.json`, from which another target takes another one, and a plot of them, `.search.png`.
         similarity (`Path`, *optional*):
             `similarity.json` of the teacher, measured anew if it is needed and not given.
         overwrite, resume:
@@ -141,14 +141,26 @@ def plan(
     """
     output = Path(output) if output is not None else None
     check_output_file(output, overwrite)
-    with resumable_search(settings, output, overwrite, resume) as state:
+    with resumable_search(settings, output, overwrite, resume, _check_search_files) as state:
         made, search = plan_teacher(settings, similarity, state)
-    if output is not None:
-        write_whole(output, made.to_json())
-        if search is not None:
-            write_whole(output.with_suffix(".search.json"), json.dumps(search.to_dict(), indent=2) + "\n")
-            search.plot(output.with_suffix(".search.png"))
+        # Within, as what was measured goes when the block ends; and the plan last, as it says that all is there.
+        if output is not None:
+            if search is not None:
+                found, figure = _search_files(output)
+                write_whole(found, json.dumps(search.to_dict(), indent=2) + "\n")
+                search.plot(figure)
+            write_whole(output, made.to_json())
     return {"plan": made.to_dict()} | ({"search": search.to_dict()} if search is not None else {})
+
+
+def _search_files(output: Path) -> tuple[Path, Path]:
+    """What a search writes beside a plan."""
+    return beside(output, ".search.json"), beside(output, ".search.png")
+
+
+def _check_search_files(output: Path, overwrite: bool) -> None:
+    for file in (output, *_search_files(output)):
+        check_output_file(file, overwrite)
 
 
 def convert(
@@ -209,8 +221,8 @@ def evaluate(settings: EvaluationSettings, output: str | Path | None = None, *, 
         settings ([`EvaluationSettings`]):
             Which model, which text, and which teacher to compare with.
         output (`str` or `Path`, *optional*):
-            JSON file to write. Beside it, with continuations, the first of them to be read, with suffix
-            `.continuations.md`.
+            JSON file to write. Beside it, with continuations, the first of them to be read, with `.continuations.md` in place
+            of its suffix `.json`.
         overwrite:
             See [`compress`].
 
@@ -218,7 +230,7 @@ def evaluate(settings: EvaluationSettings, output: str | Path | None = None, *, 
         `dict`: what [`evaluate_model`] returns, and as `continuations` what [`evaluate_continuations`] returns.
     """
     output, scoring = Path(output) if output is not None else None, settings.scoring
-    side_by_side = output.with_suffix(".continuations.md") if output is not None and scoring.continuations else None
+    side_by_side = beside(output, ".continuations.md") if output is not None and scoring.continuations else None
     for file in (output, side_by_side):
         check_output_file(file, overwrite)
     model, _ = load_placed(settings.model, settings.dtype)
@@ -357,6 +369,7 @@ def compress(
     """
     two_commands = f"in place of `compress` run: {_describe_two_commands(settings, output)}"
     check_one_process("planning and conversion are", two_commands)
+    check_output_folder(Path(output), overwrite or resume)
     settings = fill_in_rate(settings, settings.teacher, Path(output), resume)
     with unfinished_run(Path(output), settings, overwrite, resume) as work:
         # Whatever can be wrong is said before anything is measured.
@@ -508,6 +521,8 @@ def distill(settings: StudentSettings, output: str | Path, *, overwrite: bool = 
         `ValueError`: the student is not an EchoAtt model, or does not fit the teacher, see [`check_same_tokenizer`].
         `DistillationInterrupted`: see [`compress`]; several processes stop at once, without a checkpoint.
     """
+    if processes().is_main_process:
+        check_output_folder(Path(output), overwrite or resume)
     stored, facts = None, {}
     if settings.stored_teacher is not None:
         stored = StoredTeacher(settings.stored_teacher, progress=True)

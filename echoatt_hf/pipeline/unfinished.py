@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..models.devices import processes
-from ..outputs.files import check_output_file, check_output_folder, explained_disk_errors, replace_folder, write_whole
+from ..outputs.files import check_output_folder, explained_disk_errors, replace_folder, write_whole
 from ..planning.from_settings import is_searched
 from ..settings import MAY_CHANGE_ON_RESUME, CompressionSettings, describe_settings, differing_settings
 
@@ -25,7 +25,7 @@ def resumable_search(
     output: Path | None,
     overwrite: bool,
     resume: bool,
-    check_output: Callable[[Path, bool], None] = check_output_file,
+    check_output: Callable[[Path, bool], None],
 ) -> Iterator[Path | None]:
     """[`resumable`] of the search for a plan, if there is one."""
     if output is None or not is_searched(settings.plan):
@@ -102,7 +102,9 @@ def _check_settings(work: Path, before: dict, now: dict) -> None:
 
 def work_folder(output: Path) -> Path:
     """The folder in which a run is until it is finished."""
-    return output.with_name(output.name + ".partial")
+    return (
+        output.parent / f"{output.name}.partial"
+    )  # of what has no name, too, which is refused by the check of outputs
 
 
 def _open_work_folder(
@@ -113,17 +115,17 @@ def _open_work_folder(
     check_output: Callable[[Path, bool], None] = check_output_folder,
 ) -> Path:
     """The folder of an unfinished run: a new one, or the one to resume, which must have been made by equal settings."""
-    check_output(output, overwrite or resume)
     work = work_folder(output)
+    if work.exists() and not overwrite and not resume:
+        raise FileExistsError(
+            f"{str(work)!r} holds an unfinished run: continue it with --resume, or start anew with --overwrite."
+        )
+    check_output(output, overwrite or resume)
     file, described = work / "settings.json", describe_settings(settings)
     if file.exists() and resume:
         _check_settings(work, json.loads(file.read_text()), described)
         write_whole(file, json.dumps(described, indent=2) + "\n")
         return work
-    if work.exists() and not overwrite and not resume:
-        raise FileExistsError(
-            f"{str(work)!r} holds an unfinished run: continue it with --resume, or start anew with --overwrite."
-        )
     if resume:
         check_output(output, overwrite)
     shutil.rmtree(work, ignore_errors=True)

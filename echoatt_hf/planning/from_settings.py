@@ -8,13 +8,15 @@ from transformers import PreTrainedConfig
 
 from ..analysis.similarity import AttentionSimilarity
 from ..configuration_echoatt import read_entry
-from ..settings import PlanSettings, Target
+from ..settings import MOVES, PlanSettings, Target
 from .paper import plan_like_paper, published_plan
 from .rules import plan_from_similarity
 from .sharing import SharingPlan
 
 
 __all__ = ["make_plan"]
+
+_IDENTITY = ("model_type", "num_hidden_layers", "hidden_size")
 
 
 def make_plan(
@@ -45,7 +47,7 @@ def make_plan(
     if similarity is None and needs_similarity(settings, config):
         raise ValueError(f"The plan {settings.plan!r} needs a measured similarity: run `echoatt analyze` first.")
     if settings.from_search is not None:
-        return SharingPlan(_read_search(settings, num_layers), layer_types)
+        return SharingPlan(_read_search(settings, config), layer_types)
     if settings.plan == "paper":
         return _plan_like_paper(settings, config, similarity)
     if settings.plan == "similarity":
@@ -69,24 +71,44 @@ def is_searched(settings: PlanSettings) -> bool:
     return settings.plan == "effect" and settings.from_search is None
 
 
-def _read_search(settings: PlanSettings, num_layers: int) -> list[int | str]:
-    """The plan with the smallest KL of those that a search has measured and that reach the targets."""
+def identify_model(config: PreTrainedConfig) -> dict[str, int | str]:
+    """What tells the plans of one model from those of another, by its configuration."""
+    config = config.get_text_config()
+    return {name: getattr(config, name) for name in _IDENTITY}
+
+
+def _read_search(settings: PlanSettings, config: PreTrainedConfig) -> list[int | str]:
+    """The plan with the smallest KL of those that a search has measured and that settings allow."""
+    file, targets = settings.from_search, settings.list_targets()
     try:
-        search = json.loads(Path(settings.from_search).read_text(encoding="utf-8"))
-        plan = choose_from_frontier(search["teacher"], search["frontier"], settings.list_targets())
-    except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError) as error:
+        search = json.loads(Path(file).read_text(encoding="utf-8"))
+        teacher, frontier = search["teacher"], search["frontier"]
+        # Those of before this was written say neither of what model they are nor of which context.
+        found = search.get("model") or {"num_hidden_layers": len(frontier[0]["layer_plan"])}
+        for name, value in identify_model(config).items():
+            if found.get(name, value) != value:
+                raise ValueError(
+                    f"The search {file!r} is of a model with {name} {found[name]!r}; this one has {value!r}."
+                )
+        context = search.get("decode_context") or settings.decode_context
+        if context != settings.decode_context and any(target.quantity == "decode" for target in targets):
+            raise ValueError(
+                f"decode_context is {settings.decode_context}, but the search {file!r} counted decoding with {context} tokens in "
+                f"the cache: give --decode-context {context}, or search again."
+            )
+        return choose_from_frontier(teacher, frontier, targets, settings.list_moves(), settings.protected_layers)
+    except (AttributeError, IndexError, json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError) as error:
         raise ValueError(
-            f"{settings.from_search!r} does not hold what a search has found: give the .search.json that `echoatt plan` wrote."
+            f"{file!r} does not hold what a search has found: give the .search.json that `echoatt plan` wrote."
         ) from error
-    if len(plan) != num_layers:
-        raise ValueError(
-            f"The search {settings.from_search!r} is of a model of {len(plan)} layers; this one has {num_layers}."
-        )
-    return plan
 
 
 def choose_from_frontier(
-    teacher: dict[str, int], frontier: Sequence[dict], targets: Sequence[Target]
+    teacher: dict[str, int],
+    frontier: Sequence[dict],
+    targets: Sequence[Target],
+    moves: Sequence[str] = tuple(MOVES.values()),
+    protected_layers: int = 0,
 ) -> list[int | str]:
     """
     The plan with the smallest KL of those a search has measured that reach targets.
@@ -96,16 +118,31 @@ def choose_from_frontier(
             Of [`PlanSearch`].
         targets (sequence of [`Target`]):
             What is to be saved.
+        moves, protected_layers:
+            What may be done to which layers, as in [`search_plan`]; all that was done if not given.
 
     Raises:
         `ValueError`: none of them does.
     """
+
+    def is_allowed(plan: list[int | str]) -> bool:
+        changed = {layer: read_entry(layer, entry)[0] for layer, entry in enumerate(plan) if entry != layer}
+        return {*changed.values()} <= {*moves} and {*changed} <= {
+            *range(protected_layers, len(plan) - protected_layers)
+        }
+
     limits = {target.field: target.share * teacher[target.field] for target in targets}
-    for point in frontier:
+    allowed = [point for point in frontier if is_allowed(point["layer_plan"])]
+    for point in allowed:
         if all(point[name] <= limit for name, limit in limits.items()):
             return point["layer_plan"]
-    least = ", ".join(f"{name} {min(each[name] for each in frontier) / teacher[name] - 1:+.1%}" for name in limits)
-    raise ValueError(f"No plan that this search has measured reaches the target; it came to {least}. Search again.")
+    those = "No plan that this search has measured"
+    if len(allowed) < len(frontier):
+        those += f" with moves of {', '.join(moves)} alone and {protected_layers} protected layers at either end"
+    if not allowed:
+        raise ValueError(f"{those} is there: allow more of --moves, fewer of --protected-layers, or search again.")
+    least = ", ".join(f"{name} {min(each[name] for each in allowed) / teacher[name] - 1:+.1%}" for name in limits)
+    raise ValueError(f"{those} reaches the target; it came to {least}. Search again.")
 
 
 def needs_similarity(settings: PlanSettings, config: PreTrainedConfig) -> bool:

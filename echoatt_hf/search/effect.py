@@ -22,6 +22,7 @@ from ..models.inference import inference
 from ..models.layerwise import find_layers, keep_layer_outputs, starting_at
 from ..models.predictions import sum_predictions
 from ..outputs.measured import Measured
+from ..planning.from_settings import identify_model
 from ..planning.paper import plan_like_paper, published_plan
 from ..planning.rules import plan_from_similarity
 from ..planning.sharing import SharingPlan, check_block_size, count_echo_layers, inner_groups
@@ -54,6 +55,8 @@ class PlanSearch:
         teacher (`dict[str, int]`): what the teacher costs, of [`PlanCosts`].
         frontier (`list[dict]`): of the plans that were measured those that no other one beats in KL and in all costs:
             `layer_plan`, `kl` and the costs, the smallest KL first.
+        model (`dict`): what model the teacher is, by its configuration.
+        decode_context (`int`, *optional*): tokens in the cache with which `decode_bytes` were counted.
     """
 
     plan: SharingPlan
@@ -63,6 +66,8 @@ class PlanSearch:
     tokens: int
     teacher: dict[str, int] = field(default_factory=dict)
     frontier: list[dict] = field(default_factory=list)
+    model: dict[str, int | str] = field(default_factory=dict)
+    decode_context: int | None = None
 
     def plot(self, path: Path) -> None:
         """Plot the frontier, KL against what is saved, to a PNG file."""
@@ -79,6 +84,8 @@ class PlanSearch:
             "tokens": self.tokens,
             "teacher": self.teacher,
             "frontier": self.frontier,
+            "model": self.model,
+            "decode_context": self.decode_context,
         }
 
     def __str__(self) -> str:
@@ -225,7 +232,10 @@ def search_plan(
     kl = {name: value for name, (_, value) in found.items()}
     tokens = sum(batch["input_ids"].numel() for batch in batches)
     frontier = find_frontier([{"layer_plan": plan, "kl": kl} | asdict(counter(plan)) for plan, kl in measure.all])
-    return PlanSearch(best, rounds, kl, len(kept.known), tokens, asdict(teacher_costs), frontier)
+    model = identify_model(teacher.config)
+    return PlanSearch(
+        best, rounds, kl, len(kept.known), tokens, asdict(teacher_costs), frontier, model, decode_context
+    )
 
 
 def _estimate(
