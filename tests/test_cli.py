@@ -205,12 +205,20 @@ def test_an_error_does_not_delete_what_was_measured(echoatt, workplace, monkeypa
 def test_every_command_moves_its_models_to_the_device(echoatt, workplace, monkeypatch, command, models):
     from transformers import PreTrainedModel
 
+    class Second:
+        """The process of the second GPU. "cuda" alone is the first one until accelerate has set it up."""
+
+        device = torch.device("cuda:1")
+
+        def __getattr__(self, name):
+            return getattr(devices.processes(), name)
+
     moved = []
-    monkeypatch.setattr(loading, "default_device", lambda: "gpu")
-    monkeypatch.setattr("echoatt_hf.pipeline.steps.default_device", lambda: "gpu")
+    for module in ("models.loading", "pipeline.steps"):
+        monkeypatch.setattr(f"echoatt_hf.{module}.processes", Second)
     monkeypatch.setattr(PreTrainedModel, "to", lambda self, *where: moved.append(where) or self)
     assert echoatt(*command).exit_code == 0
-    assert moved.count(("gpu",)) == models
+    assert moved.count((Second.device,)) == models
     shutil.rmtree(workplace / "out", ignore_errors=True)
 
 
