@@ -14,7 +14,7 @@ from echoatt_hf import BenchmarkSettings, EchoAttForCausalLM, format_benchmark, 
 from echoatt_hf.benchmark import speed, steps
 from echoatt_hf.benchmark.contenders import Contender
 from echoatt_hf.benchmark.costs import count_costs
-from echoatt_hf.benchmark.report import write_benchmark
+from echoatt_hf.benchmark.report import plot_benchmark, write_benchmark
 
 
 pytestmark = pytest.mark.once
@@ -365,6 +365,16 @@ def test_command(folder, tmp_path):
     assert format_benchmark(results) in result.stdout
     assert (tmp_path / "out" / "benchmark.md").read_text() == format_benchmark(results) + "\n"
     assert (tmp_path / "out" / "benchmark.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_plot_leaves_the_backend_to_its_caller(tmp_path, monkeypatch):
+    import matplotlib
+
+    monkeypatch.setattr(matplotlib, "use", lambda *_, **__: pytest.fail("the backend is the caller's"))
+    found = {"speedup": {"median": 1.1, "low": 1.0, "high": 1.2}, "ceiling": 1.3}
+    cell = {"measure": "prefill", "batch_size": 1, "tokens": 8, "models": {"teacher": {}, "student": found}}
+    plot_benchmark({"models": {"teacher": {}, "student": {}}, "cells": [cell]}, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_command_refuses_in_one_line(folder):

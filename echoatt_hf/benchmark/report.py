@@ -85,14 +85,13 @@ def plot_benchmark(results: dict, path: Path) -> None:
         results (`dict`): as returned by [`run_benchmark`].
         path (`Path`): PNG file to write.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    # Not of pyplot, whose backend is that of whoever calls this.
+    from matplotlib.figure import Figure
 
     teacher, *names = results["models"]
     cells = results["cells"]
-    figure, axes = pyplot.subplots(figsize=(2 + 1.6 * len(cells), 4), layout="constrained")
+    figure = Figure(figsize=(2 + 1.6 * len(cells), 4), layout="constrained")
+    axes = figure.subplots()
     axes.axhline(1, color="black", linewidth=0.8, label=teacher)
     for offset, name in enumerate(names):
         place, color = (offset - (len(names) - 1) / 2) * 0.18, f"C{offset}"
@@ -112,7 +111,6 @@ def plot_benchmark(results: dict, path: Path) -> None:
     axes.set_ylabel("times faster than the teacher")
     axes.legend(fontsize="small")
     figure.savefig(path, dpi=150)
-    pyplot.close(figure)
 
 
 def write_benchmark(results: dict, folder: Path) -> None:
