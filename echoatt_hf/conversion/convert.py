@@ -9,6 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..analysis.similarity import AttentionSimilarity, measure_on_rows
+from ..configuration_echoatt import read_layer_plan
 from ..modeling_echoatt import FUSED_MODULES, EchoAttForCausalLM
 from ..models.predictions import compare_predictions
 from ..models.sizes import count_kv_bytes_per_token
@@ -20,6 +21,8 @@ from .tuning import find_tuned, hold_out, tune_student
 
 __all__ = ["ConversionReport", "convert"]
 
+_LAYER = re.compile(r"(?<=\.)\d+(?=\.)")  # its number, in the name of a parameter
+
 
 @dataclass(frozen=True)
 class ConversionReport:
@@ -29,7 +32,8 @@ class ConversionReport:
     Args:
         layer_plan (`list[int | str]`): the plan, of the teacher's layers, see [`SharingPlan`].
         copied (`list[str]`): parameters the student inherits, by the teacher's names.
-        cut (`list[str]`): fused projections of the teacher of which the student inherits a part: values, output gates.
+        cut (`list[str]`): fused projections of the teacher of which the student inherits a part: values and output gates in
+            echo layers, queries in those that use the keys and values of others.
         dropped (`list[str]`): parameters of the teacher that the student does without.
         teacher_parameters, student_parameters (`int`): number of parameters, tied ones counted once.
         teacher_kv_bytes_per_token, student_kv_bytes_per_token (`int`): bytes of KV cache for each token.
@@ -71,18 +75,25 @@ class ConversionReport:
         return cls(**{name: value for name, value in content.items() if name != "echo_sources"} | plan)
 
     def __str__(self) -> str:
-        cut = [f"cut          {_name_modules(self.cut)}; values and gates are kept"] if self.cut else []
         return "\n".join(
             [
                 f"plan         {SharingPlan(self.layer_plan)}",
                 f"copied       {len(self.copied)} tensors",
-                *cut,
+                *self._describe_cut(),
                 f"dropped      {_name_modules(self.dropped)}",
                 f"parameters   {_change(self.teacher_parameters, self.student_parameters)}",
                 f"KV bytes     {_change(self.teacher_kv_bytes_per_token, self.student_kv_bytes_per_token)} per token",
                 *self._describe_tuning(),
             ]
         )
+
+    def _describe_cut(self) -> list[str]:
+        moves, lines = [move for move, _ in read_layer_plan(self.layer_plan)], []
+        for move, kept in {"echo": "values and gates", "kv": "queries"}.items():
+            cut = [name for name in self.cut if moves[int(_LAYER.search(name)[0])] == move]
+            if cut:
+                lines.append(f"cut          {_name_modules(cut)}; {kept} are kept")
+        return lines
 
     def _describe_tuning(self) -> list[str]:
         if not self.kl:
@@ -214,7 +225,7 @@ def _name_in_teacher(student: EchoAttForCausalLM, plan: SharingPlan) -> Iterator
     """The parameters of a student that are none of its own, by the names that they have in its teacher."""
     for name, parameter in student.language_model.named_parameters():
         if plan.dropped_layers:
-            name = re.sub(r"(?<=\.)\d+(?=\.)", lambda number: str(plan.kept_layers[int(number[0])]), name, count=1)
+            name = _LAYER.sub(lambda number: str(plan.kept_layers[int(number[0])]), name, count=1)
         yield name, parameter
 
 
