@@ -18,6 +18,7 @@ from ..models.sizes import count_kv_bytes_per_token
 from ..outputs.files import check_output_folder, whole_folder, write_whole
 from ..outputs.provenance import describe_data, describe_environment, describe_teacher, without_paths
 from ..planning.sharing import SharingPlan, check_ratio
+from ..publishing.card import count_tokens
 from ..settings import CalibrationSettings, CompressionSettings, PlanSettings, options_of
 from .preparation import load_calibration_rows, load_held_out_rows
 from .training import write_student
@@ -160,4 +161,4 @@ def _describe_distillation(student: str) -> dict:
     if "settings" not in report:
         return {}
     steps = {name: report["settings"]["distillation"][name] for name in ("steps", "stage2_steps")}
-    return steps | {"tokens": report["tokens_per_step"] * steps["steps"]}
+    return steps | {"tokens": count_tokens(report)}

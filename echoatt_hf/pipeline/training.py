@@ -17,7 +17,7 @@ from ..configuration_echoatt import EchoAttConfig, check_base_family
 from ..distillation.checkpoints import whole_state
 from ..distillation.stored_teacher import StoredTeacher
 from ..distillation.trainer import EchoAttTrainingArguments
-from ..distillation.two_stages import train_two_stages
+from ..distillation.two_stages import count_trained_rows, train_two_stages
 from ..evaluation.held_out import evaluate_model
 from ..models.devices import processes
 from ..models.dtypes import as_saved, cast_weights
@@ -159,7 +159,7 @@ def train_and_write(
         "plan": SharingPlan(models.student.config.plan).to_dict(),
         **facts,
         "results": evaluations.results(),
-        "tokens_per_step": distillation.batch_size * settings.data.row_length,
+        "tokens": count_trained_rows(trainer.state) * settings.data.row_length,
         "training_log": [entry for entry in trainer.state.log_history if {"loss", "eval_loss"} & set(entry)],
         "environment": describe_environment(),
         "last_session_s": round(time.time() - start, 1),

@@ -20,6 +20,7 @@ from .mlx import MLX_FILE
 __all__ = [
     "CITATION",
     "USES",
+    "count_tokens",
     "find_gaps",
     "format_table",
     "has_own_text",
@@ -321,8 +322,7 @@ def _describe_training(report: dict, hidden_size: int | None) -> dict:
     facts["made_with"] = ", ".join(versions) + f"; {environment['hardware']}" if environment else ""
     if "settings" in report:
         settings = report["settings"]["distillation"]
-        tokens = report["tokens_per_step"]
-        facts["steps"] = _describe_steps(settings["steps"], settings["stage2_steps"], tokens * settings["steps"])
+        facts["steps"] = _describe_steps(settings["steps"], settings["stage2_steps"], count_tokens(report))
         facts["command"] = _command(report["settings"], hidden_size)
         facts["stored"] = report["settings"].get("stored_teacher")
     elif report.get("steps"):
@@ -331,6 +331,13 @@ def _describe_training(report: dict, hidden_size: int | None) -> dict:
         facts["put_back"] = _describe_put_back(report["put_back"])
         facts["command"] = _command(report["put_back"]["settings"], hidden_size)
     return facts
+
+
+def count_tokens(report: dict) -> int:
+    """Tokens that the student of a report was trained on; in reports of earlier versions all steps have as many."""
+    if "tokens" in report:
+        return report["tokens"]
+    return report["tokens_per_step"] * report["settings"]["distillation"]["steps"]
 
 
 def _describe_put_back(put_back: dict) -> str:
