@@ -308,6 +308,13 @@ def test_what_is_trained_is_in_float32(echoatt, tmp_path, monkeypatch, options):
     teacher = torch.bfloat16 if "--dtype" in options else torch.float32  # with which a CPU computes
     assert seen == [(torch.float32, teacher)]
     assert stored_dtypes(tmp_path / "out") == {torch.bfloat16}
+    # KV bytes are counted in the type in memory, which is said.
+    name = str(teacher).removeprefix("torch.")
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert {entry["kv_bytes_dtype"] for entry in report["results"]} == {name}
+    assert report["conversion"]["kv_bytes_dtype"] == name
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert f"KV bytes are those of a cache in {name}." in card and f" per token, in {name}\n" in card
 
 
 def test_a_gpu_runs_the_type_of_the_checkpoint(workplace, monkeypatch):

@@ -12,7 +12,7 @@ from ..analysis.similarity import AttentionSimilarity, measure_on_rows
 from ..configuration_echoatt import read_layer_plan
 from ..modeling_echoatt import FUSED_MODULES, EchoAttForCausalLM
 from ..models.predictions import compare_predictions
-from ..models.sizes import count_kv_bytes_per_token
+from ..models.sizes import count_kv_bytes_per_token, name_dtype
 from ..outputs.provenance import describe_teacher
 from ..planning.sharing import SharingPlan
 from .alignment import get_parameters, set_parameters
@@ -37,6 +37,8 @@ class ConversionReport:
         dropped (`list[str]`): parameters of the teacher that the student does without.
         teacher_parameters, student_parameters (`int`): number of parameters, tied ones counted once.
         teacher_kv_bytes_per_token, student_kv_bytes_per_token (`int`): bytes of KV cache for each token.
+        kv_bytes_dtype (`str`): the type in which these bytes are counted, that of the models in memory; empty in reports of
+            earlier versions, which did not say.
         kl (`dict[str, float]`): KL(teacher || student) on calibration rows held out, in nats per token: `"copied"`, and
             `"tuned"` if the echo layers were tuned, which is kept if it lowers it.
         aligned (`dict[int, list[int]]`): for each echo layer whose heads were aligned, the head of the teacher that is now
@@ -57,6 +59,7 @@ class ConversionReport:
     student_parameters: int
     teacher_kv_bytes_per_token: int
     student_kv_bytes_per_token: int
+    kv_bytes_dtype: str = ""
     kl: dict[str, float] = field(default_factory=dict)
     aligned: dict[int, list[int]] = field(default_factory=dict)
     refitted: dict[int, float] = field(default_factory=dict)
@@ -75,6 +78,7 @@ class ConversionReport:
         return cls(**{name: value for name, value in content.items() if name != "echo_sources"} | plan)
 
     def __str__(self) -> str:
+        dtype = f", in {self.kv_bytes_dtype}" if self.kv_bytes_dtype else ""
         return "\n".join(
             [
                 f"plan         {SharingPlan(self.layer_plan)}",
@@ -82,7 +86,7 @@ class ConversionReport:
                 *self._describe_cut(),
                 f"dropped      {_name_modules(self.dropped)}",
                 f"parameters   {_change(self.teacher_parameters, self.student_parameters)}",
-                f"KV bytes     {_change(self.teacher_kv_bytes_per_token, self.student_kv_bytes_per_token)} per token",
+                f"KV bytes     {_change(self.teacher_kv_bytes_per_token, self.student_kv_bytes_per_token)} per token{dtype}",
                 *self._describe_tuning(),
             ]
         )
@@ -171,6 +175,7 @@ def convert(
         student_parameters=student.num_parameters(),
         teacher_kv_bytes_per_token=count_kv_bytes_per_token(teacher),
         student_kv_bytes_per_token=count_kv_bytes_per_token(student),
+        kv_bytes_dtype=name_dtype(teacher),
         teacher=describe_teacher(teacher),
         **tuning,
     )

@@ -14,7 +14,7 @@ from ..modeling_echoatt import EchoAttForCausalLM
 from ..models.checks import check_same_tokenizer
 from ..models.dtypes import as_saved
 from ..models.loading import load_config, load_json, load_placed, load_tokenizer
-from ..models.sizes import count_kv_bytes_per_token
+from ..models.sizes import describe_sizes
 from ..outputs.files import check_output_folder, whole_folder, write_whole
 from ..outputs.provenance import describe_data, describe_environment, describe_teacher, without_paths
 from ..planning.sharing import SharingPlan, check_ratio
@@ -149,10 +149,9 @@ def _evaluate(
     ratio = len(SharingPlan(size.layer_plan).changed_layers) / len(size.layer_plan)
     with as_saved(model, dtype, model.dtype):
         result = evaluate_model(model, rows, teacher=teacher, tokenizer=tokenizer, description=f"evaluate {ratio:.2f}")
-    counts = {"parameters": model.num_parameters(), "kv_bytes_per_token": count_kv_bytes_per_token(model)}
     measured = {"calibration_kl": size.kl, **{name: value for name, value in size.to_dict().items() if name != "kl"}}
     name = f"{ratio:.2f}, as distilled" if not size.layers else f"{ratio:.2f}, layer {size.layers[-1]} back"
-    return {"name": name, "ratio": ratio, **measured, **result, **counts}
+    return {"name": name, "ratio": ratio, **measured, **result, **describe_sizes(model)}
 
 
 def _describe_distillation(student: str) -> dict:

@@ -22,7 +22,7 @@ from ..evaluation.held_out import evaluate_model
 from ..models.devices import processes
 from ..models.dtypes import as_saved, cast_weights
 from ..models.loading import load_config
-from ..models.sizes import count_kv_bytes_per_token
+from ..models.sizes import describe_sizes
 from ..outputs.files import write_whole
 from ..outputs.provenance import describe_data, describe_environment, describe_teacher, without_paths
 from ..planning.sharing import SharingPlan
@@ -232,7 +232,7 @@ class _Evaluations:
         self._done: dict[str, dict] = json.loads(file.read_text()) if file.exists() else {}
         # Before training, while the student has no adapters, which will be merged.
         self._sizes = {
-            role: {"parameters": model.num_parameters(), "kv_bytes_per_token": count_kv_bytes_per_token(model)}
+            role: describe_sizes(model)
             for role, model in (("teacher", models.teacher), ("student", models.student))
             if model is not None
         }

@@ -296,6 +296,7 @@ def _describe_results(report: dict, zero_shot: dict) -> dict:
             "row_length": _settings_of(report)["data"]["row_length"],
             "data": " and ".join(report.get("data", {}).get("names", [])) or "the text",
             "is_compared": "kl" in report["results"][0],
+            "kv_bytes_dtype": _name_kv_dtypes(report["results"]),
         }
     elif "eval_loss" in report:
         facts = {"eval_loss": f"{report['eval_loss']:.4f}", "perplexity": f"{math.exp(report['eval_loss']):.3f}"}
@@ -305,6 +306,11 @@ def _describe_results(report: dict, zero_shot: dict) -> dict:
         limit = f", of the first {zero_shot['limit']} questions of each file" if zero_shot.get("limit") else ""
         facts |= {"zero_shot": format_zero_shot(zero_shot["results"]), "zero_shot_limit": limit}
     return facts
+
+
+def _name_kv_dtypes(results: list[dict]) -> str:
+    """The types in which the KV bytes of results are counted; empty where an earlier version did not say."""
+    return " and ".join(dict.fromkeys(entry["kv_bytes_dtype"] for entry in results if "kv_bytes_dtype" in entry))
 
 
 def _describe_speed(benchmark: dict) -> dict:
