@@ -8,13 +8,13 @@ import pytest
 import torch
 from conftest import make_batch, make_teacher, plan_of, train_byte_level_bpe
 from processes import run_python
-from transformers import DynamicCache, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedTokenizerFast
 
 from echoatt_hf import BenchmarkSettings, EchoAttForCausalLM, format_benchmark, run_benchmark
 from echoatt_hf.benchmark import speed, steps
 from echoatt_hf.benchmark.contenders import Contender
 from echoatt_hf.benchmark.costs import count_costs
-from echoatt_hf.benchmark.report import write_benchmark
+from echoatt_hf.benchmark.report import plot_benchmark, write_benchmark
 
 
 pytestmark = pytest.mark.once
@@ -89,6 +89,32 @@ def test_everything_is_measured(folder):
     assert ceilings == pytest.approx([*expected, 4 / (1 + 3 / ratio), adapters, ratio])
     assert results["environment"]["torch"] == torch.__version__
     assert str(folder) not in json.dumps(results)
+
+
+@pytest.mark.parametrize(
+    ("plan", "saved", "reason"),
+    [
+        ("0,1,1,drop,4,5", False, None),
+        ("0,1,1,drop,4,5", True, "it is not known which layers of the teacher the student lacks"),
+        ("0,1,kv 1,3,4,5", False, "no layer of the student echoes"),
+        ("0,1,kv 1,skip attention,drop,5", True, "no layer of the student echoes"),
+    ],
+)
+def test_students_of_other_moves(folder, tmp_path, plan, saved, reason):
+    student, entries = plan, [int(entry) if entry.isdigit() else entry for entry in plan.split(",")]
+    made = EchoAttForCausalLM.from_teacher(AutoModelForCausalLM.from_pretrained(folder / "teacher"), entries)
+    if saved:
+        made.save_pretrained(student := tmp_path / "student")
+    settings = BenchmarkSettings(measure=["prefill"], length=[8], repeats=1, baseline=["kv", "layers"])
+    results = run_benchmark(settings, str(folder / "teacher"), str(student))
+    models = results["models"]
+    assert models["student"]["parameters"] == made.num_parameters()
+    assert models["student"]["layers"] == len(made.config.plan)
+    if reason is None:
+        assert models["KV sharing"]["layer_plan"] == [0, 1, "kv 1", 3, 4] and results["left_out"] == {}
+    else:
+        assert "KV sharing" not in models and reason in results["left_out"]["KV sharing"]
+        assert f"KV sharing is left out: {reason}" in format_benchmark(results)
 
 
 def test_the_ratio_is_the_median_of_rounds():
@@ -320,17 +346,20 @@ def test_options_go_before_the_preset():
         ("0,1,1", {}, "The plan has 3 layers and the model 6"),
         ("1.5", {}, "ratio is 1.5; it must be between 0 and 1"),
         ("teacher", {}, "is a LlamaForCausalLM, not a student: give one, or a plan"),
-        ("other", {}, "is none of this teacher's: its num_hidden_layers is 5, the teacher's 6"),
+        ("other", {}, "is none of this teacher's: its num_hidden_layers is 7, the teacher's 6"),
+        ("wider", {}, "is none of this teacher's: its intermediate_size is 64, the teacher's 48"),
         ("nowhere/at/all", {}, "There is no model folder"),
         (PLAN, {"layers": 4}, "layers is given, which needs a model with random weights"),
         (PLAN, {"attention": "flash_attention_9"}, "attention is 'flash_attention_9', which this model cannot use"),
     ],
 )
 def test_bad_input(folder, student, options, message, monkeypatch):
-    if student == "other":
-        five = make_teacher("llama", num_hidden_layers=5)
-        EchoAttForCausalLM.from_teacher(five, [0, 1, 1, 3, 4]).save_pretrained(folder / "other")
-    student = str(folder / student) if student in ("teacher", "other") else student
+    others = {"other": {"num_hidden_layers": 7}, "wider": {"num_hidden_layers": 5, "intermediate_size": 64}}
+    if student in others:
+        other = make_teacher("llama", **others[student])
+        plan = [0, 1, 1, *range(3, other.config.num_hidden_layers)]
+        EchoAttForCausalLM.from_teacher(other, plan).save_pretrained(folder / student)
+    student = str(folder / student) if student in ("teacher", *others) else student
     with pytest.raises((ValueError, OSError), match=message):
         run_benchmark(BenchmarkSettings(**SMALL, **options), str(folder / "teacher"), student)
 
@@ -365,6 +394,16 @@ def test_command(folder, tmp_path):
     assert format_benchmark(results) in result.stdout
     assert (tmp_path / "out" / "benchmark.md").read_text() == format_benchmark(results) + "\n"
     assert (tmp_path / "out" / "benchmark.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_plot_leaves_the_backend_to_its_caller(tmp_path, monkeypatch):
+    import matplotlib
+
+    monkeypatch.setattr(matplotlib, "use", lambda *_, **__: pytest.fail("the backend is the caller's"))
+    found = {"speedup": {"median": 1.1, "low": 1.0, "high": 1.2}, "ceiling": 1.3}
+    cell = {"measure": "prefill", "batch_size": 1, "tokens": 8, "models": {"teacher": {}, "student": found}}
+    plot_benchmark({"models": {"teacher": {}, "student": {}}, "cells": [cell]}, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_command_refuses_in_one_line(folder):

@@ -90,6 +90,7 @@ def test_card_says_what_the_report_knows(folder):
         "a machine",
     ):
         assert fact in card, fact
+    assert "KV bytes are" not in card  # an earlier version did not say in which type they are counted
     assert 'name = "alice/student"' in card and "revision=revision, trust_remote_code=True" in card
     assert "commit" not in card.split("## Training")[1]  # which is not known
     assert find_gaps(card) == [] and not re.search(r"\n\n\n", card)

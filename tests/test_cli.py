@@ -206,12 +206,20 @@ def test_an_error_does_not_delete_what_was_measured(echoatt, workplace, monkeypa
 def test_every_command_moves_its_models_to_the_device(echoatt, workplace, monkeypatch, command, models):
     from transformers import PreTrainedModel
 
+    class Second:
+        """The process of the second GPU. "cuda" alone is the first one until accelerate has set it up."""
+
+        device = torch.device("cuda:1")
+
+        def __getattr__(self, name):
+            return getattr(devices.processes(), name)
+
     moved = []
-    monkeypatch.setattr(loading, "default_device", lambda: "gpu")
-    monkeypatch.setattr("echoatt_hf.pipeline.steps.default_device", lambda: "gpu")
+    for module in ("models.loading", "pipeline.steps"):
+        monkeypatch.setattr(f"echoatt_hf.{module}.processes", Second)
     monkeypatch.setattr(PreTrainedModel, "to", lambda self, *where: moved.append(where) or self)
     assert echoatt(*command).exit_code == 0
-    assert moved.count(("gpu",)) == models
+    assert moved.count((Second.device,)) == models
     shutil.rmtree(workplace / "out", ignore_errors=True)
 
 
@@ -301,6 +309,13 @@ def test_what_is_trained_is_in_float32(echoatt, tmp_path, monkeypatch, options):
     teacher = torch.bfloat16 if "--dtype" in options else torch.float32  # with which a CPU computes
     assert seen == [(torch.float32, teacher)]
     assert stored_dtypes(tmp_path / "out") == {torch.bfloat16}
+    # KV bytes are counted in the type in memory, which is said.
+    name = str(teacher).removeprefix("torch.")
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert {entry["kv_bytes_dtype"] for entry in report["results"]} == {name}
+    assert report["conversion"]["kv_bytes_dtype"] == name
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert f"KV bytes are those of a cache in {name}." in card and f" per token, in {name}\n" in card
 
 
 def test_a_gpu_runs_the_type_of_the_checkpoint(workplace, monkeypatch):

@@ -247,6 +247,16 @@ def test_texts_give_the_numbers_of_their_rows(student, teacher, tokenizer, rows)
     assert compute_perplexity("one text " * 9, student, tokenizer, row_length=32)["tokens"] == 62
 
 
+def test_models_are_named_as_on_the_command_line(tokenizer, tmp_path):
+    named, model = compute_perplexity(TEXTS, "builtin", row_length=32), load_model("builtin")
+    assert named == compute_perplexity(TEXTS, model, "builtin", row_length=32)
+    assert compute_agreement(TEXTS, "builtin", model, row_length=32)["agreement"] == 1
+    make_model(0, vocab_size=100).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="257 tokens but the model only 100"):
+        compute_perplexity(TEXTS, tmp_path, row_length=32)
+
+
 def test_texts_and_models_that_are_missing(student, tokenizer):
     with pytest.raises(ValueError, match="tokenizer is not known: give tokenizer"):
         compute_perplexity(TEXTS, student)

@@ -23,6 +23,7 @@ from transformers import AutoModel, AutoModelForCausalLM, PreTrainedTokenizerFas
 import echoatt_hf
 from echoatt_hf import DataSettings, builtin_teacher_path, convert, load_model, load_tokenizer, push_student
 from echoatt_hf.cli import app as cli
+from echoatt_hf.models.checks import find_tokenizer
 from echoatt_hf.models.loading import load_config
 from echoatt_hf.outputs.provenance import describe_conversion, describe_data, describe_teacher
 from echoatt_hf.publishing import push as publishing
@@ -333,6 +334,15 @@ def test_revision_of_a_model_is_part_of_its_name(online, teacher_on_hub, tmp_pat
     monkeypatch.chdir(tmp_path)
     (tmp_path / "teacher-2").rename(tmp_path / "mine@home")
     assert load_config("mine@home").num_hidden_layers == 2  # a folder that is there
+
+
+def test_tokenizer_of_a_model_is_of_its_revision(online, teacher_on_hub, tmp_path):
+    old = load_model(f"{teacher_on_hub}@old")
+    other = train_byte_level_bpe(["other words"], 280, ["<|other|>"])
+    PreTrainedTokenizerFast(tokenizer_object=other, eos_token="<|other|>").save_pretrained(tmp_path / "other")
+    HfApi(token=TOKEN).upload_folder(repo_id=teacher_on_hub, folder_path=tmp_path / "other")
+    assert "<|other|>" not in find_tokenizer(old).get_vocab()
+    assert "<|other|>" in find_tokenizer(load_model(teacher_on_hub)).get_vocab()
 
 
 def gate(handler, name, to_write=False):

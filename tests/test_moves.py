@@ -143,7 +143,15 @@ def test_tuning_brings_kv_layers_closer(tiny_teacher):
 
 def test_report_of_fused_projections_says_that_a_part_is_kept():
     _, report = convert(make_teacher("phi3"), [0, 1, "kv 1", 3, 4, 5])
-    assert report.cut == ["model.layers.2.self_attn.qkv_proj.weight"] and report.dropped == []
+    fused = "model.layers.{}.self_attn.qkv_proj"
+    assert report.cut == [f"{fused.format(2)}.weight"] and report.dropped == []
+    assert f"cut          1 tensors: {fused.format(2)}; queries are kept\n" in str(report)
+    assert "values and gates" not in str(report)
+    _, report = convert(make_teacher("phi3"), [0, "drop", "kv 0", 0, 4, 5])
+    assert [line for line in str(report).splitlines() if line.startswith("cut")] == [
+        f"cut          1 tensors: {fused.format(3)}; values and gates are kept",
+        f"cut          1 tensors: {fused.format(2)}; queries are kept",
+    ]
 
 
 @pytest.mark.filterwarnings("ignore:.(is_)?gradient_checkpointing. is deprecated:FutureWarning")

@@ -430,6 +430,28 @@ def test_adapters_are_merged_into_a_plain_student(workplace, tmp_path, run_in_pr
     assert all(torch.equal(value, resumed.state_dict()[name]) for name, value in model.state_dict().items())
 
 
+def test_tokens_are_counted_by_the_size_of_each_step(workplace, tmp_path, run_in_process, monkeypatch):
+    arguments = [
+        "compress", workplace / "teacher", "--data", workplace / "text", "--plan", "0,1,1,1,1,5", "--no-align", "--no-refit",
+        "--steps", 12, "--warmup-steps", 1, "--save-steps", 3, *FAST[:-2], "--output", tmp_path / "out",
+    ]  # fmt: skip
+    run = EchoAttTrainer.log
+
+    def fail(self, logs, *rest):
+        if self.state.global_step == 10:
+            raise OSError("cut short")
+        run(self, logs, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(EchoAttTrainer, "log", fail)
+        assert run_in_process(*arguments, "--batch-size", 4).returncode == 2
+    assert run_in_process(*arguments, "--batch-size", 2, "--resume").returncode == 0
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["tokens"] == (9 * 4 + 3 * 2) * 32  # the last checkpoint was that of step 9
+    assert f"{report['tokens']:,} tokens in all" in (tmp_path / "out" / "README.md").read_text()
+    assert all("loss" in entry for entry in report["training_log"])
+
+
 def test_adapters_on_a_student_that_is_there(workplace, tmp_path, run_in_process):
     teacher = ["--teacher", workplace / "teacher"]
     convert = ["convert", workplace / "teacher", "--plan", "0,1,1,1,1,5", "--no-align", "--no-refit"]

@@ -21,7 +21,10 @@ from transformers import AutoModelForCausalLM
 from echoatt_hf import EchoAttConfig, EchoAttForCausalLM, StudentSize, find_sizes, permute_heads, put_back
 from echoatt_hf.conversion import putting_back
 from echoatt_hf.conversion.alignment import find_changed
+from echoatt_hf.evaluation.held_out import evaluate_model
+from echoatt_hf.models import dtypes
 from echoatt_hf.models.predictions import compare_predictions
+from echoatt_hf.pipeline import sizes
 from echoatt_hf.publishing.card import find_gaps
 
 
@@ -283,9 +286,23 @@ def test_command_writes_the_student_of_the_ratio(workplace, student, tmp_path): 
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "distilled").config.echo_sources == sizes[1]["layer_plan"]
 
 
-def test_command_that_was_stopped_goes_on(workplace, student, tmp_path, monkeypatch, run_in_process):  # noqa: F811
-    from echoatt_hf.pipeline import sizes
+def test_what_is_saved_is_evaluated(tiny_teacher):
+    """On a CPU weights are in float32, in which those that are drawn to the teacher's have digits that bfloat16 has not."""
+    student, rows = distilled(tiny_teacher, PLAN), rows_of()
+    dtypes.cast_weights(student, torch.bfloat16)
+    dtypes.cast_weights(student, torch.float32)
+    size = StudentSize([0, 1, 1, 3, 0], [3], 0.3, 0.1)
+    found = sizes._evaluate(size, student, tiny_teacher, rows, None, torch.bfloat16)
+    model = put_back(student, tiny_teacher, size.layers, size.teacher_share)
+    in_memory = evaluate_model(model, rows, teacher=tiny_teacher)
+    dtypes.cast_weights(model, torch.bfloat16)
+    dtypes.cast_weights(model, torch.float32)
+    saved = evaluate_model(model, rows, teacher=tiny_teacher)
+    assert found["loss"] == saved["loss"] != in_memory["loss"]
+    assert found["kl"] == saved["kl"] != in_memory["kl"]
 
+
+def test_command_that_was_stopped_goes_on(workplace, student, tmp_path, monkeypatch, run_in_process):  # noqa: F811
     evaluate, calls = sizes._evaluate, tmp_path / "calls"
 
     def evaluate_some(*arguments):

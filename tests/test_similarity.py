@@ -376,14 +376,17 @@ def test_heads_of_something_else(measured, tmp_path, content):
         AttentionSimilarity.from_json(tmp_path / "similarity.json")
 
 
-def test_plot_writes_a_png(measured, tmp_path):
+def test_plot_writes_a_png(measured, tmp_path, monkeypatch):
+    import matplotlib
     from matplotlib import image, pyplot
 
+    before = matplotlib.get_backend()
+    monkeypatch.setattr(matplotlib, "use", lambda *_, **__: pytest.fail("the backend is the caller's"))
     plain, framed = tmp_path / "plain.png", tmp_path / "framed.png"
     measured.plot(plain)
     measured.plot(str(framed), plan=[0, 1, 1, 1, 4])
     assert plain.read_bytes()[:8] == framed.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
-    assert pyplot.get_fignums() == []
+    assert pyplot.get_fignums() == [] and matplotlib.get_backend() == before
 
     def red_pixels(path):
         pixels = image.imread(path)

@@ -557,7 +557,7 @@ def test_distill_needs_neither_teacher_nor_text(workplace, tmp_path, run_in_proc
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert [entry["name"] for entry in report["results"]] == ["converted", "stage 1", "stage 2"]
     assert report["results"][0]["tokens"] == 31 * len(StoredTeacher(folder / "store").held_out_rows)
-    assert report["tokens_per_step"] == 8 * 32
+    assert report["tokens"] == 40 * 8 * 32
     assert report["settings"]["stored_teacher"]["folder"] == "store"
     assert report["settings"]["data"]["row_length"] == 32
     card = (tmp_path / "out" / "README.md").read_text()

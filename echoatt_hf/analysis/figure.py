@@ -32,17 +32,14 @@ def plot_similarity(
         plan (`SharingPlan`, *optional*):
             Sharing plan.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    # Not of pyplot, whose backend is that of whoever calls this.
+    from matplotlib.figure import Figure
 
     moves = read_layer_plan(list(plan or []))
     size, pairs = len(similarity), [(layer, source) for layer, (_, source) in enumerate(moves) if source is not None]
     side = min(max(0.36 * size, 5.0), 10.0)  # of the heat map, inches
-    figure, (curve, image) = pyplot.subplots(
-        2, 1, figsize=(side + 1.6, 1.3 * side + 1.4), height_ratios=(0.3, 1), sharex=True, layout="constrained"
-    )
+    figure = Figure(figsize=(side + 1.6, 1.3 * side + 1.4), layout="constrained")
+    curve, image = figure.subplots(2, 1, height_ratios=(0.3, 1), sharex=True)
     figure.suptitle("Attention similarity of layers\n" + "\n".join(_wrapped(about)), fontsize=10)
     _draw_means(curve, similarity, [echo for echo, _ in pairs])
     _draw_pairs(image, similarity, pairs, side)
@@ -51,7 +48,6 @@ def plot_similarity(
     image.set_yticks(range(0, size, _tick_step(size)))
     figure.colorbar(image.images[0], ax=image, shrink=0.8)
     figure.savefig(path, dpi=120)
-    pyplot.close(figure)
 
 
 def _draw_means(axes, similarity: Sequence[Sequence[float]], echoes: list[int]) -> None:

@@ -33,6 +33,12 @@ DROPPED = "layers dropped"
 SHARING = "KV sharing"
 
 
+_SIZES = (
+    *("model_type", "num_hidden_layers", "hidden_size", "intermediate_size"),
+    *("num_attention_heads", "num_key_value_heads", "vocab_size"),
+)
+
+
 @dataclass(frozen=True)
 class Contender:
     """A model to measure, and the attention implementation it and its teacher run in."""
@@ -42,7 +48,8 @@ class Contender:
     attention: str
 
 
-def make_contenders(settings: BenchmarkSettings, teacher: str, student: str) -> list[Contender]:
+def make_contenders(settings: BenchmarkSettings, teacher: str, student: str) -> tuple[list[Contender], dict[str, str]]:
+    """What is measured, and why baselines that were asked for are not, by name."""
     dtype, device = getattr(torch, settings.dtype), default_device()
     if teacher in SHAPES or settings.random_init:
         config = _make_config(settings, teacher)
@@ -65,16 +72,24 @@ def make_contenders(settings: BenchmarkSettings, teacher: str, student: str) -> 
         shared.set_attn_implementation(settings.attention)
     else:
         shared = EchoAttForCausalLM.from_teacher(model, plan, share_weights=True)
+    left_out = {}
     contenders = [Contender(TEACHER, model, settings.attention), Contender(STUDENT, shared, settings.attention)]
     if "eager" in settings.baseline:
         contenders.append(Contender(EAGER, model, "eager"))
     if "layers" in settings.baseline:
         contenders.append(Contender(DROPPED, _drop_as_many(model, shared), settings.attention))
     if "kv" in settings.baseline:
-        plan = SharingPlan(shared.config.echo_sources).with_kv()
-        sharing = EchoAttForCausalLM.from_teacher(model, plan, share_weights=True)
-        contenders.append(Contender(SHARING, sharing, settings.attention))
-    return contenders
+        plan = SharingPlan(plan or shared.config.plan)
+        if not plan.echo_layers:
+            left_out[SHARING] = "no layer of the student echoes, so that it would be no other model"
+        elif len(plan) != model.config.get_text_config().num_hidden_layers:
+            left_out[SHARING] = (
+                "it is not known which layers of the teacher the student lacks: give the plan in its place"
+            )
+        else:
+            sharing = EchoAttForCausalLM.from_teacher(model, plan.with_kv(), share_weights=True)
+            contenders.append(Contender(SHARING, sharing, settings.attention))
+    return contenders, left_out
 
 
 def _make_config(settings: BenchmarkSettings, teacher: str) -> PreTrainedConfig:
@@ -100,9 +115,11 @@ def _load_student(student: str, teacher: PreTrainedModel, dtype: torch.dtype) ->
     model = load_model(student, dtype)
     if not isinstance(model, EchoAttForCausalLM):
         raise ValueError(f"{student!r} is a {type(model).__name__}, not a student: give one, or a plan.")
-    for name in ("model_type", "num_hidden_layers", "hidden_size", "vocab_size"):
-        values = [getattr(each, name, None) for each in (model.config.text_config, teacher.config)]
-        if values[0] != values[1]:
+    configs = [model.config.text_config, teacher.config]
+    for name in _SIZES:
+        values = [getattr(config, name, None) for config in configs]
+        is_smaller = name == "num_hidden_layers" and values[0] < values[1]  # without layers that were dropped
+        if values[0] != values[1] and not is_smaller:
             raise ValueError(
                 f"The student {student!r} is none of this teacher's: its {name} is {values[0]!r}, the teacher's "
                 f"{values[1]!r}."

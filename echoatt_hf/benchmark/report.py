@@ -17,7 +17,7 @@ def format_benchmark(results: dict) -> str:
         results (`dict`): as returned by [`run_benchmark`].
 
     Returns:
-        `str`: two tables. "tokens/s" are those read, in decoding those written; "x teacher" is how many times faster than
+        `str`: two tables, and between them what is left out and why. "tokens/s" are those read, in decoding those written; "x teacher" is how many times faster than
         the teacher a model is, with quartiles over rounds, "x eager" than the eager teacher, and "x training" than in
         training; "echoes" how echo layers are computed, and "ceiling" how much faster than the teacher the count of
         operations or bytes allows the model to be in that way; "of it" the share of the ceiling that is reached; memory is
@@ -25,7 +25,8 @@ def format_benchmark(results: dict) -> str:
     """
     models = [_describe_model(name, facts) for name, facts in results["models"].items()]
     lines = [_describe_line(cell, name, found) for cell in results["cells"] for name, found in cell["models"].items()]
-    return f"{_format_table(models)}\n\n{_format_table(lines, left=3)}"
+    left_out = [f"{name} is left out: {reason}." for name, reason in results.get("left_out", {}).items()]
+    return "\n\n".join([_format_table(models), *left_out, _format_table(lines, left=3)])
 
 
 def _format_table(lines: list[dict[str, str]], **options) -> str:
@@ -85,14 +86,13 @@ def plot_benchmark(results: dict, path: Path) -> None:
         results (`dict`): as returned by [`run_benchmark`].
         path (`Path`): PNG file to write.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    # Not of pyplot, whose backend is that of whoever calls this.
+    from matplotlib.figure import Figure
 
     teacher, *names = results["models"]
     cells = results["cells"]
-    figure, axes = pyplot.subplots(figsize=(2 + 1.6 * len(cells), 4), layout="constrained")
+    figure = Figure(figsize=(2 + 1.6 * len(cells), 4), layout="constrained")
+    axes = figure.subplots()
     axes.axhline(1, color="black", linewidth=0.8, label=teacher)
     for offset, name in enumerate(names):
         place, color = (offset - (len(names) - 1) / 2) * 0.18, f"C{offset}"
@@ -112,7 +112,6 @@ def plot_benchmark(results: dict, path: Path) -> None:
     axes.set_ylabel("times faster than the teacher")
     axes.legend(fontsize="small")
     figure.savefig(path, dpi=150)
-    pyplot.close(figure)
 
 
 def write_benchmark(results: dict, folder: Path) -> None:

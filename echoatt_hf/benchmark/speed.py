@@ -66,14 +66,15 @@ def run_benchmark(
             Show a progress bar.
 
     Returns:
-        `dict`: `environment`, `settings`, `models` and `cells`, as JSON can hold it.
+        `dict`: `environment`, `settings`, `models`, `left_out`, why a baseline is not among them, and `cells`, as JSON can
+            hold it.
 
     Raises:
         `ValueError`: a setting is unknown, or the student is none of this teacher's.
         `FileNotFoundError`: a model cannot be loaded.
     """
     cells = _make_cells(settings)
-    contenders = make_contenders(settings, teacher, student)
+    contenders, left_out = make_contenders(settings, teacher, student)
     costs = {each.name: count_costs(each.model) for each in contenders}
     rounds = settings.warmup + settings.repeats
     results = []
@@ -87,6 +88,7 @@ def run_benchmark(
         "environment": describe_environment(),
         "settings": without_paths({"teacher": teacher, "student": student, **asdict(settings)}),
         "models": {each.name: describe_contender(each) for each in contenders},
+        "left_out": left_out,
         "cells": results,
     }
 

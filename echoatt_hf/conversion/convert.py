@@ -9,9 +9,10 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..analysis.similarity import AttentionSimilarity, measure_on_rows
+from ..configuration_echoatt import read_layer_plan
 from ..modeling_echoatt import FUSED_MODULES, EchoAttForCausalLM
 from ..models.predictions import compare_predictions
-from ..models.sizes import count_kv_bytes_per_token
+from ..models.sizes import count_kv_bytes_per_token, name_dtype
 from ..outputs.provenance import describe_teacher
 from ..planning.sharing import SharingPlan
 from .alignment import get_parameters, set_parameters
@@ -19,6 +20,8 @@ from .tuning import find_tuned, hold_out, tune_student
 
 
 __all__ = ["ConversionReport", "convert"]
+
+_LAYER = re.compile(r"(?<=\.)\d+(?=\.)")  # its number, in the name of a parameter
 
 
 @dataclass(frozen=True)
@@ -29,10 +32,13 @@ class ConversionReport:
     Args:
         layer_plan (`list[int | str]`): the plan, of the teacher's layers, see [`SharingPlan`].
         copied (`list[str]`): parameters the student inherits, by the teacher's names.
-        cut (`list[str]`): fused projections of the teacher of which the student inherits a part: values, output gates.
+        cut (`list[str]`): fused projections of the teacher of which the student inherits a part: values and output gates in
+            echo layers, queries in those that use the keys and values of others.
         dropped (`list[str]`): parameters of the teacher that the student does without.
         teacher_parameters, student_parameters (`int`): number of parameters, tied ones counted once.
         teacher_kv_bytes_per_token, student_kv_bytes_per_token (`int`): bytes of KV cache for each token.
+        kv_bytes_dtype (`str`): the type in which these bytes are counted, that of the models in memory; empty in reports of
+            earlier versions, which did not say.
         kl (`dict[str, float]`): KL(teacher || student) on calibration rows held out, in nats per token: `"copied"`, and
             `"tuned"` if the echo layers were tuned, which is kept if it lowers it.
         aligned (`dict[int, list[int]]`): for each echo layer whose heads were aligned, the head of the teacher that is now
@@ -53,6 +59,7 @@ class ConversionReport:
     student_parameters: int
     teacher_kv_bytes_per_token: int
     student_kv_bytes_per_token: int
+    kv_bytes_dtype: str = ""
     kl: dict[str, float] = field(default_factory=dict)
     aligned: dict[int, list[int]] = field(default_factory=dict)
     refitted: dict[int, float] = field(default_factory=dict)
@@ -71,18 +78,26 @@ class ConversionReport:
         return cls(**{name: value for name, value in content.items() if name != "echo_sources"} | plan)
 
     def __str__(self) -> str:
-        cut = [f"cut          {_name_modules(self.cut)}; values and gates are kept"] if self.cut else []
+        dtype = f", in {self.kv_bytes_dtype}" if self.kv_bytes_dtype else ""
         return "\n".join(
             [
                 f"plan         {SharingPlan(self.layer_plan)}",
                 f"copied       {len(self.copied)} tensors",
-                *cut,
+                *self._describe_cut(),
                 f"dropped      {_name_modules(self.dropped)}",
                 f"parameters   {_change(self.teacher_parameters, self.student_parameters)}",
-                f"KV bytes     {_change(self.teacher_kv_bytes_per_token, self.student_kv_bytes_per_token)} per token",
+                f"KV bytes     {_change(self.teacher_kv_bytes_per_token, self.student_kv_bytes_per_token)} per token{dtype}",
                 *self._describe_tuning(),
             ]
         )
+
+    def _describe_cut(self) -> list[str]:
+        moves, lines = [move for move, _ in read_layer_plan(self.layer_plan)], []
+        for move, kept in {"echo": "values and gates", "kv": "queries"}.items():
+            cut = [name for name in self.cut if moves[int(_LAYER.search(name)[0])] == move]
+            if cut:
+                lines.append(f"cut          {_name_modules(cut)}; {kept} are kept")
+        return lines
 
     def _describe_tuning(self) -> list[str]:
         if not self.kl:
@@ -160,6 +175,7 @@ def convert(
         student_parameters=student.num_parameters(),
         teacher_kv_bytes_per_token=count_kv_bytes_per_token(teacher),
         student_kv_bytes_per_token=count_kv_bytes_per_token(student),
+        kv_bytes_dtype=name_dtype(teacher),
         teacher=describe_teacher(teacher),
         **tuning,
     )
@@ -214,7 +230,7 @@ def _name_in_teacher(student: EchoAttForCausalLM, plan: SharingPlan) -> Iterator
     """The parameters of a student that are none of its own, by the names that they have in its teacher."""
     for name, parameter in student.language_model.named_parameters():
         if plan.dropped_layers:
-            name = re.sub(r"(?<=\.)\d+(?=\.)", lambda number: str(plan.kept_layers[int(number[0])]), name, count=1)
+            name = _LAYER.sub(lambda number: str(plan.kept_layers[int(number[0])]), name, count=1)
         yield name, parameter
 
 

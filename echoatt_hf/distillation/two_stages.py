@@ -22,7 +22,7 @@ from .trainer import EchoAttTrainer, EchoAttTrainingArguments
 from .trainer_args import parse_trainer_args
 
 
-__all__ = ["DistillationInterrupted", "make_training_arguments", "train_two_stages"]
+__all__ = ["DistillationInterrupted", "count_trained_rows", "make_training_arguments", "train_two_stages"]
 
 # transformers renamed it.
 CHECKPOINTING = (
@@ -30,6 +30,10 @@ CHECKPOINTING = (
     if hasattr(PreTrainedModel, "activation_checkpointing_enable")
     else "gradient_checkpointing"
 )
+
+
+ROWS_PER_STEP = "rows_per_step"
+"""Key of the entries of a trainer's log that say how many rows the steps after them have."""
 
 
 class DistillationInterrupted(KeyboardInterrupt):
@@ -114,6 +118,15 @@ def train_two_stages(
     return trainer
 
 
+def count_trained_rows(state: TrainerState) -> int:
+    """Rows in the steps that led to a state of [`train_two_stages`], also in those before it was resumed."""
+    changes = [entry for entry in state.log_history if ROWS_PER_STEP in entry]
+    # Of a run that another version began the first one is not at 0.
+    ends = [*(entry["step"] for entry in changes[1:]), state.global_step]
+    starts = [0, *ends[:-1]]
+    return sum((end - start) * entry[ROWS_PER_STEP] for entry, start, end in zip(changes, starts, ends, strict=True))
+
+
 def make_training_arguments(settings: DistillationSettings, output_dir: Path) -> EchoAttTrainingArguments:
     """The arguments of the trainer for settings whose learning rate is known."""
     values = asdict(settings)
@@ -156,8 +169,12 @@ class _StageCallback(TrainerCallback):
             self._ends[settings.stage1_steps] = "stage 1"
         if settings.stage2_steps:
             self._ends[settings.steps] = "stage 2"
-        self._evaluate = evaluate
+        self._evaluate, self._batch_size = evaluate, settings.batch_size
         self.interrupted = False
+
+    def on_train_begin(self, args, state: TrainerState, control: TrainerControl, **kwargs):
+        # In the log, which checkpoints keep, as a resumed run may have steps of another size.
+        state.log_history.append({"step": state.global_step, ROWS_PER_STEP: self._batch_size})
 
     def on_step_end(self, args, state: TrainerState, control: TrainerControl, model=None, **kwargs):
         name = self._ends.get(state.global_step)

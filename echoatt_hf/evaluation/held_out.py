@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 from datasets import Dataset
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..models.checks import check_same_tokenizer
-from ..models.loading import load_placed
+from ..models.loading import load_placed, load_tokenizer
 from ..models.predictions import Predictions, compare_predictions, position_ranges
 from ..outputs.tables import format_markdown
 from ..text.documents import load_documents
@@ -151,7 +151,7 @@ def compute_perplexity(
         texts (`str` or iterable of `str`):
             Documents.
         model (`str`, `Path` or `PreTrainedModel`):
-            Causal language model, or the path or name to load it from: without remote code, to a GPU if there is one.
+            Causal language model, or its name or path as for [`load_model`]; it is loaded to a GPU if there is one.
         tokenizer (`str`, `Path` or `PreTrainedTokenizerBase`, *optional*):
             Tokenizer of the model; by default the one saved with it. Needed if `model` is already loaded.
         row_length (`int`, *optional*, defaults to 256):
@@ -168,7 +168,7 @@ def compute_perplexity(
     Raises:
         `ValueError`: no model or tokenizer, or the texts do not fill a row.
     """
-    model, tokenizer = _load_model(model), _load_tokenizer(tokenizer, model)
+    model, tokenizer = _load_with_tokenizer(model, tokenizer)
     rows = _pack_texts(texts, tokenizer, row_length, stride)
     return evaluate_model(model, rows, tokenizer=tokenizer, batch_size=batch_size)
 
@@ -205,7 +205,7 @@ def compute_agreement(
     Raises:
         `ValueError`: no model, teacher or tokenizer, the teacher has another tokenizer, or the texts do not fill a row.
     """
-    model, tokenizer = _load_model(model), _load_tokenizer(tokenizer, model)
+    model, tokenizer = _load_with_tokenizer(model, tokenizer)
     teacher = _load_model(teacher, "teacher")
     rows = _pack_texts(texts, tokenizer, row_length)
     result = evaluate_model(model, rows, teacher=teacher, tokenizer=tokenizer, batch_size=batch_size)
@@ -262,16 +262,17 @@ def _load_model(model: str | Path | PreTrainedModel | None, role: str = "model")
     return load_placed(model)[0]
 
 
-def _load_tokenizer(
-    tokenizer: str | Path | PreTrainedTokenizerBase | None, model: str | Path | PreTrainedModel | None
-) -> PreTrainedTokenizerBase:
+def _load_with_tokenizer(
+    model: str | Path | PreTrainedModel | None, tokenizer: str | Path | PreTrainedTokenizerBase | None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    loaded = _load_model(model)
     if tokenizer is None:
         tokenizer = model
     if isinstance(tokenizer, (str, Path)):
-        return AutoTokenizer.from_pretrained(tokenizer)
+        tokenizer = load_tokenizer(tokenizer, loaded)
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
         raise ValueError("The tokenizer is not known: give tokenizer, or the path or name it was saved under.")
-    return tokenizer
+    return loaded, tokenizer
 
 
 def _count_scored_bytes(tokenizer: PreTrainedTokenizerBase, row: dict) -> int:

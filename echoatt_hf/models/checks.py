@@ -64,7 +64,8 @@ def find_tokenizer(model: PreTrainedModel) -> PreTrainedTokenizerBase | None:
     The tokenizer that was saved with a model, if it is known.
 
     Args:
-        model (`PreTrainedModel`): a model; one that was made in memory has no name to look under.
+        model (`PreTrainedModel`): a model; one that was made in memory has no name to look under. Of one that [`load_model`]
+            loaded it is the tokenizer of the same commit.
 
     Returns:
         `PreTrainedTokenizerBase` or `None`.
@@ -72,8 +73,10 @@ def find_tokenizer(model: PreTrainedModel) -> PreTrainedTokenizerBase | None:
     name = getattr(model, "name_or_path", "")
     if not name:
         return None
+    commit = getattr(model, "loaded_commit", None)
+    revision = {"revision": commit} if commit is not None else {}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, gguf_file=getattr(model, "loaded_gguf_file", None))
+        tokenizer = AutoTokenizer.from_pretrained(name, gguf_file=getattr(model, "loaded_gguf_file", None), **revision)
     except (OSError, ValueError, ImportError):
         return None
     # Of a folder without tokenizer files some families make an empty tokenizer.

@@ -54,7 +54,10 @@ def to_float64(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def processes() -> PartialState:
-    """`PartialState`: the processes that were launched together, as by `accelerate launch`, and which one this is."""
+    """
+    `PartialState`: the processes that were launched together, as by `accelerate launch`, which one this is, and its
+    `device`. Making it is what sets that device, so models are placed by it.
+    """
     return PartialState(cpu=default_device() == "cpu")
 
 

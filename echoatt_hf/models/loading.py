@@ -38,7 +38,7 @@ from transformers.utils import CONFIG_NAME
 
 from ..configuration_echoatt import EchoAttConfig, check_base_family
 from ..settings import BUILTIN_TEACHER, GGUF_SUFFIX
-from .devices import default_device
+from .devices import default_device, processes
 from .dtypes import cast_weights
 
 
@@ -143,9 +143,9 @@ def _load_gguf(name: str | Path, config: PreTrainedConfig, dtype: torch.dtype | 
 
 
 def load_placed(name: str | Path, dtype: str = "auto") -> tuple[PreTrainedModel, torch.dtype]:
-    """[`load_typed`], on the [`default_device`]."""
+    """[`load_typed`], on the device of this process, of several that were launched together each has its own."""
     model, saved = load_typed(name, dtype)
-    return model.to(default_device()), saved
+    return model.to(processes().device), saved
 
 
 def load_typed(name: str | Path, dtype: str = "auto") -> tuple[PreTrainedModel, torch.dtype]:

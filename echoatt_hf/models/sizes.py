@@ -7,7 +7,7 @@ from ..modeling_echoatt import EchoAttention, KVAttention
 from .families import count_value_features, find_attention_modules
 
 
-__all__ = ["count_cache_bytes", "count_kv_bytes_per_token"]
+__all__ = ["count_cache_bytes", "count_kv_bytes_per_token", "describe_sizes", "name_dtype"]
 
 
 def count_kv_bytes_per_token(model: PreTrainedModel) -> int:
@@ -27,6 +27,23 @@ def count_kv_bytes_per_token(model: PreTrainedModel) -> int:
         if not isinstance(attention, KVAttention):
             features += count_value_features(attention) * (1 if isinstance(attention, EchoAttention) else 2)
     return features * model.dtype.itemsize
+
+
+def name_dtype(model: PreTrainedModel) -> str:
+    """The type of a model's weights, and so of its cache, such as `"bfloat16"`."""
+    return str(model.dtype).removeprefix("torch.")
+
+
+def describe_sizes(model: PreTrainedModel) -> dict[str, int | str]:
+    """
+    What a report says of the sizes of a model: `parameters`, `kv_bytes_per_token`, and `kv_bytes_dtype`, in which those bytes
+    are counted. That is the type in memory, on a CPU mostly float32, whatever the model is saved in.
+    """
+    return {
+        "parameters": model.num_parameters(),
+        "kv_bytes_per_token": count_kv_bytes_per_token(model),
+        "kv_bytes_dtype": name_dtype(model),
+    }
 
 
 def count_cache_bytes(cache: Cache) -> int:

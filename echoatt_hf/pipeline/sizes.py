@@ -4,6 +4,7 @@ import json
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..configuration_echoatt import EchoAttConfig
@@ -11,11 +12,13 @@ from ..conversion.putting_back import StudentSize, find_sizes, put_back
 from ..evaluation.held_out import evaluate_model
 from ..modeling_echoatt import EchoAttForCausalLM
 from ..models.checks import check_same_tokenizer
+from ..models.dtypes import as_saved
 from ..models.loading import load_config, load_json, load_placed, load_tokenizer
-from ..models.sizes import count_kv_bytes_per_token
+from ..models.sizes import describe_sizes
 from ..outputs.files import check_output_folder, whole_folder, write_whole
 from ..outputs.provenance import describe_data, describe_environment, describe_teacher, without_paths
 from ..planning.sharing import SharingPlan, check_ratio
+from ..publishing.card import count_tokens
 from ..settings import CalibrationSettings, CompressionSettings, PlanSettings, options_of
 from .preparation import load_calibration_rows, load_held_out_rows
 from .training import write_student
@@ -68,7 +71,7 @@ def convert_student(
         evaluations = state.with_name("evaluations.json")
         results = json.loads(evaluations.read_text()) if evaluations.exists() else []
         for size in sizes[len(results) :]:
-            results.append(_evaluate(size, smallest, teacher, held_out_rows, tokenizer))
+            results.append(_evaluate(size, smallest, teacher, held_out_rows, tokenizer, dtype))
             write_whole(evaluations, json.dumps(results))
         chosen = next(
             index for index, size in enumerate(sizes) if len(SharingPlan(size.layer_plan).changed_layers) == count
@@ -139,14 +142,16 @@ def _evaluate(
     teacher: PreTrainedModel,
     rows: list[dict],
     tokenizer: PreTrainedTokenizerBase,
+    dtype: torch.dtype,
 ) -> dict:
+    """What is measured of a size as it is saved, in `dtype`: weights that were drawn to the teacher's are rounded then."""
     model = put_back(student, teacher, size.layers, size.teacher_share)
     ratio = len(SharingPlan(size.layer_plan).changed_layers) / len(size.layer_plan)
-    result = evaluate_model(model, rows, teacher=teacher, tokenizer=tokenizer, description=f"evaluate {ratio:.2f}")
-    counts = {"parameters": model.num_parameters(), "kv_bytes_per_token": count_kv_bytes_per_token(model)}
+    with as_saved(model, dtype, model.dtype):
+        result = evaluate_model(model, rows, teacher=teacher, tokenizer=tokenizer, description=f"evaluate {ratio:.2f}")
     measured = {"calibration_kl": size.kl, **{name: value for name, value in size.to_dict().items() if name != "kl"}}
     name = f"{ratio:.2f}, as distilled" if not size.layers else f"{ratio:.2f}, layer {size.layers[-1]} back"
-    return {"name": name, "ratio": ratio, **measured, **result, **counts}
+    return {"name": name, "ratio": ratio, **measured, **result, **describe_sizes(model)}
 
 
 def _describe_distillation(student: str) -> dict:
@@ -155,4 +160,4 @@ def _describe_distillation(student: str) -> dict:
     if "settings" not in report:
         return {}
     steps = {name: report["settings"]["distillation"][name] for name in ("steps", "stage2_steps")}
-    return steps | {"tokens": report["tokens_per_step"] * steps["steps"]}
+    return steps | {"tokens": count_tokens(report)}

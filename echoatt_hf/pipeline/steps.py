@@ -27,7 +27,7 @@ from ..evaluation.held_out import evaluate_model
 from ..evaluation.zero_shot import evaluate_zero_shot, read_zero_shot_tasks
 from ..modeling_echoatt import EchoAttForCausalLM
 from ..models.checks import check_same_tokenizer
-from ..models.devices import check_one_process, default_device, processes
+from ..models.devices import check_one_process, processes
 from ..models.loading import load_config, load_folder, load_placed, load_tokenizer, load_typed
 from ..outputs.files import beside, check_output_file, check_output_folder, whole_folder, write_whole
 from ..outputs.provenance import (
@@ -542,7 +542,7 @@ def distill(settings: StudentSettings, output: str | Path, *, overwrite: bool = 
         original = load_placed(settings.teacher, settings.dtype)[0] if settings.teacher is not None else None
         if settings.distillation.lora_rank and original is not None:
             share_weights(model, original)
-        models = RunModels(original, model.to(default_device()), load_tokenizer(settings.student, model), dtype)
+        models = RunModels(original, model.to(processes().device), load_tokenizer(settings.student, model), dtype)
         if original is not None:
             check_same_tokenizer(model, original, models.tokenizer)
         if stored is None:

@@ -17,12 +17,12 @@ from ..configuration_echoatt import EchoAttConfig, check_base_family
 from ..distillation.checkpoints import whole_state
 from ..distillation.stored_teacher import StoredTeacher
 from ..distillation.trainer import EchoAttTrainingArguments
-from ..distillation.two_stages import train_two_stages
+from ..distillation.two_stages import count_trained_rows, train_two_stages
 from ..evaluation.held_out import evaluate_model
 from ..models.devices import processes
 from ..models.dtypes import as_saved, cast_weights
 from ..models.loading import load_config
-from ..models.sizes import count_kv_bytes_per_token
+from ..models.sizes import describe_sizes
 from ..outputs.files import write_whole
 from ..outputs.provenance import describe_data, describe_environment, describe_teacher, without_paths
 from ..planning.sharing import SharingPlan
@@ -159,7 +159,7 @@ def train_and_write(
         "plan": SharingPlan(models.student.config.plan).to_dict(),
         **facts,
         "results": evaluations.results(),
-        "tokens_per_step": distillation.batch_size * settings.data.row_length,
+        "tokens": count_trained_rows(trainer.state) * settings.data.row_length,
         "training_log": [entry for entry in trainer.state.log_history if {"loss", "eval_loss"} & set(entry)],
         "environment": describe_environment(),
         "last_session_s": round(time.time() - start, 1),
@@ -232,7 +232,7 @@ class _Evaluations:
         self._done: dict[str, dict] = json.loads(file.read_text()) if file.exists() else {}
         # Before training, while the student has no adapters, which will be merged.
         self._sizes = {
-            role: {"parameters": model.num_parameters(), "kv_bytes_per_token": count_kv_bytes_per_token(model)}
+            role: describe_sizes(model)
             for role, model in (("teacher", models.teacher), ("student", models.student))
             if model is not None
         }

@@ -20,6 +20,7 @@ from .mlx import MLX_FILE
 __all__ = [
     "CITATION",
     "USES",
+    "count_tokens",
     "find_gaps",
     "format_table",
     "has_own_text",
@@ -295,6 +296,7 @@ def _describe_results(report: dict, zero_shot: dict) -> dict:
             "row_length": _settings_of(report)["data"]["row_length"],
             "data": " and ".join(report.get("data", {}).get("names", [])) or "the text",
             "is_compared": "kl" in report["results"][0],
+            "kv_bytes_dtype": _name_kv_dtypes(report["results"]),
         }
     elif "eval_loss" in report:
         facts = {"eval_loss": f"{report['eval_loss']:.4f}", "perplexity": f"{math.exp(report['eval_loss']):.3f}"}
@@ -304,6 +306,11 @@ def _describe_results(report: dict, zero_shot: dict) -> dict:
         limit = f", of the first {zero_shot['limit']} questions of each file" if zero_shot.get("limit") else ""
         facts |= {"zero_shot": format_zero_shot(zero_shot["results"]), "zero_shot_limit": limit}
     return facts
+
+
+def _name_kv_dtypes(results: list[dict]) -> str:
+    """The types in which the KV bytes of results are counted; empty where an earlier version did not say."""
+    return " and ".join(dict.fromkeys(entry["kv_bytes_dtype"] for entry in results if "kv_bytes_dtype" in entry))
 
 
 def _describe_speed(benchmark: dict) -> dict:
@@ -321,8 +328,7 @@ def _describe_training(report: dict, hidden_size: int | None) -> dict:
     facts["made_with"] = ", ".join(versions) + f"; {environment['hardware']}" if environment else ""
     if "settings" in report:
         settings = report["settings"]["distillation"]
-        tokens = report["tokens_per_step"]
-        facts["steps"] = _describe_steps(settings["steps"], settings["stage2_steps"], tokens * settings["steps"])
+        facts["steps"] = _describe_steps(settings["steps"], settings["stage2_steps"], count_tokens(report))
         facts["command"] = _command(report["settings"], hidden_size)
         facts["stored"] = report["settings"].get("stored_teacher")
     elif report.get("steps"):
@@ -331,6 +337,13 @@ def _describe_training(report: dict, hidden_size: int | None) -> dict:
         facts["put_back"] = _describe_put_back(report["put_back"])
         facts["command"] = _command(report["put_back"]["settings"], hidden_size)
     return facts
+
+
+def count_tokens(report: dict) -> int:
+    """Tokens that the student of a report was trained on; in reports of earlier versions all steps have as many."""
+    if "tokens" in report:
+        return report["tokens"]
+    return report["tokens_per_step"] * report["settings"]["distillation"]["steps"]
 
 
 def _describe_put_back(put_back: dict) -> str:
