@@ -432,6 +432,33 @@ def test_settings_of_conversations(streaming, chat_file, tmp_path, tokenizer, mo
         load_rows(replace(mixed, data=[str(text)]), tokenizer, model)
 
 
+@pytest.mark.parametrize("streaming", [False, True], ids=["loaded", "streamed"])
+@pytest.mark.parametrize("which", ["data", "held_out_data"])
+def test_one_of_data_and_held_out_data_has_conversations(which, streaming, chat_file, tmp_path, tokenizer, model):
+    """What is held out has the same rows in an evaluation as in a training, and plain text is scored as plain text."""
+    text = tmp_path / "text.txt"
+    text.write_text("\n<|endoftext|>\n".join(TEXTS))
+    files = {"data": [str(text)], "held_out_data": [str(text)]} | {which: [str(chat_file)]}
+    settings = DataSettings(**files, row_length=48, streaming=streaming)
+    with_masks, without = {"input_ids", "position_ids"}, {"input_ids"}
+    of_data, of_held_out = (with_masks, without) if which == "data" else (without, with_masks)
+    rows, held_out = load_rows(settings, tokenizer, model)
+    assert set(next(iter(rows))) == of_data
+    assert held_out and all(set(row) == of_held_out for row in held_out)
+    assert load_held_out_rows(settings, tokenizer, model) == held_out
+    calibration = CompressionSettings(data=settings, calibration=CalibrationSettings(calibration_rows=4))
+    assert set(load_calibration_rows(calibration, tokenizer, model)[0]) == of_data
+    settings = replace(settings, assistant_only=True)
+    if which == "held_out_data":
+        with pytest.raises(ValueError, match="assistant_only is set, but the data holds no conversations"):
+            load_rows(settings, tokenizer, model)
+        assert set(load_held_out_rows(settings, tokenizer, model)[0]) == with_masks | {"assistant_masks"}
+        return
+    for load in (load_rows, load_held_out_rows):
+        with pytest.raises(ValueError, match="assistant_only is set, but the held-out data holds no conversations"):
+            load(settings, tokenizer, model)
+
+
 def test_rows_without_an_answer_are_refused(tokenizer, model, caplog):
     row = {"input_ids": [5, 6, 7], "assistant_masks": [1, 0, 0]}
     assert "answer_loss" not in evaluate_model(model, [row])
@@ -682,7 +709,7 @@ def test_answers_and_positions_from_the_command_line(teacher_folder, chat_file, 
     )
     for bad, message in (
         (["--stride", 40], "stride is 40; it must be from 1 to 24"),
-        (["--held-out-data", "stdlib", "--assistant-only"], "the data holds no conversations"),
+        (["--held-out-data", "stdlib", "--assistant-only"], "the held-out data holds no conversations"),
     ):
         result = run_echoatt("evaluate", teacher_folder, *data, *bad)
         assert result.exit_code == 2 and message in result.stderr and len(result.stderr.strip().splitlines()) == 1

@@ -83,14 +83,16 @@ def load_rows(
     Raises:
         `ValueError`: the row is longer than the model's context, the model cannot keep the documents of a row apart, a
             source is both to train on and held out, the text does not fill a row, conversations do not fit the tokenizer's
-            chat template, or there are none and only answers are to be learned.
+            chat template, or one of the two has none and only answers are to be learned.
     """
     _check_rows(settings, model)
     groups, held_out = _load_both(settings)
-    settings = _settle_masks(settings, [*groups, *held_out], model)
-    parts = [_pack(settings, group.documents, tokenizer) for group in groups]
+    # Each side by itself: what is held out has the same rows in `load_held_out_rows`, which does not read the other one.
+    training = _settle_masks(settings, groups, model)
+    evaluation = _settle_masks(settings, held_out, model, "held-out data")
+    parts = [_pack(training, group.documents, tokenizer) for group in groups]
     return mix_rows(parts, [group.weight for group in groups]), _draw_rows(
-        settings, held_out, tokenizer, settings.evaluation_rows
+        evaluation, held_out, tokenizer, settings.evaluation_rows
     )
 
 
@@ -114,7 +116,7 @@ def load_held_out_rows(
         `ValueError`: as [`load_rows`].
     """
     groups = _load_held_out(settings, model)
-    settings = _settle_masks(settings, groups, model)
+    settings = _settle_masks(settings, groups, model, "held-out data")
     stride = scoring.stride if scoring is not None else None
     return _draw_rows(settings, groups, tokenizer, settings.evaluation_rows, stride=stride)
 
@@ -246,12 +248,14 @@ def _load_groups(sources: list[DataSource], streaming: bool) -> list[_Documents]
     ]
 
 
-def _settle_masks(settings: DataSettings, groups: list[_Documents], model: PreTrainedModel) -> DataSettings:
-    """The settings, with what follows from whether there are conversations."""
+def _settle_masks(
+    settings: DataSettings, groups: list[_Documents], model: PreTrainedModel | ServedTeacher, name: str = "data"
+) -> DataSettings:
+    """The settings for the data to train on or the held-out data, with what follows from whether it has conversations."""
     has_chats = any(group.has_chats for group in groups)
     if settings.assistant_only and not has_chats:
         raise ValueError(
-            "assistant_only is set, but the data holds no conversations (of a stream the first 16 documents of each source are "
+            f"assistant_only is set, but the {name} holds no conversations (of a stream the first 16 documents of each source are "
             "looked at): leave the option out, or give data with the columns messages, conversations, or prompt and completion."
         )
     if settings.document_masks is None:
