@@ -715,11 +715,69 @@ def test_answers_and_positions_from_the_command_line(teacher_folder, chat_file, 
         assert result.exit_code == 2 and message in result.stderr and len(result.stderr.strip().splitlines()) == 1
 
 
-def test_a_model_writes_conversations_and_answers_beside_another(teacher_folder, tmp_path, capsys, monkeypatch):
+@pytest.fixture(scope="module")
+def answer():
+    """The script that lets models answer."""
     script = Path(__file__).parents[1] / "examples" / "chat" / "answer.py"
     spec = importlib.util.spec_from_file_location("answer", script)
-    answer = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(answer)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+PROMPTS = ["What is 1 and 1?", "Why?"]
+
+
+@pytest.fixture(scope="module")
+def talker(tokenizer):
+    """A model that does not say the same token again and again."""
+    return make_teacher("llama", num_hidden_layers=4, vocab_size=len(tokenizer), initializer_range=0.2)
+
+
+@pytest.fixture(scope="module")
+def written(talker, tokenizer):
+    """What the model goes on with after each prompt, 12 tokens; and of the first one a token, and where it first comes."""
+    tokens = []
+    for prompt in PROMPTS:
+        inputs = tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}], add_generation_prompt=True, return_dict=True, return_tensors="pt"
+        )
+        made = talker.generate(**inputs, do_sample=False, min_new_tokens=12, max_new_tokens=12)
+        tokens.append(made[0, inputs["input_ids"].shape[1] :].tolist())
+    assert tokenizer.eos_token_id not in tokens[0] + tokens[1]
+    place = next(place for place in range(3, 12) if tokens[0].index(tokens[0][place]) == place)
+    return tokens, tokens[0][place], place
+
+
+def test_answers_of_a_tokenizer_without_a_pad_token(answer, talker, written):
+    tokenizer = make_tokenizer()
+    tokenizer.pad_token = None
+    expected = [tokenizer.decode(tokens, skip_special_tokens=True).strip() for tokens in written[0]]
+    assert answer.answer(talker, tokenizer, PROMPTS, 12) == [(text, False) for text in expected]
+
+
+@pytest.mark.parametrize("of_model", ["one", "several"])
+def test_an_answer_ends_with_each_of_the_ends_of_its_model(of_model, answer, talker, tokenizer, written, monkeypatch):
+    tokens, end, place = written
+    ends = end if of_model == "one" else [tokenizer.eos_token_id, end]
+    monkeypatch.setattr(talker.generation_config, "eos_token_id", ends)
+    text = tokenizer.decode(tokens[0][:place], skip_special_tokens=True).strip()
+    assert answer.answer(talker, tokenizer, PROMPTS[:1], 12) == [(text, True)]
+    assert answer.answer(talker, tokenizer, PROMPTS[:1], place) == [(text, False)]
+
+
+def test_an_answer_ends_with_the_end_of_its_tokenizer(answer, talker, written, monkeypatch):
+    tokens, end, place = written
+    tokenizer = make_tokenizer()
+    monkeypatch.setattr(talker.generation_config, "eos_token_id", None)
+    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(end)
+    text = tokenizer.decode(tokens[0][:place], skip_special_tokens=True).strip()
+    assert answer.answer(talker, tokenizer, PROMPTS[:1], 12) == [(text, True)]
+
+
+def test_a_model_writes_conversations_and_answers_beside_another(
+    answer, teacher_folder, tmp_path, capsys, monkeypatch
+):
     (tmp_path / "prompts.txt").write_text("What is 1 and 1?\n\nWhy?\n")
     common = ["--prompts", str(tmp_path / "prompts.txt"), "--max-new-tokens", "4", "--dtype", "float32"]
     answer.main([str(teacher_folder), str(teacher_folder), *common])

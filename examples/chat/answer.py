@@ -27,6 +27,9 @@ def answer(
     batch_size: int = 16,
 ) -> list[tuple[str, bool]]:
     """The model's answer to each prompt, and whether it came to an end."""
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    ends = find_ends(model, tokenizer)
     answers = []
     sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
     for start in tqdm(range(0, len(prompts), batch_size), desc="answer"):
@@ -39,11 +42,24 @@ def answer(
             padding=True,
             tokenizer_kwargs={"padding_side": "left"},
         ).to(model.device)
-        made = model.generate(**inputs, **sampling, max_new_tokens=max_new_tokens, pad_token_id=tokenizer.pad_token_id)
+        made = model.generate(
+            **inputs,
+            **sampling,
+            max_new_tokens=max_new_tokens,
+            eos_token_id=ends or None,
+            pad_token_id=tokenizer.pad_token_id,
+        )
         for tokens in made[:, inputs["input_ids"].shape[1] :].tolist():
-            text = tokenizer.decode(tokens, skip_special_tokens=True).strip()
-            answers.append((text, tokenizer.eos_token_id in tokens))
+            end = next((place for place, token in enumerate(tokens) if token in ends), None)
+            answers.append((tokenizer.decode(tokens[:end], skip_special_tokens=True).strip(), end is not None))
     return answers
+
+
+def find_ends(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Tokens that end an answer: the tokenizer's, and those of the model, such as Gemma's `<end_of_turn>`."""
+    of_model = model.generation_config.eos_token_id
+    ends = {tokenizer.eos_token_id, *(of_model if isinstance(of_model, list) else [of_model])}
+    return sorted(ends - {None})
 
 
 def main(arguments: list[str] | None = None) -> None:
