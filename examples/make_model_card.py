@@ -9,7 +9,8 @@ that is there already:
     python examples/make_model_card.py --student student --base-model HuggingFaceTB/SmolLM2-135M-Instruct \
         --license apache-2.0 --language en --output model_cards/smollm2_student_041
 
-What was written into the card by hand, outside of its marks, is kept.
+What was written into the card by hand, outside of its marks, is kept. Files of an earlier student that this one lacks are not:
+for zero-shot results in the card, `echoatt zero-shot` writes zero_shot.json into the folder of the student first.
 """
 
 import argparse
@@ -30,6 +31,9 @@ KEPT = {
 }
 """Files of a student that its card is made of, and what they are called beside the card."""
 
+OPTIONAL = ("similarity.png", "zero_shot.json")
+"""Those that a student may lack."""
+
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -49,11 +53,18 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def collect(student: Path, output: Path, **facts: str | None) -> None:
-    """Bring the folder of a card up to date with a student."""
+    """Bring the folder of a card up to date with a student. What the student lacks was of another one, and goes."""
+    for name in KEPT:
+        if name not in OPTIONAL and not (student / name).exists():
+            raise SystemExit(
+                f"{student} has no {name}: give the folder of a student, as `echoatt compress` writes it."
+            )
     output.mkdir(parents=True, exist_ok=True)
     for source, target in KEPT.items():
         if (student / source).exists():
             shutil.copy(student / source, output / target)
+        else:
+            (output / target).unlink(missing_ok=True)
     write_card(output, **facts)
 
 

@@ -75,6 +75,24 @@ def test_a_card_is_made_of_a_student_that_is_there(make, tmp_path):
     assert {file.name for file in (tmp_path / "card").iterdir()} == {file.name for file in student.iterdir()}
 
 
+def test_a_card_has_nothing_of_an_earlier_student(make, tmp_path):
+    card = Path(shutil.copytree(CARD.parent / "smollm2_student_041", tmp_path / "card"))
+    (card / "similarity.png").write_bytes(b"of another teacher")
+    assert "Zero-shot" in (card / "README.md").read_text()
+    student = tmp_path / "student"
+    student.mkdir()
+    shutil.copy(CARD / "config.json", student)
+    before = {file.name: file.read_bytes() for file in card.iterdir()}
+    with pytest.raises(SystemExit, match=r"student has no report\.json: give the folder of a student"):
+        make.collect(student, card)
+    assert {file.name: file.read_bytes() for file in card.iterdir()} == before
+    shutil.copy(CARD / "results.json", student / "report.json")
+    make.collect(student, card)
+    assert {file.name for file in card.iterdir()} == {"README.md", "config.json", "results.json"}
+    text = (card / "README.md").read_text()
+    assert "Zero-shot" not in text and "similarity.png" not in text
+
+
 def test_results_are_those_of_the_default_student(results):
     distillation = DistillationSettings().for_width(load_config("builtin").hidden_size)
     defaults = json.loads(CompressionSettings(distillation=distillation).to_json())
