@@ -105,8 +105,8 @@ def build_model(arguments: argparse.Namespace, tokenizer: PreTrainedTokenizerFas
     )
 
 
-def train(arguments: argparse.Namespace, model: LlamaForCausalLM, rows, checkpoints: Path) -> list[dict]:
-    """Train the model and return the log, one entry every ten steps."""
+def train(arguments: argparse.Namespace, model: LlamaForCausalLM, rows, checkpoints: Path) -> tuple[int, list[dict]]:
+    """Train the model. Returns the steps of the training, and the log of the first one and of every tenth."""
     steps = math.ceil(arguments.tokens / (arguments.batch_size * arguments.row_length))
     trainer = Trainer(
         model=model,
@@ -125,6 +125,7 @@ def train(arguments: argparse.Namespace, model: LlamaForCausalLM, rows, checkpoi
             bf16=arguments.bf16,
             torch_compile=arguments.compile,
             use_cpu=not torch.cuda.is_available(),
+            logging_first_step=True,  # a training of a few steps has a curve too
             logging_steps=10,
             save_steps=arguments.save_steps,
             save_total_limit=2,
@@ -135,7 +136,7 @@ def train(arguments: argparse.Namespace, model: LlamaForCausalLM, rows, checkpoi
         data_collator=collate_rows,
     )
     train_from_last_checkpoint(trainer)
-    return [entry for entry in trainer.state.log_history if "loss" in entry]
+    return trainer.state.global_step, [entry for entry in trainer.state.log_history if "loss" in entry]
 
 
 def plot_losses(log: list[dict], tokens_per_step: int, held_out_loss: float, path: Path) -> None:
@@ -221,7 +222,7 @@ def main() -> None:
         flush=True,
     )
     start = time.time()
-    log = train(arguments, model, rows, checkpoints)
+    steps, log = train(arguments, model, rows, checkpoints)
     model.config.use_cache = True  # which Trainer turns off
     model = model.to("cpu", getattr(torch, arguments.save_dtype))
     model.save_pretrained(arguments.output)
@@ -241,7 +242,7 @@ def main() -> None:
         "parameters": model.num_parameters(),
         "documents": {"train": len(train_documents), "held_out": len(held_out_documents)},
         "unique_tokens": len(rows) * arguments.row_length,
-        "tokens": log[-1]["step"] * tokens_per_step,
+        "tokens": steps * tokens_per_step,
         "held_out": held_out,
         "save_dtype": arguments.save_dtype,
         "seed": arguments.seed,

@@ -59,6 +59,16 @@ def test_train_teacher_makes_a_model_folder_and_does_not_overwrite_it(text):
     assert again.returncode == 1 and "holds a finished teacher" in again.stderr
 
 
+@pytest.mark.parametrize("steps", [8, 25], ids=["fewer steps than between two logs", "no multiple of them"])
+def test_train_teacher_counts_all_its_steps(text, steps):
+    tokens = steps * 4 * 16
+    result = train_teacher("--output", "teacher", "--data", "text", *TINY, "--tokens", str(tokens), cwd=text)
+    assert result.returncode == 0, result.stderr
+    results = json.loads((text / "teacher" / "results.json").read_text())
+    assert results["tokens"] == tokens
+    assert [place for place, _ in results["loss_curve"]] == [step * 4 * 16 for step in (1, 10, 20) if step <= steps]
+
+
 def test_train_teacher_resumes(text):
     arguments = ["--output", "teacher", "--data", "text", *TINY]
     assert train_teacher(*arguments, cwd=text, new_interpreter=True).returncode == 0
