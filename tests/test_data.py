@@ -560,6 +560,27 @@ def test_rows_that_cannot_be_made(tokenizer):
         list(pack_rows(documents.to_iterable_dataset(), tokenizer, 1000))
 
 
+@pytest.mark.parametrize("length", [2, 3])
+def test_rows_have_place_for_more_than_their_beginning(length):
+    """Rows of their beginning alone never come to the end of the text."""
+    tokenizer, documents = make_tokenizer(), make_documents(TEXTS)
+    bos = tokenizer.bos_token_id
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{BOS} {BOS} $A", special_tokens=[(BOS, bos)]
+    )
+    if length == 3:
+        assert all(row["input_ids"][:2] == [bos, bos] for row in pack_rows(documents, tokenizer, length))
+        return
+    for made in (
+        lambda: pack_rows(documents, tokenizer, length),
+        lambda: pack_rows(documents.to_iterable_dataset(), tokenizer, length),
+        lambda: draw_rows(documents, tokenizer, length, 4),
+    ):
+        with pytest.raises(ValueError, match="row_length is 2; it must be more than 2, the tokens with which"):
+            made()
+    assert len(pack_rows(documents, tokenizer, length, row_start="text"))
+
+
 # What a folder holds
 
 

@@ -109,6 +109,24 @@ def test_batch_size_does_not_matter(batch_size, student, teacher, tokenizer, row
     assert results[0] == pytest.approx(results[1], rel=TOLERANCE)
 
 
+@pytest.mark.parametrize("mask", [[0, 0, 1, 1], [1, 0, 1, 1]], ids=["left", "within"])
+def test_padding_that_tokens_would_see_is_refused(mask, student):
+    rows = [
+        {"input_ids": [1, 2, 3, 4], "attention_mask": [1, 1, 1, 1]},
+        {"input_ids": [1, 2, 3, 4], "attention_mask": mask},
+    ]
+    with pytest.raises(ValueError, match=r"attention_mask is 0 before tokens of a row.*padding_side = 'right'"):
+        evaluate_model(student, rows)
+    padded = [{"input_ids": [3, 4, 7, 7], "attention_mask": [1, 1, 0, 0]}]
+    assert evaluate_model(student, padded) == pytest.approx(evaluate_model(student, [{"input_ids": [3, 4]}]), rel=1e-5)
+
+
+@pytest.mark.parametrize("size", [0, -1])
+def test_a_batch_has_a_row(size, student, rows):
+    with pytest.raises(ValueError, match=f"batch_size is {size}; it must be at least 1"):
+        evaluate_model(student, rows, batch_size=size)
+
+
 def test_rows_may_be_a_list_a_stream_or_a_generator(student, tokenizer, rows):
     expected = evaluate_model(student, rows)
     streamed = pack_rows(load_documents(Dataset.from_dict({"text": TEXTS}), streaming=True), tokenizer, 32)

@@ -66,7 +66,8 @@ def evaluate_model(
         token has before it, and the same numbers.
 
     Raises:
-        `ValueError`: there are no rows, there are more ranges than positions, or the teacher has another tokenizer, see [`check_same_tokenizer`].
+        `ValueError`: there are no rows, rows are padded elsewhere than at their end, there are more ranges than positions,
+            `batch_size` is under 1, or the teacher has another tokenizer, see [`check_same_tokenizer`].
     """
     rows = rows if isinstance(rows, Sized) else list(rows)
     if teacher is not None:

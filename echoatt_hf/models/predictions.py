@@ -71,8 +71,11 @@ def compare_predictions(
             together. All of them have to call this, and each gets the means over all rows.
 
     Raises:
-        `ValueError`: there are no rows, or more ranges than positions.
+        `ValueError`: there are no rows, there are more ranges than positions, rows are padded elsewhere than at their
+            end, or `batch_size` is under 1.
     """
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}; it must be at least 1.")
     batches, together = share_batches(rows, batch_size, among_processes)
     count = math.ceil(len(rows) / batch_size) if isinstance(rows, Sized) and together is None else None
     sums = torch.zeros(2 + position_buckets, 4, dtype=torch.float64)  # of the groups of `_group_tokens`
@@ -134,6 +137,12 @@ def _group_tokens(rows: list[dict], position_buckets: int) -> list[torch.Tensor]
     for name in (SCORED, "attention_mask"):
         if name in rows[0]:
             scored &= torch.from_numpy(np.asarray([row[name] for row in rows]) != 0)
+    # The model is not given the mask. It does not need it where padding is at the end, which no token before it sees.
+    if "attention_mask" in batch and (batch["attention_mask"].diff(dim=1) > 0).any():
+        raise ValueError(
+            "attention_mask is 0 before tokens of a row, which would see that padding: pad rows at their end "
+            "(tokenizer.padding_side = 'right'), or make them with pack_rows."
+        )
     places = batch["position_ids"] if "position_ids" in batch else torch.arange(shape[1]).expand(shape)
     groups = [scored, scored & (batch["labels"] != IGNORED)]
     groups += [

@@ -33,11 +33,23 @@ class Part:
 
 
 class Packer:
-    """Tokens of documents to rows. What does not fill a row is kept for the next call."""
+    """
+    Tokens of documents to rows. What does not fill a row is kept for the next call.
+
+    Raises:
+        `ValueError`: the rows are too short to predict a token, or to go on with a text.
+    """
 
     def __init__(self, row_length: int, row_start: str, prefix: list[int], document_masks: bool, assistant_only: bool):
         self.row_length, self.row_start, self.version = row_length, row_start, PACKING_VERSION
         self.prefix = np.asarray(prefix if row_start == "bos" else [], np.int32)
+        if row_length < 2:
+            raise ValueError(f"row_length is {row_length}; it must be at least 2, one token to predict another from.")
+        if row_length <= len(self.prefix):
+            raise ValueError(
+                f"row_length is {row_length}; it must be more than {len(self.prefix)}, the tokens with which the tokenizer "
+                "begins a text, and by row_start 'bos' each row: give longer rows (--row-length)."
+            )
         optional = {"position_ids": document_masks, ANSWERS: assistant_only}
         self.columns = ("input_ids", *(name for name, is_asked in optional.items() if is_asked))
         self._left: list[Part] = []

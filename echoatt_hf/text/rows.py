@@ -101,12 +101,10 @@ def pack_rows(
         `assistant_masks` `(T,)` if asked for.
 
     Raises:
-        `ValueError`: `row_length` is under 2, `row_start` is not known, the text does not fill a single row, there is no
-            chat template for conversations, it refuses one, or the answers cannot be found in one (of streamed documents,
-            when the rows are read), or no row has an answer in it.
+        `ValueError`: `row_length` is under 2 or has no place for more than what each row begins with, `row_start` is not
+            known, the text does not fill a single row, there is no chat template for conversations, it refuses one, or the
+            answers cannot be found in one (of streamed documents, when the rows are read), or no row has an answer in it.
     """
-    if row_length < 2:
-        raise ValueError(f"row_length is {row_length}; it must be at least 2, one token to predict another from.")
     check_row_start(row_start)
     tokenize = _Tokenize(tokenizer, assistant_only)
     packer = Packer(row_length, row_start, tokenize.prefix, document_masks, assistant_only)
