@@ -404,7 +404,11 @@ class DataSettings:
         1000,
         "With streaming: rows that are kept, of which the next one is drawn. The order depends on the seed alone.",
     )
-    num_proc: int = setting(1, "Processes that tokenize data that is not streamed; one uses the tokenizer's threads.")
+    num_proc: int = setting(
+        1,
+        "Processes that tokenize data that is not streamed, where all of it is needed, as for training; one uses the "
+        "tokenizer's threads.",
+    )
     row_length: int = setting(256, "Tokens in a row.")
     row_start: str = setting(
         "bos",
@@ -870,8 +874,9 @@ class ScoringSettings:
     stride: int | None = setting(
         None,
         "Tokens by which rows advance, at most half of --row-length: each token counts once, with at least half a row of its "
-        "own document before it, or all that there is. If not given, the text is cut into rows, and the first tokens of a row "
-        "have little before them.",
+        "own document before it, or all that there is; --row-start does not count, as rows that go on with a document begin "
+        "with nothing of their own. If not given, the text is cut into rows, and the first tokens of a row have little before "
+        "them.",
     )
     position_buckets: int = setting(
         0,

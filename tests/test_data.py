@@ -6,7 +6,7 @@ import pickle
 import shutil
 import sysconfig
 import warnings
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -817,6 +817,38 @@ def test_processes_make_the_same_rows(tokenizer):
     documents = make_documents([f"document {number} of many" for number in range(40)])
     expected = pack_rows(documents, tokenizer, 8)["input_ids"][:]
     assert pack_rows(documents, tokenizer, 8, num_proc=2)["input_ids"][:] == expected
+    assert draw_rows(documents, tokenizer, 8, 10, num_proc=2) == draw_rows(documents, tokenizer, 8, 10)
+
+
+def test_rows_that_are_drawn_are_made_by_as_many_processes(tmp_path, tokenizer, model, monkeypatch):
+    (tmp_path / "a.txt").write_text(f"\n{EOS}\n".join(f"document {number} of many" for number in range(40)))
+    pack, asked = rows_module.pack_rows, []
+
+    def count(*arguments, num_proc=None, **options):
+        asked.append(num_proc)
+        return pack(*arguments, **options)
+
+    monkeypatch.setattr(rows_module, "pack_rows", count)
+    data = DataSettings([str(tmp_path / "a.txt")], row_length=8, held_out_fraction=0.5, num_proc=3)
+    load_held_out_rows(data, tokenizer, model)
+    load_calibration_rows(CompressionSettings(data=data), tokenizer, model)
+    assert asked == [3, 3]
+
+
+def test_a_stride_does_not_look_at_what_rows_start_with(tmp_path, model):
+    (tmp_path / "a.txt").write_text(f"\n{EOS}\n".join(f"document {number} " * 20 for number in range(10)))
+    data, tokenizer = (
+        DataSettings([str(tmp_path / "a.txt")], row_length=16, held_out_fraction=0.5),
+        make_tokenizer(bos=True),
+    )
+    rows, *others = [
+        load_held_out_rows(replace(data, row_start=start), tokenizer, model, ScoringSettings(stride=4))
+        for start in ("bos", "document", "text")
+    ]
+    firsts = [[row["input_ids"][0] for row in each] for each in (rows, *others)]
+    assert firsts[0] == firsts[1] == firsts[2] and len(set(firsts[0])) > 1
+    (stride,) = (field for field in fields(ScoringSettings) if field.name == "stride")
+    assert "--row-start" in stride.metadata["help"]
 
 
 # What rows begin with

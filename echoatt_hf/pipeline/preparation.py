@@ -201,8 +201,8 @@ def _draw_rows(
             packed = _pack(settings, documents, tokenizer)
             rows += packed.shuffle(seed=seed, buffer_size=settings.shuffle_buffer).take(number)
         else:
-            masks = {"row_start": settings.row_start, "document_masks": settings.document_masks}
-            rows += draw_rows(documents, tokenizer, settings.row_length, number, seed=seed, **masks, **options)
+            packing = {name: getattr(settings, name) for name in ("row_start", "document_masks", "num_proc")}
+            rows += draw_rows(documents, tokenizer, settings.row_length, number, seed=seed, **packing, **options)
     return [rows[index] for index in generator.permutation(len(rows))]
 
 

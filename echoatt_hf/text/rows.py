@@ -184,6 +184,7 @@ def draw_rows(
     row_start: str = "bos",
     document_masks: bool = False,
     assistant_only: bool = False,
+    num_proc: int | None = None,
 ) -> list[dict]:
     """
     Rows at random places of the documents. No more of them is tokenized than that needs.
@@ -195,8 +196,8 @@ def draw_rows(
             Rows to draw; there are fewer if the text does not fill so many.
         seed (`int`, *optional*, defaults to 0):
             Seed of the places.
-        tokenizer, row_length, row_start, document_masks, assistant_only:
-            See [`pack_rows`].
+        tokenizer, row_length, row_start, document_masks, assistant_only, num_proc:
+            See [`pack_rows`]. Where a part of the text is enough, one process tokenizes it.
 
     Returns:
         `list[dict]`: rows as those of [`pack_rows`], in random order.
@@ -223,7 +224,7 @@ def draw_rows(
             if len(rows) == count:
                 return rows
     options = {"row_start": row_start, "document_masks": document_masks, "assistant_only": assistant_only}
-    packed = pack_rows(documents, tokenizer, row_length, **options)
+    packed = pack_rows(documents, tokenizer, row_length, num_proc=num_proc, **options)
     return [packed[int(index)] for index in generator.permutation(len(packed))[:count]]
 
 
