@@ -43,7 +43,7 @@ DATA = ["--data", "text", "--row-length", "32", "--evaluation-rows", "4"]
 CALIBRATION = ["--calibration-rows", "4"]
 COPY = ["--plan", PLAN, "--no-align", "--no-refit"]
 TRAIN = ["--steps", "3", "--batch-size", "2", "--warmup-steps", "1"]
-COMMANDS = ["compress", "analyze", "plan", "convert", "store-teacher", "distill", "evaluate", "zero-shot", "benchmark", "push", "serve"]  # fmt: skip
+COMMANDS = ["compress", "analyze", "plan", "convert", "store-teacher", "distill", "evaluate", "zero-shot", "benchmark", "export", "push", "serve"]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
