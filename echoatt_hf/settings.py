@@ -1065,14 +1065,18 @@ def options_of(kind: type, given: dict[str, Any], hidden_size: int | None = None
         hidden_size (`int`, *optional*): of the model, by which the default learning rate goes.
     """
     # What other defaults follow from.
-    leading = {name: given[name] for name in ("recipe", "steps", "lora_rank") if name in given}
-    defaults, words = kind(**leading), []
-    if kind is DistillationSettings and hidden_size is not None:
-        defaults = defaults.for_width(hidden_size)
+    leading = {name: given[name] for name in ("recipe", "steps", "lora_rank", "learning_rate") if name in given}
+
+    def default_beside_others(name: str) -> Any:
+        defaults = kind(**{other: value for other, value in leading.items() if other != name})
+        if kind is DistillationSettings and hidden_size is not None:
+            defaults = defaults.for_width(hidden_size)
+        return getattr(defaults, name)
+
+    words = []
     for each in fields(kind):
         value = given.get(each.name)
-        default = default_of(each) if each.name in leading else getattr(defaults, each.name)
-        if value is None or value == default:
+        if value is None or value == default_beside_others(each.name):
             continue
         name = each.name.replace("_", "-")
         if isinstance(value, bool):

@@ -85,6 +85,7 @@ from echoatt_hf.conversion.dropping import check_same_model, drop_layers
 from echoatt_hf.conversion.tuning import hold_out
 from echoatt_hf.distillation.two_stages import train_two_stages
 from echoatt_hf.models.devices import default_device
+from echoatt_hf.models.dtypes import cast_weights
 from echoatt_hf.models.loading import load_config, load_model, load_tokenizer
 from echoatt_hf.outputs.files import whole_folder, write_whole
 from echoatt_hf.outputs.provenance import describe_environment
@@ -445,6 +446,7 @@ class Study:
         )
         log = [[entry["step"], entry["eval_loss"]] for entry in trainer.state.log_history if "eval_loss" in entry]
         facts = self.read_facts(run.untrained) | {"eval_log": log, "environment": describe_environment()}
+        cast_weights(student, self.teacher.dtype)
         with whole_folder(folder / "student") as unfinished:
             self._save(run, student, facts, unfinished)
         shutil.rmtree(folder / "checkpoints")

@@ -13,6 +13,7 @@ import pytest
 import torch
 from conftest import make_teacher, process_environment, train_byte_level_bpe
 from processes import run_python
+from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from echoatt_hf import EchoAttConfig, EchoAttForCausalLM, SharingPlan
@@ -250,6 +251,24 @@ def test_a_study_says_where_the_paper_has_no_plan(study, example, monkeypatch):
         "- Ratio 0.62, `none`, `paper`, `layer dropping untrained`, `layer dropping`: ratio 0.62 of 8 layers" in table
     )
     assert "the layers [5, 6, 7] are kept" in table
+
+
+def test_a_study_in_bfloat16_trains_float32(study, example, monkeypatch):
+    folder, run = study
+    module, seen = example("reproduce_paper"), set()
+
+    def distill(student, *args, distill=module.train_two_stages, **kwargs):
+        trainer = distill(student, *args, **kwargs)
+        seen.update(parameter.dtype for parameter in student.parameters())
+        return trainer
+
+    monkeypatch.setattr(module, "train_two_stages", distill)
+    run("--output", "half", "--dtype", "bfloat16", "--methods", "paper")
+    assert seen == {torch.float32}
+    files = [*(folder / "half").rglob("student/model.safetensors")]
+    assert len(files) == 2
+    for file in files:
+        assert {value.dtype for value in load_file(file).values()} == {torch.bfloat16}
 
 
 def test_a_study_that_is_done_is_left_alone(study):

@@ -262,6 +262,53 @@ def test_a_student_is_trained_with_the_rate_of_its_width(tmp_path, given):
     assert trainer.args.stage2_learning_rate == pytest.approx((given or 5e-4) / 10)
 
 
+def test_weights_that_are_trained_are_in_float32(tmp_path):
+    """Of steps of the usual size bfloat16 would lose most."""
+    teacher = make_teacher(num_hidden_layers=7).to(torch.bfloat16)
+    student, seen = EchoAttForCausalLM.from_teacher(teacher, PLAN), set()
+    settings = DistillationSettings(steps=2, stage2_steps=0, batch_size=4, warmup_steps=0, learning_rate=1e-5)
+    before = [parameter.detach().clone() for parameter in student.parameters()]
+    train_two_stages(
+        student, teacher, Dataset.from_list(make_rows()), settings, tmp_path,
+        evaluate=lambda _, model: seen.update(parameter.dtype for parameter in model.parameters()),
+    )  # fmt: skip
+    assert seen == {torch.float32} == {parameter.dtype for parameter in student.parameters()}
+    pairs = zip(before, student.parameters(), strict=True)
+    assert sum((old.float() != new).sum().item() for old, new in pairs) > 0.9 * student.num_parameters()
+
+
+def test_a_stream_is_shuffled_by_the_seed(tmp_path, monkeypatch):
+    teacher, rows, seen = make_teacher(num_hidden_layers=7), make_rows(), []
+    student = EchoAttForCausalLM.from_teacher(teacher, PLAN)
+    loss = EchoAttTrainer.compute_loss
+
+    def remember(self, model, inputs, *args, **kwargs):
+        seen[-1].extend(inputs["input_ids"].tolist())
+        return loss(self, model, inputs, *args, **kwargs)
+
+    monkeypatch.setattr(EchoAttTrainer, "compute_loss", remember)
+    for number, seed in enumerate((0, 7, 7)):
+        seen.append([])
+        settings = DistillationSettings(steps=2, stage2_steps=0, batch_size=4, warmup_steps=0, seed=seed)
+        stream = Dataset.from_list(rows).to_iterable_dataset()
+        train_two_stages(student, teacher, stream, settings, tmp_path / str(number))
+    first, second, again = seen
+    assert first != second == again and [row["input_ids"] for row in rows][: len(first)] not in (first, second)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("rates", [(None, None), (3e-4, None), (3e-4, 1e-4), (3e-4, 3e-4), (None, 3e-4), (1e-4, 1e-5)])
+def test_options_give_back_both_rates(recipe, rates):
+    """By both recipes the rate of stage 2 follows from that of stage 1, if it is not given."""
+    given = dict(zip(("learning_rate", "stage2_learning_rate"), rates, strict=True))
+    settings = DistillationSettings(recipe=recipe, **given).for_width(512)
+    words = options_of(DistillationSettings, vars(settings), 512)
+    values = dict(zip(words[::2], words[1::2], strict=True))
+    assert {*values} <= {"--recipe", "--learning-rate", "--stage2-learning-rate"}
+    read = {name[2:].replace("-", "_"): float(value) for name, value in values.items() if name != "--recipe"}
+    assert DistillationSettings(recipe=values.get("--recipe", "default"), **read).for_width(512) == settings
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

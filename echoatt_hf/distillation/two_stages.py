@@ -7,14 +7,16 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 
+import torch
 import transformers
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from ..models.devices import default_device, explained_memory_errors, processes
-from ..settings import DistillationSettings
-from ..text.rows import collate_rows
+from ..models.dtypes import cast_weights
+from ..settings import DataSettings, DistillationSettings, default_of
+from ..text.rows import collate_rows, shuffle_rows
 from .adapters import add_lora, merge_lora
 from .checkpoints import train_from_last_checkpoint
 from .stored_teacher import StoredTeacher
@@ -49,6 +51,7 @@ def train_two_stages(
     *,
     held_out_rows: list[dict] | None = None,
     evaluate: Callable[[str, PreTrainedModel], object] | None = None,
+    shuffle_buffer: int = default_of(DataSettings.__dataclass_fields__["shuffle_buffer"]),
     trainer_class: Callable[..., EchoAttTrainer] = EchoAttTrainer,
 ) -> EchoAttTrainer:
     """
@@ -56,10 +59,11 @@ def train_two_stages(
 
     Args:
         student, teacher (`PreTrainedModel`):
-            The models; the student is trained in place. With `settings.lora_rank` adapters are trained and merged, and
-            the student may share the teacher's weights. With a stored teacher the other one is not used.
+            The models; the student is trained in place, and its weights are float32 after that, as other types cannot hold
+            the smaller steps. With `settings.lora_rank` adapters are trained and merged, the weights keep their type, and
+            the student may share the teacher's. With a stored teacher the other one is not used.
         train_rows (`Dataset`, `IterableDataset` or [`StoredTeacher`]):
-            Packed rows, as returned by [`pack_rows`], or with what the teacher says of them.
+            Packed rows, as returned by [`pack_rows`], or with what the teacher says of them. Each pass has another order.
         settings ([`DistillationSettings`]):
             Steps, rates and weights. A learning rate that is not given is that for the student's width.
         checkpoints (`Path`):
@@ -68,6 +72,8 @@ def train_two_stages(
             Rows to log the loss of every `settings.eval_steps` steps.
         evaluate (`Callable`, *optional*):
             Called with `"stage 1"` and `"stage 2"` and the student, with its adapters, at the end of each stage.
+        shuffle_buffer (`int`, *optional*, defaults to 1000):
+            Rows of a stream from which the next one is drawn.
         trainer_class (`Callable`, *optional*, defaults to [`EchoAttTrainer`]):
             Called with what that takes to make the trainer, such as `partial(PostShareTrainer, pairs=pairs)`.
 
@@ -81,7 +87,12 @@ def train_two_stages(
     settings = settings.for_width(student.config.get_text_config().hidden_size)
     transformers.set_seed(settings.seed)
     use_cache = student.config.use_cache
+    if not settings.lora_rank:
+        cast_weights(student, torch.float32)
     model = add_lora(student, settings.lora_rank) if settings.lora_rank else student
+    if isinstance(train_rows, IterableDataset):
+        # Without an end: `Trainer` skips the rows of a resumed run within one pass only.
+        train_rows = shuffle_rows(train_rows.repeat(None), settings.seed, shuffle_buffer)
     callback = _StageCallback(settings, evaluate)
     trainer = trainer_class(
         model=model,

@@ -28,7 +28,6 @@ from ..outputs.provenance import describe_data, describe_environment, describe_t
 from ..planning.sharing import SharingPlan
 from ..publishing.card import write_model_card
 from ..settings import CompressionSettings, DataSettings, DistillationSettings, StudentSettings, upgrade_settings
-from ..text.rows import shuffle_rows
 from .preparation import load_rows
 from .unfinished import work_folder
 
@@ -137,11 +136,6 @@ def train_and_write(
     if models.teacher is not None:
         evaluations.run("teacher", models.teacher)
     evaluations.run("converted", models.student)
-    if not distillation.lora_rank:
-        cast_weights(models.student, torch.float32)  # smaller steps than other types can hold
-    if isinstance(train_rows, IterableDataset):
-        # Without an end: `Trainer` skips the rows of a resumed run within one pass only. Each pass has another order.
-        train_rows = shuffle_rows(train_rows.repeat(None), distillation.seed, settings.data.shuffle_buffer)
     trainer = train_two_stages(
         models.student,
         models.teacher,
@@ -150,6 +144,7 @@ def train_and_write(
         work / "checkpoints",
         held_out_rows=held_out_rows,
         evaluate=evaluations.run,
+        shuffle_buffer=settings.data.shuffle_buffer,
     )
     _warn_if_worse(evaluations.results(), distillation)
     report = {
