@@ -16,6 +16,7 @@ Source: EchoAtt, arXiv 2409.14595, section 3 (shared attention layers inherit al
 import functools
 import re
 import sys
+import zlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from inspect import signature
@@ -43,8 +44,11 @@ from transformers.pytorch_utils import Conv1D
 from .configuration_echoatt import EchoAttConfig, read_layer_plan, read_shared_heads
 
 
-RECORD_ATTENTION = "echoatt_record"
-KV_ATTENTION = "echoatt_kv"
+# Names that all models of a process have in common. Students may come with different versions of this file as their code: each
+# has names of its own.
+_COPY = f"{zlib.crc32(__name__.encode()):08x}"
+RECORD_ATTENTION = f"echoatt_record_{_COPY}"
+KV_ATTENTION = f"echoatt_kv_{_COPY}"
 
 AttentionOutput = tuple[torch.Tensor, torch.Tensor | None]
 """Output of an attention `(B, T, H, D)` and, in eager mode, its weights `(B, H, T, S)`."""
@@ -528,6 +532,7 @@ def find_fused_modules(attention: nn.Module) -> dict[str, int]:
 
 def _share_attention(model: PreTrainedModel, config: EchoAttConfig) -> None:
     """Turn the attention modules of `model` into what `config` plans, in place."""
+    config.validate_echo_sources()  # options of `from_pretrained` may have changed the number of layers since it was made
     moves = read_layer_plan(config.plan)
     changed = [layer for layer, (move, _) in enumerate(moves) if move != "plain"]
     attentions = find_shareable(model) if changed else {}
@@ -551,6 +556,12 @@ def _call(attention: nn.Module, implementation: str, config: EchoAttConfig) -> N
     attention.config = View(config.text_config, _attn_implementation=implementation)
 
 
+def _loaded(module: nn.Module, name: str) -> torch.Tensor:
+    """A parameter of a module that may be offloaded: it is on its device only while the module itself is called."""
+    parameter = getattr(module, name)
+    return module._hf_hook.weights_map[name] if parameter is not None and parameter.is_meta else parameter
+
+
 class SharedHeadsLinear(nn.Linear):
     """
     A projection some of whose heads have the weights of heads before them: its parameters are those of its own heads alone.
@@ -567,7 +578,7 @@ class SharedHeadsLinear(nn.Linear):
         own, axis, size = getattr(self, name), self.head_axis, self.head_size
         if own is None or axis >= own.ndim:  # the bias of an output is no head's
             return own
-        pieces = [getattr(holder, name).narrow(axis, place * size, size) for holder, place in self.head_holders]
+        pieces = [_loaded(holder, name).narrow(axis, place * size, size) for holder, place in self.head_holders]
         return torch.cat([piece.to(own.device) for piece in pieces], axis)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
@@ -911,17 +922,47 @@ class EchoAttForCausalLM(EchoAttPreTrainedModel, GenerationMixin):
         """`PreTrainedModel`: the base family's headless model, which gives hidden states for a head of the caller's."""
         return self.language_model.base_model
 
-    # The family's head, under the name that trainers, and transformers' accessors of embeddings, look for.
+    def get_decoder(self) -> PreTrainedModel:
+        return self.language_model.get_decoder()
+
+    def set_decoder(self, decoder: PreTrainedModel) -> None:
+        self.language_model.set_decoder(decoder)
+
+    # What trainers, and transformers' accessors of embeddings, look for, is the family's.
+    @property
+    def model(self) -> PreTrainedModel:
+        """`PreTrainedModel`: as `base_model`."""
+        return self.base_model
+
     @property
     def lm_head(self) -> nn.Module:
         """`nn.Module`: the family's head."""
         return self.language_model.get_output_embeddings()
 
+    @property
+    def vocab_size(self) -> int:
+        """`int`: the number of tokens that the family's loss goes by."""
+        return self.language_model.vocab_size
+
+    @property
+    def loss_function(self) -> Callable:
+        """`Callable`: the function that the family's loss is made by."""
+        return self.language_model.loss_function
+
     def __setattr__(self, name: str, value: Any) -> None:
-        if name == "lm_head":  # a module would not go to a setter
+        if name == "lm_head":
             self.language_model.set_output_embeddings(value)
+        elif "language_model" in vars(self).get("_modules", ()) and self._is_of_family(name, value):
+            setattr(self.language_model, name, value)
         else:
             super().__setattr__(name, value)
+
+    def _is_of_family(self, name: str, value: Any) -> bool:
+        """Whether an attribute is one that the family's forward pass reads: a number, such as `router_aux_loss_coef`, or its loss."""
+        if name in ("vocab_size", "loss_function"):
+            return True
+        is_own = name in vars(self) or hasattr(type(self), name) or name.startswith("_")
+        return isinstance(value, (int, float)) and name in vars(self.language_model) and not is_own
 
 
 class EchoAttForSequenceClassification(GenericForSequenceClassification, EchoAttPreTrainedModel):

@@ -1,5 +1,6 @@
 import copy
 import filecmp
+import importlib
 import io
 import os
 import pickle
@@ -35,6 +36,7 @@ from transformers import (
     TrainingArguments,
     pipeline,
 )
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import echoatt_hf
 from echoatt_hf import (
@@ -43,6 +45,7 @@ from echoatt_hf import (
     EchoAttForSequenceClassification,
     EchoAttForTokenClassification,
     EchoAttModel,
+    modeling_echoatt,
 )
 from echoatt_hf.modeling_echoatt import EchoRecords
 from echoatt_hf.models.families import find_attention_modules
@@ -706,6 +709,59 @@ def test_resized_embeddings_are_saved(family, tmp_path):
     loaded, info = load(AutoModelForCausalLM, tmp_path)
     assert info == {"missing": set(), "unexpected": set()}
     torch.testing.assert_close(loaded(**make_batch()).logits, logits, **FP32_TOLERANCE)
+
+
+@pytest.mark.parametrize("family", ["llama", "mixtral", "qwen3_moe", "gpt2"])
+def test_resized_embeddings_have_a_loss(family):
+    """Some families make their loss by a number of tokens that they keep."""
+    teacher, student = make_teacher(family), make_student(family)
+    batch = make_batch()
+    for model in (teacher, student):
+        model.resize_token_embeddings(VOCAB_SIZE + 4, mean_resizing=False)
+        assert model.vocab_size == VOCAB_SIZE + 4
+        assert torch.isfinite(model(**batch, labels=batch["input_ids"]).loss)
+
+
+def test_each_copy_of_the_code_has_attention_functions_of_its_own(tmp_path, monkeypatch):
+    """Two students may come with two versions of it, and a name has one function in a process."""
+    make_student("llama").save_pretrained(tmp_path / "other_student")
+    (tmp_path / "other_student" / "__init__.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    other = importlib.import_module("other_student.modeling_echoatt")
+    for ours, theirs in (("RECORD_ATTENTION", "record_attention"), ("KV_ATTENTION", "attend_to_source")):
+        for module in (modeling_echoatt, other):
+            assert ALL_ATTENTION_FUNCTIONS[getattr(module, ours)] is getattr(module, theirs)
+    student = make_student("llama")
+    again = other.EchoAttForCausalLM(other.EchoAttConfig(**student.config.to_dict())).eval()
+    again.load_state_dict(student.state_dict())
+    torch.testing.assert_close(again(**make_batch()).logits, student(**make_batch()).logits, **FP32_TOLERANCE)
+
+
+def test_what_the_family_reads_is_set_there():
+    teacher, student = make_teacher("mixtral"), make_student("mixtral")
+    batch = {**make_batch(), "output_router_logits": True}
+    before = [model(**batch, labels=batch["input_ids"]).loss.item() for model in (teacher, student)]
+    for model in (teacher, student):
+        model.router_aux_loss_coef = 2.0
+    after = [model(**batch, labels=batch["input_ids"]).loss.item() for model in (teacher, student)]
+    assert after[0] - before[0] > 1 and after[1] - before[1] == pytest.approx(after[0] - before[0], rel=0.2)
+    for model in (teacher, student):
+        model.loss_function = lambda *args, **kwargs: torch.tensor(42.0)
+        assert model(**make_batch(), labels=batch["input_ids"]).loss == 42
+        assert model.loss_function() == 42
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3_text"])
+def test_decoder_is_that_of_the_family(family):
+    student = make_student(family)
+    assert student.get_decoder() is student.language_model.get_decoder() is student.base_model is student.model
+    assert type(student.get_decoder()) is type(make_teacher(family).get_decoder())
+
+
+def test_a_model_with_fewer_layers_than_its_plan_is_refused(tmp_path):
+    make_student("llama").save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="echo_sources has 6 entries for 4 layers|entries for 4 layers"):
+        AutoModelForCausalLM.from_pretrained(tmp_path, num_hidden_layers=4)
 
 
 def test_checkpoint_carries_the_code(tmp_path):

@@ -635,6 +635,22 @@ def test_a_layer_may_have_no_head_of_its_own(tmp_path):
     torch.testing.assert_close(loaded(**inputs).logits, expected(**inputs).logits, **FP32_TOLERANCE)
 
 
+def test_shared_heads_of_layers_that_are_offloaded(tmp_path):
+    config = EchoAttConfig(text_config=make_config(), shared_heads={"3.1": "0.0", "4.1": "3.0"})
+    student = AutoModelForCausalLM.from_config(config).eval()
+    student.save_pretrained(tmp_path / "student")
+    layers = {f"language_model.model.layers.{layer}": "disk" if layer in (0, 3) else "cpu" for layer in range(6)}
+    places = {
+        f"language_model.{name}": "cpu" for name in ("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head")
+    }
+    loaded = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "student", device_map=layers | places, offload_folder=tmp_path / "offload"
+    )
+    assert loaded.language_model.model.layers[0].self_attn.q_proj.weight.is_meta
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(**make_batch()).logits, student(**make_batch()).logits, **FP32_TOLERANCE)
+
+
 def test_shared_heads_compile():
     student = make_shared_student(make_teacher(), CHAIN)
     compiled = torch.compile(student, backend="eager", fullgraph=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from transformers import PreTrainedModel, TrainerCallback
 
-from ..modeling_echoatt import EchoAttPreTrainedModel
+from ..configuration_echoatt import EchoAttConfig
 from ..outputs.files import write_whole
 from ..outputs.provenance import describe_conversion, describe_environment, describe_teacher
 from ..planning.sharing import SharingPlan
@@ -47,7 +47,9 @@ class PublishingCallback(TrainerCallback):
 
     def write(self, args, state, model, **options) -> None:
         """Write code, report and card; `options` are those of [`make_card`]."""
-        if not state.is_world_process_zero or not isinstance(model, EchoAttPreTrainedModel):
+        # Also of a student whose class is that of its own code, as it was loaded before this package was imported.
+        is_student = isinstance(model, PreTrainedModel) and model.config.model_type == EchoAttConfig.model_type
+        if not state.is_world_process_zero or not is_student:
             return
         folder = Path(args.output_dir)
         copy_code(folder)
