@@ -7,6 +7,7 @@ import shutil
 import sysconfig
 import warnings
 from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -1051,10 +1052,11 @@ def test_streamed_rows_are_shuffled_in_each_pass(tmp_path, tokenizer, model, mon
     expected = [row["input_ids"] for row in load_rows(data, tokenizer, model)[0]]
     given = []
 
-    def train(student, teacher, rows, *args, **kwargs):
-        given.extend(row["input_ids"] for row in rows.take(2 * len(expected)))
+    def make_trainer(train_dataset, **kwargs):
+        given.extend(row["input_ids"] for row in train_dataset.take(2 * len(expected)))
         raise KeyboardInterrupt
 
+    train = partial(training.train_two_stages, trainer_class=make_trainer)
     monkeypatch.setattr(training, "train_two_stages", train)
     with pytest.raises(KeyboardInterrupt):
         settings = StudentSettings(str(tmp_path / "student"), str(tmp_path / "teacher"), data=data)
