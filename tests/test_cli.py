@@ -300,8 +300,9 @@ def test_what_is_trained_is_in_float32(echoatt, tmp_path, monkeypatch, options):
     train, seen = training.train_two_stages, []
 
     def look(student, teacher, *rest, **kwargs):
+        trainer = train(student, teacher, *rest, **kwargs)
         seen.append((student.dtype, teacher.dtype))
-        return train(student, teacher, *rest, **kwargs)
+        return trainer
 
     monkeypatch.setattr(training, "train_two_stages", look)
     result = echoatt("compress", "half", *COPY, *DATA, *CALIBRATION, *TRAIN, *options, "--output", tmp_path / "out")
