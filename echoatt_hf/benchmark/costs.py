@@ -27,7 +27,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ..modeling_echoatt import AttentionRecord, EchoAttention, KVAttention
-from ..models.families import count_query_features, count_value_features, find_attention_modules
+from ..models.families import count_query_features, count_value_features, find_attention_modules, has_experts
 
 
 __all__ = ["Costs", "count_costs", "is_replayed"]
@@ -120,10 +120,10 @@ def count_costs(model: PreTrainedModel) -> Costs | None:
         `Costs`, or `None` for a model with experts or other weights than those of linear layers, of which a token may
         need a part. Attention within a sliding window is counted as if it were full.
     """
+    if has_experts(model):
+        return None
     linear, counted = 0, set()
-    for name, module in model.named_modules():
-        if "experts" in name:
-            return None
+    for module in model.modules():
         if isinstance(module, (nn.Linear, Conv1D)):
             linear += module.weight.numel()
             counted.add(id(module.weight))

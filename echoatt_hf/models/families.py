@@ -23,6 +23,7 @@ __all__ = [
     "count_value_features",
     "find_attention_modules",
     "find_output_projection",
+    "has_experts",
 ]
 
 
@@ -133,3 +134,8 @@ def count_value_features(attention: nn.Module) -> int:
     if hasattr(attention, "v_proj"):
         return attention.v_proj.out_features
     return next(iter(find_fused_modules(attention).values()))
+
+
+def has_experts(model: nn.Module) -> bool:
+    """Whether a model is a mixture of experts, of whose weights a token needs a part."""
+    return any("experts" in name for name, _ in model.named_modules())

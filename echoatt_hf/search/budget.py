@@ -7,7 +7,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..configuration_echoatt import read_entry
-from ..models.families import count_value_features, find_attention_modules
+from ..models.families import count_value_features, find_attention_modules, has_experts
 from ..models.layerwise import find_layers
 from ..settings import Target
 
@@ -83,15 +83,11 @@ def check_targets(teacher: PreTrainedModel, targets: Sequence[Target]) -> None:
     Raises:
         `ValueError`: a target is of decoding, and the teacher is a mixture of experts.
     """
-    if any(target.field == "decode_bytes" for target in targets) and _has_experts(teacher):
+    if any(target.field == "decode_bytes" for target in targets) and has_experts(teacher):
         raise ValueError(
             "A target of decoding counts the bytes that are read for a token, but of the experts of this model a token reads a few, "
             "which are not counted: give a target of parameters or of kv-bytes."
         )
-
-
-def _has_experts(model: PreTrainedModel) -> bool:
-    return any("experts" in name for name, _ in model.named_parameters())
 
 
 def find_limits(teacher: PlanCosts, targets: Sequence[Target]) -> dict[str, int]:
