@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -68,6 +69,21 @@ def echoatt(*arguments, cwd=None, check=True, new_interpreter=False):
     if check:
         assert result.returncode == 0, result.stderr
     return result
+
+
+@contextmanager
+def cut_short(monkeypatch, step):
+    """A training that fails at a step."""
+    log = EchoAttTrainer.log
+
+    def fail(self, *args):
+        if self.state.global_step == step:
+            raise OSError("cut short")
+        log(self, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(EchoAttTrainer, "log", fail)
+        yield
 
 
 def assert_one_line_error(result, message):
@@ -412,15 +428,7 @@ def test_adapters_are_merged_into_a_plain_student(workplace, tmp_path, run_in_pr
 
     # Stopped in stage 1, the run goes on from adapters alone to the same student.
     stopped = tmp_path / "stopped.partial"
-    run = EchoAttTrainer.log
-
-    def fail(self, logs, *rest):
-        if self.state.global_step == 10:
-            raise OSError("cut short")
-        run(self, logs, *rest)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(EchoAttTrainer, "log", fail)
+    with cut_short(monkeypatch, step=10):
         result = run_in_process(*arguments, "--output", tmp_path / "stopped")
     assert result.returncode == 2 and "cut short" in result.stderr  # behind a progress bar
     names = {path.name for path in stopped.glob("checkpoints/checkpoint-6/*")}
@@ -435,15 +443,7 @@ def test_tokens_are_counted_by_the_size_of_each_step(workplace, tmp_path, run_in
         "compress", workplace / "teacher", "--data", workplace / "text", "--plan", "0,1,1,1,1,5", "--no-align", "--no-refit",
         "--steps", 12, "--warmup-steps", 1, "--save-steps", 3, *FAST[:-2], "--output", tmp_path / "out",
     ]  # fmt: skip
-    run = EchoAttTrainer.log
-
-    def fail(self, logs, *rest):
-        if self.state.global_step == 10:
-            raise OSError("cut short")
-        run(self, logs, *rest)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(EchoAttTrainer, "log", fail)
+    with cut_short(monkeypatch, step=10):
         assert run_in_process(*arguments, "--batch-size", 4).returncode == 2
     assert run_in_process(*arguments, "--batch-size", 2, "--resume").returncode == 0
     report = json.loads((tmp_path / "out" / "report.json").read_text())
