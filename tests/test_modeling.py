@@ -760,7 +760,7 @@ def test_decoder_is_that_of_the_family(family):
 
 def test_a_model_with_fewer_layers_than_its_plan_is_refused(tmp_path):
     make_student("llama").save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="echo_sources has 6 entries for 4 layers|entries for 4 layers"):
+    with pytest.raises(ValueError, match="echo_sources has 6 entries for 4 layers"):
         AutoModelForCausalLM.from_pretrained(tmp_path, num_hidden_layers=4)
 
 

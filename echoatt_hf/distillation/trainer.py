@@ -105,8 +105,8 @@ class EchoAttTrainingArguments(TrainingArguments):
         hidden_weight (`float`, *optional*, defaults to 0.0):
             Weight of the distance between the hidden states of matching layers.
         hidden_layers (`str` or sequence of `int`, *optional*, defaults to `"all"`):
-            Whose outputs are compared, the last layer's after the final norm: those of `"all"` layers, of the last layer of each of the `"blocks"` of layers
-            that share, or of layers such as `[3, 7]` or `"3,7"`.
+            Whose outputs are compared, the last layer's after the final norm: those of `"all"` layers, of the last layer of
+            each of the `"blocks"` of layers that share, or of layers such as `[3, 7]` or `"3,7"`.
         hidden_distance (`str`, *optional*, defaults to `"relative"`):
             Which one: `"relative"`, the squared distance over the squared length of the teacher's state, or `"squared"`,
             the squared distance as it is, the mean over features.
@@ -211,10 +211,10 @@ class EchoAttTrainer(Trainer):
 
     Stage 1 minimises `kl_weight` · divergence from the teacher + `hard_label_weight` · cross-entropy of its likeliest token
     + `ce_weight` · cross-entropy of the text + `hidden_weight` · distance of hidden states + `attention_weight` · distance of
-    the attention outputs of echo layers; stage 2 minimises the cross-entropy of the text alone. Each part is logged. Losses are divided by the number of target tokens of the whole
-    batch, over all accumulation steps and processes. `eval_loss` is the cross-entropy in both stages, the mean over all target tokens. The teacher is
-    kept frozen, in evaluation mode, and out of every checkpoint; FSDP2 and ZeRO-3 divide its weights among processes, in
-    place, as they do the student's.
+    the attention outputs of echo layers; stage 2 minimises the cross-entropy of the text alone. Each part is logged. Losses
+    are divided by the number of target tokens of the whole batch, over all accumulation steps and processes. `eval_loss` is
+    the cross-entropy in both stages, the mean over all target tokens. The teacher is kept frozen, in evaluation mode, and
+    out of every checkpoint; FSDP2 and ZeRO-3 divide its weights among processes, in place, as they do the student's.
 
     Args:
         model (`PreTrainedModel`):

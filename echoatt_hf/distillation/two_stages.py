@@ -33,7 +33,6 @@ CHECKPOINTING = (
     else "gradient_checkpointing"
 )
 
-
 ROWS_PER_STEP = "rows_per_step"
 """Key of the entries of a trainer's log that say how many rows the steps after them have."""
 
@@ -87,9 +86,11 @@ def train_two_stages(
     settings = settings.for_width(student.config.get_text_config().hidden_size)
     transformers.set_seed(settings.seed)
     use_cache = student.config.use_cache
-    if not settings.lora_rank:
+    model = student
+    if settings.lora_rank:
+        model = add_lora(student, settings.lora_rank)
+    else:
         cast_weights(student, torch.float32)
-    model = add_lora(student, settings.lora_rank) if settings.lora_rank else student
     if isinstance(train_rows, IterableDataset):
         # Without an end: `Trainer` skips the rows of a resumed run within one pass only.
         train_rows = shuffle_rows(train_rows.repeat(None), settings.seed, shuffle_buffer)

@@ -69,8 +69,9 @@ def check_output_folder(output: Path, overwrite: bool) -> None:
         `NotADirectoryError`: it would lie in a file.
         `ValueError`: it cannot be renamed: it is a mount point, or has no name of its own, as `.` and `..`.
     """
-    if output.name in ("", "..") or os.path.ismount(output):
-        what = "is a mount point" if output.name not in ("", "..") else "has no name of its own"
+    has_name = output.name not in ("", "..")
+    if not has_name or os.path.ismount(output):
+        what = "is a mount point" if has_name else "has no name of its own"
         raise ValueError(
             f"The output {str(output)!r} {what}, so that no finished folder can take its place: give a folder in it, such as "
             f"{str(output / 'out')!r}."

@@ -102,9 +102,7 @@ def _check_settings(work: Path, before: dict, now: dict) -> None:
 
 def work_folder(output: Path) -> Path:
     """The folder in which a run is until it is finished."""
-    return (
-        output.parent / f"{output.name}.partial"
-    )  # of what has no name, too, which is refused by the check of outputs
+    return output.parent / f"{output.name}.partial"  # `with_name` fails for `.`, which the check of outputs refuses
 
 
 def _open_work_folder(

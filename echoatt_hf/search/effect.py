@@ -178,10 +178,10 @@ def search_plan(
     check_targets(teacher, targets)
     if dropped := next((pair for pair in pairs if pair[1] == "drop"), None):
         make_student(teacher, with_pair(unchanged, dropped), share_weights=True)  # refuses a family that cannot
-    if similarity is not None and align:
-        similarity.between(0, 0)
     if similarity is None:
         similarity = measure_on_rows(teacher, rows, progress=progress)
+    elif align:
+        similarity.between(0, 0)  # refuses one without heads
     kept = _State(state, lambda: _describe(teacher, rows, search_rows, similarity, align, refit))
     tuned = TunedPairs(teacher, similarity, pairs, train, held_out, align=align, refit=refit)
     counter = PlanCounter(teacher, tuned.count_parameters, decode_context)
